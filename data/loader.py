@@ -1,0 +1,146 @@
+"""Batches for the training loop, prepared ahead in a thread, and batches for validation."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from threading import Event, Thread
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.packing import PackedRows, Row, row_index
+
+PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of S tokens.
+
+    tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
+    visible_pairs: (query, key) pairs that causal attention and document mask let through, over the batch.
+    num_tokens: B · S.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    starts_BS: Tensor | None
+    visible_pairs: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; from pinned memory the copy overlaps with computation."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked host memory (needs CUDA)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        starts_BS = None if self.starts_BS is None else function(self.starts_BS)
+        return replace(
+            self, tokens_BS=function(self.tokens_BS), targets_BS=function(self.targets_BS), starts_BS=starts_BS
+        )
+
+
+def collate(rows: Iterable[Row]) -> Batch:
+    """Stack rows of one length into a batch on the host."""
+    tokens, targets, starts = zip(*rows, strict=True)
+    tokens_BS = np.stack(tokens)
+    B, S = tokens_BS.shape
+    starts_BS = None if starts[0] is None else np.stack(starts)
+    return Batch(
+        tokens_BS=torch.from_numpy(tokens_BS),
+        targets_BS=torch.from_numpy(np.stack(targets)),
+        starts_BS=None if starts_BS is None else torch.from_numpy(starts_BS),
+        # Sum over tokens of t - starts[t] + 1.
+        visible_pairs=B * S * (S + 1) // 2 - (0 if starts_BS is None else int(starts_BS.sum(dtype=np.int64))),
+        num_tokens=B * S,
+    )
+
+
+class Loader:
+    """Endless training batches on `device`, in an order that is a pure function of the seed.
+
+    Batch number n of a rank holds the rows at global positions [n·B·world_size + rank·B, ... + B) of `row_index`: the
+    ranks together read what one process with a batch of B·world_size reads, epoch after epoch. To resume, pass the
+    number of batches already taken as `first`.
+
+    A thread prepares batches ahead, in pinned memory for CUDA; what it raises, `next` raises. Call `close` at the end.
+    """
+
+    def __init__(
+        self,
+        rows: PackedRows,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+        first: int = 0,
+    ) -> None:
+        assert batch_size > 0
+        assert 0 <= rank < world_size
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._closed = Event()
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
+        self._thread = Thread(target=self._prefetch, args=(first,), name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item.to(self.device)
+
+    def close(self) -> None:
+        """Stop the thread. Iteration then ends; closing twice is fine."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._queue.get(timeout=0.02)  # room for the batch it may be waiting to put
+
+    def _prefetch(self, first: int) -> None:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # pinning would otherwise open a context on GPU 0
+            for number in count(first):
+                batch = self._batch(number)
+                self._queue.put(batch.pin_memory() if self.device.type == "cuda" else batch)
+                if self._closed.is_set():
+                    return
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _batch(self, number: int) -> Batch:
+        begin = (number * self.world_size + self.rank) * self.batch_size
+        positions = range(begin, begin + self.batch_size)
+        return collate(self.rows[row_index(self.seed, len(self.rows), position)] for position in positions)
+
+
+def eval_batches(rows: PackedRows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    """The first rows in their own order, on the host, as batches of one shape, so that nothing recompiles.
+
+    Takes as many full batches as fit into `max_tokens`, at least one, and leaves out rows that fill none. With fewer
+    rows than `batch_size` there is one batch of all of them.
+    """
+    batch_size = min(batch_size, len(rows))
+    batches = min(len(rows) // batch_size, max(1, max_tokens // (batch_size * rows.seq_len)))
+    for number in range(batches):
+        yield collate(rows[index] for index in range(number * batch_size, (number + 1) * batch_size))

@@ -1,0 +1,69 @@
+"""Parameters, FLOPs and memory of a model, as pure functions of its configuration.
+
+Conventions: a multiply-add is 2 FLOPs; a training step is 3 forward passes (one forward, two backward); recomputation
+does not count. N is the number of parameters a token is multiplied with: the weights of every linear layer and of the
+output head (tied or not), without embeddings looked up, biases and norms.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .config import ModelConfig
+
+
+class ParameterCount(NamedTuple):
+    total: int
+    """Every trained number; a tied head counts once."""
+    matmul: int
+    """N above."""
+
+
+def parameter_count(config: ModelConfig) -> ParameterCount:
+    """How many parameters `GPT(config)` has, without building it."""
+    assert config.head_dim is not None
+    assert config.n_kv_heads is not None
+    E, F, V, D = config.dim, config.ffn_dim, config.vocab_size, config.head_dim
+    qkv_width = (config.n_heads + 2 * config.n_kv_heads) * D
+    out_width = config.n_heads * D
+    up_width = (2 if config.mlp == "swiglu" else 1) * F
+
+    layer_matmul = E * qkv_width + out_width * E + E * up_width + F * E
+    norm = E * (2 if config.norm == "layernorm" and config.bias else 1)
+    layer_biases = (qkv_width + E + up_width + E) if config.bias else 0
+    layer = layer_matmul + layer_biases + 2 * norm + (2 * D if config.qk_norm else 0)
+
+    embeddings = V * E + (config.n_positions * E if config.position == "learned" else 0)
+    head = 0 if config.tie_head else V * E
+    return ParameterCount(
+        total=embeddings + config.n_layers * layer + norm + head,
+        matmul=config.n_layers * layer_matmul + V * E,
+    )
+
+
+def causal_keys(seq_len: int, window: int | None = None) -> float:
+    """Keys that a token of a causal row sees on average: (S + 1) / 2, less with a sliding window."""
+    w = seq_len if window is None else min(window, seq_len)
+    return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+
+
+def train_flops_per_token(config: ModelConfig, keys_per_token: float) -> float:
+    """6 N + 12 · L · H·D · keys: forward and backward FLOPs of one token that sees `keys_per_token` keys on average.
+
+    The two attention products cost 4 · H·D per visible pair forward and twice that backward. What `keys_per_token` is
+    makes the convention: S is PaLM's (causality ignored, appendix B of arXiv:2204.02311), S / 2 the causal one, the
+    counted average of a batch the work its masks really ask for.
+    """
+    assert config.head_dim is not None
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * keys_per_token
+    return 6 * parameter_count(config).matmul + attention
+
+
+def score_bytes(config: ModelConfig, batch_size: int, seq_len: int, bytes_per_score: int = 4) -> int:
+    """Bytes of one layer's S × S attention scores, which only attention=math writes."""
+    return batch_size * config.n_heads * seq_len * seq_len * bytes_per_score
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes of float32 weights, gradients and AdamW's two moments: 16 per parameter, whatever the sequence length."""
+    return 16 * parameter_count(config).total

@@ -1,0 +1,195 @@
+"""attention=sdpa: PyTorch's own fused kernels, one of them chosen at construction and pinned.
+
+`scaled_dot_product_attention` picks a kernel silently at every call. Here the choice is made once, from what PyTorch
+says each kernel can run, so the start-up line tells the truth.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.reference import visible_pairs
+
+from .base import AttentionBackend, AttentionConfig, AttentionSpec
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+VARLEN = "flash-varlen"  # FlashAttention-2 over cumulative document lengths: `torch.nn.attention.varlen`
+
+
+@dataclass
+class SdpaConfig(AttentionConfig):
+    name: str = "sdpa"
+    kernel: str = "auto"
+    """auto, flash, cudnn, efficient or math."""
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("auto", *SDPA_KERNELS):
+            raise ValueError(f"attention.kernel={self.kernel!r} is unknown; use auto, {', '.join(SDPA_KERNELS)}")
+
+
+class Choice(NamedTuple):
+    """The kernel that will run, or (kernel None) why none can."""
+
+    kernel: str | None
+    reason: str
+
+
+class SdpaAttention(AttentionBackend):
+    name = "sdpa"
+    Config = SdpaConfig
+
+    def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
+        super().__init__(spec, config)
+        self.kernel, self.reason = choose_kernel(spec, config)
+
+    @classmethod
+    def why_not(cls, spec: AttentionSpec, config: AttentionConfig) -> str | None:
+        choice = choose_kernel(spec, config)
+        return None if choice.kernel else choice.reason
+
+    def describe(self) -> str:
+        return f"PyTorch's {self.kernel} kernel ({self.reason})"
+
+    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
+        spec = self.spec
+        if self.kernel == VARLEN and starts_BS is not None:
+            assert spec.max_documents is not None
+            return cumulative_lengths(starts_BS, spec.max_documents)
+        if self.kernel == VARLEN or (starts_BS is None and spec.window is None):
+            return None
+        options: dict[str, Any] = {"causal": spec.causal, "window": spec.window, "starts": starts_BS}
+        return visible_pairs(seq_len, seq_len, device=spec.device, **options)[:, None]
+
+    def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
+        spec, H = self.spec, q_BSHD.shape[2]
+        if self.kernel == VARLEN:
+            return self._varlen(q_BSHD, k_BSGD, v_BSGD, mask)
+        if self.kernel not in ("flash", "math") and k_BSGD.shape[2] != H:
+            # Only these two read grouped heads in place; the others get the same numbers, repeated.
+            k_BSGD, v_BSGD = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
+        assert self.kernel is not None
+        with sdpa_kernel(SDPA_KERNELS[self.kernel]):
+            out_BHSD = F.scaled_dot_product_attention(
+                q_BSHD.transpose(1, 2),
+                k_BSGD.transpose(1, 2),
+                v_BSGD.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=spec.causal and mask is None,
+                scale=spec.scale,
+                enable_gqa=k_BSGD.shape[2] != H,
+            )
+        return out_BHSD.transpose(1, 2)
+
+    def _varlen(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lengths: Tensor | None) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        B, S, H, _ = q_BSHD.shape
+        if lengths is None:
+            lengths = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q_BSHD.device)
+        options: dict[str, Any] = {"scale": self.spec.scale}
+        if k_BSGD.shape[2] != H and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True  # torch 2.11 has no such switch: its kernel takes grouped heads as they are
+        left = -1 if self.spec.window is None else self.spec.window - 1
+        q, k, v = q_BSHD.flatten(0, 1), k_BSGD.flatten(0, 1), v_BSGD.flatten(0, 1)
+        out = varlen_attn(q, k, v, lengths, lengths, S, S, window_size=(left, 0), **options)
+        assert isinstance(out, Tensor)
+        return out.unflatten(0, (B, S))
+
+
+def cumulative_lengths(starts_BS: Tensor, max_documents: int) -> Tensor:
+    """Where each document begins in the flattened batch, and the end: int32 (B · max_documents + 1,).
+
+    The shape depends on the bound alone, so nothing recompiles from batch to batch; unused places repeat the end and
+    mean empty documents. Computed on the device, without a synchronisation.
+    """
+    B, S = starts_BS.shape
+    index_S = torch.arange(S, device=starts_BS.device, dtype=torch.int32)
+    index_N = torch.arange(B * S, device=starts_BS.device, dtype=torch.int32)
+    is_first_N = (starts_BS == index_S).flatten()
+    boundaries = torch.where(is_first_N, index_N, B * S).sort().values[: B * max_documents]
+    end = torch.full((B * max_documents + 1 - boundaries.shape[0],), B * S, dtype=torch.int32, device=starts_BS.device)
+    return torch.cat([boundaries, end])
+
+
+def choose_kernel(spec: AttentionSpec, config: AttentionConfig) -> Choice:
+    """The kernel that honours the spec: the one asked for, or the fastest that can."""
+    assert isinstance(config, SdpaConfig)
+    asked = config.kernel
+    if spec.softcap > 0:
+        return Choice(None, f"no SDPA kernel caps scores (softcap={spec.softcap:g}); use attention=flex or math")
+    if spec.device.type != "cuda":
+        if asked in ("auto", "math"):
+            fused = asked == "auto"
+            return Choice("flash" if fused else "math", "fused CPU kernel" if fused else "asked for")
+        if asked == "flash":
+            return Choice("flash", "asked for")
+        return Choice(None, f"attention.kernel={asked} runs on CUDA only; use attention.kernel=auto or math")
+
+    masked = "documents" if spec.masks_documents else "a window" if spec.window is not None else None
+    if asked == "cudnn" and masked:
+        return Choice(
+            None, f"PyTorch does not hand {masked} to cuDNN; use attention.kernel=flash or data.document_mask=false"
+        )
+    if masked and asked in ("auto", "flash"):
+        if spec.causal and _runs_on_flash(spec):
+            return Choice(VARLEN, f"FlashAttention-2 over document lengths, the kernel that skips what {masked} masks")
+        if asked == "flash":
+            return Choice(
+                None,
+                f"the flash kernel masks {masked} only causally and in bf16 or fp16; use attention.kernel=efficient",
+            )
+    if masked:
+        kernel = "efficient" if asked == "auto" else asked
+        return Choice(kernel, f"a dense S × S mask for {masked}: exact, but nothing is skipped")
+
+    # cuDNN first on Hopper and newer, where it is 1.3 to 1.6 times the speed of the FlashAttention-2 kernel.
+    hopper = torch.cuda.get_device_capability(spec.device) >= (9, 0)
+    order = ("cudnn", "flash", "efficient", "math") if hopper else ("flash", "efficient", "cudnn", "math")
+    if asked != "auto":
+        usable = _can_use(spec, asked)
+        remedy = "use attention.kernel=auto"
+        return (
+            Choice(asked, "asked for")
+            if usable
+            else Choice(None, f"PyTorch's {asked} kernel refuses this shape; {remedy}")
+        )
+    kernel = next(kernel for kernel in order if _can_use(spec, kernel))
+    return Choice(kernel, f"first of {', '.join(order)} that takes head_dim {spec.head_dim} in {spec.dtype}")
+
+
+def _runs_on_flash(spec: AttentionSpec) -> bool:
+    capable = torch.cuda.get_device_capability(spec.device) >= (8, 0)
+    return capable and spec.dtype in (torch.bfloat16, torch.float16) and spec.head_dim % 8 == 0 and spec.head_dim <= 256
+
+
+def _can_use(spec: AttentionSpec, kernel: str) -> bool:
+    """What PyTorch itself answers for this shape, dtype and card."""
+    cuda = torch.backends.cuda
+    can_use = {
+        "flash": cuda.can_use_flash_attention,
+        "cudnn": cuda.can_use_cudnn_attention,
+        "efficient": cuda.can_use_efficient_attention,
+    }.get(kernel)
+    if can_use is None:
+        return True
+    n_kv_heads = spec.n_kv_heads if kernel == "flash" else spec.n_heads  # the others get repeated heads
+
+    def example(n_heads: int) -> Tensor:
+        x_BSHD = torch.empty((1, spec.seq_len, n_heads, spec.head_dim), dtype=spec.dtype, device=spec.device)
+        return x_BSHD.requires_grad_().transpose(1, 2)
+
+    q, k = example(spec.n_heads), example(n_kv_heads)
+    params = cuda.SDPAParams(q, k, k, None, 0.0, spec.causal, spec.n_heads != n_kv_heads)
+    return bool(can_use(params))

@@ -1,0 +1,89 @@
+"""What a model is: the fields of `configs/model/*.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .rotary import RotaryConfig
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer. Two families come out of these choices: GPT-2 and Llama."""
+
+    name: str
+    n_layers: int
+    n_heads: int
+    dim: int
+    """Width of the residual stream."""
+    ffn_dim: int
+    """Width inside the feed-forward layer."""
+    vocab_size: int
+    n_kv_heads: int | None = None
+    """Key/value heads, shared by groups of query heads (grouped-query attention); None for as many as n_heads."""
+    head_dim: int | None = None
+    """None for dim / n_heads."""
+    position: str = "rotary"
+    """learned (a table of n_positions, GPT-2) or rotary (Llama)."""
+    n_positions: int = 0
+    """Rows of the learned table; unused with rotary."""
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    norm: str = "rmsnorm"
+    """rmsnorm (Llama) or layernorm (GPT-2)."""
+    norm_eps: float = 1e-5
+    mlp: str = "swiglu"
+    """swiglu (Llama) or gelu (GPT-2, the tanh form)."""
+    bias: bool = False
+    """Biases in the linear layers and, with layernorm, in the norms."""
+    tie_head: bool = False
+    """The output head is the embedding table."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before rotation (Dehghani et al. 2023, arXiv:2302.05442)."""
+    window: int | None = None
+    """Sliding window: most recent tokens a token sees, itself included; None for all."""
+    attention_softcap: float = 0.0
+    """c > 0 replaces an attention score s with c · tanh(s / c) (Gemma 2)."""
+    attention_scale: float | None = None
+    """Multiplies attention scores; None for 1/√head_dim."""
+    logit_softcap: float = 0.0
+    """c > 0 replaces a logit z with c · tanh(z / c)."""
+    loss_chunk_size: int = 4096
+    """Tokens whose logits exist at one time in training; 0 for all."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "dim", "ffn_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(
+                    f"model.n_heads={self.n_heads} does not divide model.dim={self.dim}; "
+                    f"choose a divisor or set model.head_dim"
+                )
+            self.head_dim = self.dim // self.n_heads
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}")
+        for name, allowed in (
+            ("position", ("learned", "rotary")),
+            ("norm", ("rmsnorm", "layernorm")),
+            ("mlp", ("swiglu", "gelu")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; change model.head_dim")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"model.window={self.window}: a token sees at least itself; use 1 or more, or null")
+        for name in ("attention_softcap", "logit_softcap", "loss_chunk_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} is negative; use 0 to switch it off")
+
+    def check_seq_len(self, seq_len: int) -> None:
+        """Raises ValueError when rows of this length have positions the model lacks."""
+        if self.position == "learned" and seq_len > self.n_positions:
+            raise ValueError(
+                f"seq_len={seq_len} is beyond the model's {self.n_positions} learned positions; "
+                f"set model.n_positions={seq_len} or use a model with rotary positions"
+            )

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.tokenizer
+from data.tokenizer import SEPARATOR, Tokenizer
+
+TEXTS = [
+    "def visible(query, key):\n    return key <= query  # it's causal: 2026\n\n\n" * 30,
+    "Grüße, naïve café — 漢字 🙂\t tabs\r\nand more words, words, words\n" * 30,
+]
+TOKENIZER = Tokenizer.train(TEXTS, 320)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_TEXT | st.lists(st.sampled_from([*TEXTS[1][:60], SEPARATOR, "  ", "\n\n", "'S", "1234"])).map("".join))
+def test_decoding_gives_the_text_back_and_token_bytes_add_up(text):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.token_bytes()[ids].sum() == len(text.encode())
+    assert TOKENIZER.separator_id not in ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(["\n", "\r\n", " ", "\t", "\x1c", "\u2028", "a", "if", "'s", "(", "12", "é"])).map("".join)
+)
+def test_a_text_encoded_in_pieces_has_the_tokens_of_the_whole(text):
+    size, data.tokenizer.PIECE_CHARS = data.tokenizer.PIECE_CHARS, 3
+    try:
+        pieces = list(data.tokenizer._pieces(text))
+        (ids,) = TOKENIZER.encode_batch([text])
+    finally:
+        data.tokenizer.PIECE_CHARS = size
+    assert "".join(pieces) == text
+    assert ids.tolist() == TOKENIZER.encode(text)
+
+
+def test_a_long_text_is_really_cut_into_pieces(monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "PIECE_CHARS", 100)
+    assert max(map(len, data.tokenizer._pieces(TEXTS[0]))) < 200
+    assert Tokenizer.train(TEXTS, 320)._backend.to_str() == TOKENIZER._backend.to_str()
+
+
+def test_batches_keep_texts_apart_in_order_and_in_the_smallest_type(monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "BATCH_PIECES", 3)
+    texts = [*TEXTS, "", "a", "bb", "", *TEXTS]
+    ids = TOKENIZER.encode_batch(texts)
+    assert [array.tolist() for array in ids] == [TOKENIZER.encode(text) for text in texts]
+    assert {array.dtype for array in ids} == {np.dtype(np.uint16)}
+    assert TOKENIZER.encode_batch([]) == []
+
+
+def test_the_separator_is_never_parsed_from_text():
+    assert len(TOKENIZER.encode(SEPARATOR)) > 1
+    assert TOKENIZER.separator_id not in TOKENIZER.encode_batch([SEPARATOR])[0]
+    assert TOKENIZER.decode([TOKENIZER.separator_id, *TOKENIZER.encode("a")]) == SEPARATOR + "a"
+    assert TOKENIZER.token_bytes()[TOKENIZER.separator_id] == 0
+
+
+def test_training_learns_merges_up_to_the_asked_size():
+    assert TOKENIZER.vocab_size == 320
+    assert Tokenizer.train(TEXTS, 257).vocab_size == 257
+    assert Tokenizer.train(["tiny"], 4096).vocab_size == 257
+    assert len(TOKENIZER.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+def test_training_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        Tokenizer.train(TEXTS, 320).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_saved_tokenizer_loads_the_same_and_leaves_no_other_file(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    text = TEXTS[1] + SEPARATOR
+    assert loaded.encode(text) == TOKENIZER.encode(text)
+    np.testing.assert_array_equal(loaded.token_bytes(), TOKENIZER.token_bytes())
+    assert loaded.token_bytes().dtype == np.int32
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
+def test_a_missing_or_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        Tokenizer.load(path)
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
+    Backend(BPE()).save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match="not ours"):
+        Tokenizer.load(tmp_path / "t.json")

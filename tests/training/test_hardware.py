@@ -1,0 +1,101 @@
+"""The table of peaks, and the facts a run records about its machine."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.hardware import describe_device, git_commit, peak_flops, versions
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA GH200 144G HBM3e", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("AMD Instinct MI300X", 1307.4),
+    ],
+)
+def test_peak_is_the_dense_bf16_figure_of_that_very_card(name: str, tera: float) -> None:
+    assert peak_flops(name, torch.bfloat16) == pytest.approx(tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "",
+        "NVIDIA H100",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A10G",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "Some Future Card B2000",
+    ],
+)
+def test_an_unknown_card_has_no_peak(name: str) -> None:
+    assert peak_flops(name, torch.bfloat16) is None
+
+
+def test_peak_depends_on_the_dtype() -> None:
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 156e12
+    assert peak_flops("Tesla V100-SXM2-32GB", torch.float16) == 125e12
+    assert peak_flops("Tesla V100-SXM2-32GB", torch.bfloat16) is None, "Volta has no bf16"
+    assert peak_flops("NVIDIA H200", torch.float64) is None, "not in the table"
+
+
+def test_a_capability_that_is_not_the_cards_gives_none() -> None:
+    assert peak_flops("NVIDIA H200", torch.bfloat16, (9, 0)) == pytest.approx(989.4e12)
+    assert peak_flops("NVIDIA H200", torch.bfloat16, (8, 0)) is None
+
+
+def test_describe_device_on_the_cpu() -> None:
+    facts = describe_device("cpu")
+    assert facts["device"] == "cpu"
+    assert facts["name"]
+    assert facts["processors"] >= 1
+
+
+def test_versions_name_what_is_installed() -> None:
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "numpy", "hydra-core"} <= set(found)
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_git_commit_says_dirty_and_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert git_commit(tmp_path) is None
+    assert git_commit(tmp_path / "missing") is None
+
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    clean = git_commit(tmp_path)
+    assert clean is not None
+    assert len(clean) == 40
+    (tmp_path / "new.py").write_text("1")
+    assert git_commit(tmp_path) == clean + "+dirty"
+
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(tmp_path) is None

@@ -1,0 +1,280 @@
+"""W&B without a network: every case runs in a process of its own, as wandb reads its environment once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from training.loggers import wandb as module
+from training.loggers.base import RunInfo
+from training.loggers.wandb import WandbConfig, WandbLogger
+
+pytest.importorskip("wandb")
+
+ROOT = Path(__file__).parents[2]
+KEY = "0123456789abcdef" * 3
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from training.loggers import Loggers, RunInfo, WandbConfig
+from training.loggers.wandb import WandbLogger
+
+folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
+lines = []
+loggers = Loggers([WandbLogger(WandbConfig(**config), lines.append)], lines.append)
+begin = time.monotonic()
+loggers.start(RunInfo("tiny", folder, {"model": {"width": 64}}, {"parameters": 7}))
+seconds = time.monotonic() - begin
+for step, loss in ((1, 3.5), (2, 3.25)):
+    loggers.log(step, 100 * step, {"train/loss": loss})
+loggers.log(2, 200, {"val/loss": 3.0, "val/bits_per_byte": float("nan")})
+if config.get("mode") == "offline":
+    loggers.sample(2, 200, "once <b>upon</b>")
+loggers.finish("interrupted")
+print(json.dumps({"lines": lines, "seconds": seconds}))
+"""
+
+
+def record_run(folder: Path, environment: dict[str, str], **config: Any) -> dict[str, Any]:
+    """Run CHILD with a closed stdin, an empty home and no wandb variable but the given ones."""
+    run, home = folder / "run", folder / "home"
+    run.mkdir()
+    home.mkdir()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**clean, "HOME": str(home), "NETRC": str(home / ".netrc"), "PYTHONPATH": str(ROOT), **environment}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(run), json.dumps(config)],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    *noise, result = child.stdout.splitlines()
+    assert noise == [], "wandb printed something of its own"
+    assert child.stderr == "", "wandb printed something of its own"
+    return json.loads(result)
+
+
+def records(run: Path) -> list[Any]:
+    """What a .wandb file holds: protobuf records in LevelDB's log format (32 KiB blocks of checksummed pieces)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, piece, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # a header never straddles blocks
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        piece += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # full, last
+            found.append(Record.FromString(piece))
+            piece = b""
+    return found
+
+
+def test_offline_run_holds_config_metrics_axes_and_sample(tmp_path: Path) -> None:
+    result = record_run(tmp_path, {}, mode="offline", project="p", group="g", tags=["t"], notes="n")
+    (line,) = result["lines"]
+    assert line.startswith("wandb: offline (logger.wandb.mode=offline); to upload later: wandb sync ")
+    assert Path(line.rsplit(" ", 1)[1]).parent == tmp_path / "run" / "wandb"
+
+    found = records(tmp_path / "run")
+    (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name, run.run_group, list(run.tags), run.notes) == ("p", "tiny", "g", ["t"], "n")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"] == {"width": 64}
+    assert config["facts"] == {"parameters": 7}
+
+    history = []
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            history.append({name: json.loads(value) for name, value in row.items() if not name.startswith("_")})
+    assert history[:2] == [
+        {"step": 1, "tokens": 100, "train/loss": 3.5},
+        {"step": 2, "tokens": 200, "train/loss": 3.25},
+    ]
+    assert history[2]["val/loss"] == 3.0
+    assert history[3]["sample/_type"] == "html-file"
+
+    metrics = {
+        record.metric.name or record.metric.glob_name: record.metric
+        for record in found
+        if record.metric.name or record.metric.glob_name
+    }
+    assert {"tokens", "*", "val/loss", "val/bits_per_byte"} <= set(metrics)
+    assert metrics["*"].step_metric == metrics["val/loss"].step_metric == "step"
+    assert metrics["val/loss"].summary.min
+    (end,) = [record.exit for record in found if record.WhichOneof("record_type") == "exit"]
+    assert end.exit_code == 130
+
+
+def test_without_a_login_the_run_is_offline_and_nothing_is_asked(tmp_path: Path) -> None:
+    result = record_run(tmp_path, {})
+    (line,) = result["lines"]
+    assert line.startswith("wandb: offline (not logged in: run `wandb login` or set WANDB_API_KEY); to upload later")
+    assert result["seconds"] < 10
+    assert records(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "logged_in", "chosen"),
+    [
+        ("auto", "online", True, "online"),
+        ("auto", "offline", True, "offline"),
+        ("auto", "dryrun", True, "offline"),
+        ("auto", "disabled", True, "disabled"),
+        ("online", "offline", True, "online"),  # what the command line says beats the environment
+        ("online", "online", False, "offline"),
+        ("offline", "online", True, "offline"),
+    ],
+)
+def test_the_mode_follows_the_config_then_wandbs_own_settings_then_the_login(
+    asked: str, own: str, logged_in: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_answers", lambda url: True)
+    monkeypatch.setattr(module, "_login_problem", lambda *arguments: "" if logged_in else "not logged in")
+    settings = SimpleNamespace(mode=own, base_url="http://server")
+    mode, why = module._choose_mode(None, asked, settings)
+    assert mode == chosen
+    assert why or mode == "online"
+
+
+def test_wandb_mode_is_respected(tmp_path: Path) -> None:
+    assert record_run(tmp_path, {"WANDB_MODE": "disabled"})["lines"] == ["wandb: wandb's own settings say disabled"]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("server", ["refuses", "silent"])
+def test_without_a_network_the_run_is_offline_within_seconds_and_the_key_is_nowhere(
+    server: str, silent_port: int, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{9 if server == 'refuses' else silent_port}"
+    result = record_run(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "NO_PROXY": "127.0.0.1"})
+    (line,) = result["lines"]
+    assert line.startswith(f"wandb: offline (no answer from {url} within 3 s); to upload later: wandb sync ")
+    assert result["seconds"] < 12, "about 2 s when refused, 5 s when silent"
+
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+# ---- online, against a stand-in server that speaks just enough of the protocol
+
+
+@pytest.fixture
+def graphql() -> Iterator[tuple[str, list[str]]]:
+    """(url, bodies of all requests) of a server that accepts every run."""
+    bodies: list[str] = []
+    project = {"id": "P", "name": "flash-gpt", "entity": {"id": "E", "name": "me"}}
+    bucket = {"id": "B", "name": "abc", "displayName": "tiny", "description": "", "config": "{}", "project": project}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0)).decode("utf-8", "replace")
+            bodies.append(self.path + " " + body)
+            data: dict[str, Any] = {}
+            if "upsertBucket" in body:
+                data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+            elif "createRunFiles" in body:
+                data = {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": []}}
+            answer = json.dumps({"data": data}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", bodies
+    server.shutdown()
+    server.server_close()
+
+
+def test_with_a_key_and_a_server_the_run_is_online(graphql: tuple[str, list[str]], tmp_path: Path) -> None:
+    url, bodies = graphql
+    result = record_run(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "NO_PROXY": "127.0.0.1"})
+    assert result["lines"] == [f"wandb: {url}/me/flash-gpt/runs/abc"]
+    assert any("file_stream" in body and "train/loss" in body for body in bodies)
+
+
+# ---- the upload at the end
+
+
+class StuckRun:
+    dir = "/somewhere/wandb/run-1/files"
+
+    def __init__(self, error: Exception | None) -> None:
+        self.summary: dict[str, str] = {}
+        self.error = error
+
+    def finish(self, exit_code: int) -> None:
+        if self.error:
+            raise self.error
+        threading.Event().wait(60)
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("Timed out finishing run.")])
+def test_finish_is_cut_with_one_line_when_the_upload_hangs(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(module, "FINISH_GRACE_SECONDS", 0.1)
+    lines: list[str] = []
+    logger = WandbLogger(WandbConfig(), lines.append)
+    logger._run = StuckRun(error)
+    logger.finish("finished")
+    assert lines == ["wandb: upload cut after 0 s; to upload the rest: wandb sync /somewhere/wandb/run-1"]
+
+
+def test_an_online_run_that_the_server_refuses_is_recorded_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    class Run:
+        dir = str(tmp_path / "wandb" / "offline-run-1" / "files")
+
+        def define_metric(self, *arguments: Any, **options: Any) -> None: ...
+
+    def init(*, mode: str, **options: Any) -> Run:
+        if mode == "online":
+            raise wandb.Error("permission\ndenied")
+        return Run()
+
+    monkeypatch.setattr(module, "_choose_mode", lambda *arguments: ("online", ""))
+    monkeypatch.setattr(wandb, "init", init)
+    lines: list[str] = []
+    WandbLogger(WandbConfig(), lines.append).start(RunInfo("tiny", tmp_path, {}, {}))
+    (line,) = lines
+    assert "did not accept the run, Error: permission denied); to upload later: wandb sync " in line

@@ -1,0 +1,34 @@
+"""Train a GPT: python train.py attention=sdpa seq_len=16384
+
+configs/train.yaml lists everything that can be set; README.md explains the numbers.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from training import cli
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(composed: DictConfig) -> None:
+    cli.job(train, composed)
+
+
+def train(composed: DictConfig) -> dict[str, float]:
+    """One run; returns the last value of every metric."""
+    from training.config import load_config  # here, so that --help and tab completion do not wait for torch
+    from training.memory import out_of_memory_explained
+    from training.trainer import Trainer
+
+    config = load_config(composed)
+    with out_of_memory_explained(config):
+        trainer = Trainer(config)
+        summary = trainer.fit()
+    print(trainer.folder)
+    return summary
+
+
+if __name__ == "__main__":
+    cli.run(main)

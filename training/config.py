@@ -1,0 +1,245 @@
+"""The whole configuration of a run, typed: what Hydra composed becomes dataclasses once, or one line says why not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from data.config import SOURCES, DataConfig, TokenizerConfig
+from model.attention import CONFIGS as ATTENTIONS
+from model.attention import AttentionConfig, AttentionSpec, build_attention
+from model.config import ModelConfig
+
+from .loggers import LoggerConfig
+from .optimizer import OPTIMIZERS, OptimizerConfig
+from .schedule import SCHEDULES, ScheduleConfig
+
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+
+
+@dataclass
+class TrainConfig:
+    """`configs/train.yaml`, where every field is explained."""
+
+    attention: AttentionConfig
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    logger: LoggerConfig
+    seq_len: int
+    batch_size: int
+    tokens_per_step: int | None
+    max_steps: int | None
+    max_tokens: int
+    learning_rate: float
+    grad_clip: float
+    seed: int
+    device: str
+    precision: str
+    compile: Any
+    log_every: int
+    eval_every: int
+    eval_tokens: int
+    sample_every: int
+    sample_prompt: str
+    sample_tokens: int
+    run_dir: str
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "log_every", "eval_tokens"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
+        for name in ("eval_every", "sample_every", "sample_tokens", "grad_clip", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "use 1 or more")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use 1 or more")
+        _require(0 < self.learning_rate < 10, "learning_rate", self.learning_rate, "use a small positive number")
+        _require(self.device in ("auto", "cuda", "cpu"), "device", self.device, "use auto, cuda or cpu")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"use {', '.join(PRECISIONS)}")
+        _require(self.compile in ("auto", True, False), "compile", self.compile, "use auto, true or false")
+        _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "name a folder")
+        micro_batch = self.batch_size * self.seq_len
+        if self.tokens_per_step is None:
+            self.tokens_per_step = micro_batch
+        if self.tokens_per_step < micro_batch or self.tokens_per_step % micro_batch:
+            nearest = max(1, round(self.tokens_per_step / micro_batch)) * micro_batch
+            raise ValueError(
+                f"tokens_per_step={self.tokens_per_step} is not a multiple of batch_size × seq_len = {micro_batch}; "
+                f"use {nearest}, or null for one micro-batch"
+            )
+        self.model.check_seq_len(self.seq_len)
+        if self.tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size={self.tokenizer.vocab_size} is larger than "
+                f"model.vocab_size={self.model.vocab_size}; lower the first or raise the second"
+            )
+
+    @property
+    def step_tokens(self) -> int:
+        assert self.tokens_per_step is not None
+        return self.tokens_per_step
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps if self.max_steps is not None else math.ceil(self.max_tokens / self.step_tokens)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.step_tokens // (self.batch_size * self.seq_len)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run computes: `device`, `precision` and `compile` with every auto decided."""
+
+    device: torch.device
+    precision: str
+    compile: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products and attention."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def resolve_runtime(config: TrainConfig) -> Runtime:
+    """Decide every `auto` from the machine at hand.
+
+    Raises:
+        ValueError: what was asked for is not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ValueError(
+            "device=cuda, but PyTorch sees no CUDA GPU here; use device=cpu or install a CUDA build of torch"
+        )
+    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    if precision == "tf32" and not has_bf16:
+        raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError(
+            f"precision=bf16 needs an A100 or newer, not {torch.cuda.get_device_name()}; use precision=fp32"
+        )
+    return Runtime(device, precision, device.type == "cuda" if config.compile == "auto" else bool(config.compile))
+
+
+def attention_spec(config: TrainConfig, runtime: Runtime, max_documents: int | None) -> AttentionSpec:
+    """What this run asks of its attention backend."""
+    model = config.model
+    assert model.n_kv_heads is not None
+    assert model.head_dim is not None
+    return AttentionSpec(
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        seq_len=config.seq_len,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        window=model.window,
+        max_documents=max_documents,
+        softcap=model.attention_softcap,
+        scale=model.attention_scale,
+    )
+
+
+def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
+    """Turn a composed configuration into a checked `TrainConfig`.
+
+    Everything that can be known without reading data is checked here, so a mistake costs a second, not a run.
+
+    Raises:
+        ValueError: one line that names the field, the value and what to do instead.
+    """
+    raw = OmegaConf.create(dict(composed)) if not isinstance(composed, DictConfig) else composed
+    refuse_secrets(raw)
+    schema = OmegaConf.structured(TrainConfig)
+    groups: dict[str, Mapping[str, type[Any]]] = {
+        "attention": ATTENTIONS,
+        "data": SOURCES,
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+    }
+    for group, options in groups.items():
+        name = raw[group].get("name")
+        if name not in options:
+            raise ValueError(f"{group}.name={name} is unknown; use {', '.join(options)}")
+        schema[group] = OmegaConf.structured(options[name])
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        raise ValueError(unknown_key(key, dotted_keys(schema))) from error
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ValueError(f"{error.full_key}: {reason}") from error
+    assert isinstance(config, TrainConfig)
+    runtime = resolve_runtime(config)
+    build_attention(
+        config.attention, attention_spec(config, runtime, config.seq_len if config.data.document_mask else None)
+    )
+    return config
+
+
+def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a nested configuration: seq_len, model, model.dim, …"""
+    for key in map(str, config):
+        yield f"{prefix}{key}"
+        if OmegaConf.is_dict(config._get_node(key)) and not OmegaConf.is_missing(config, key):
+            yield from dotted_keys(config[key], f"{prefix}{key}.")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The line for a key that does not exist, with its nearest neighbour."""
+    known = list(known)
+    near = get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # dim=64 for model.dim=64
+        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    hint = f"did you mean {near[0]}?" if near else "python train.py --cfg job shows every setting"
+    return f"{key} is not a setting; {hint}"
+
+
+SECRET_KEY = re.compile(r"(api_?key|secret|password|passwd|credential|(^|_)token$)", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|^hf_[A-Za-z0-9]{20,}$|^[0-9a-f]{40}$")
+
+
+def refuse_secrets(config: Any, prefix: str = "") -> None:
+    """A configuration is written to the run folder and to W&B, so nothing secret may be in it.
+
+    Raises:
+        ValueError: names the key, never the value.
+    """
+    items = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
+    if not isinstance(items, dict):
+        return
+    for name, value in items.items():
+        key = str(name)
+        if isinstance(value, dict):
+            refuse_secrets(value, f"{prefix}{key}.")
+        elif value and (SECRET_KEY.search(key) or SECRET_VALUE.search(str(value))):
+            raise ValueError(
+                f"{prefix}{key} looks like a secret, and the config is saved and uploaded with the run; "
+                f"use the environment instead (WANDB_API_KEY, HF_TOKEN)"
+            )
+
+
+def _require(ok: bool, name: str, value: Any, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value} is not possible; {remedy}")

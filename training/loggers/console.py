@@ -1,0 +1,109 @@
+"""What a person watches: one line per event, coloured on a terminal, plain text elsewhere.
+
+step    200/2000   tokens   1.6M   loss  3.2145   lr 3.00e-04   grad  1.23   tok/s  98.3k   ...   ETA 0:12:40
+step    200/2000   validation   loss  3.1010   bits/byte  1.2345
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TextIO
+
+from rich.console import Console as Terminal
+from rich.panel import Panel
+from rich.text import Text
+
+from training.loggers.base import Logger, RunInfo
+
+
+def short(number: float) -> str:
+    """A count in at most six characters: 950, 12.3k, 1.6M, 2.1B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= 0.99995 * size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+# (metric, label, how to print its value); each value has a fixed width, so that a column is a column.
+# A metric that an event lacks is left out: a CPU has no memory peak, an unknown card no MFU.
+Column = tuple[str, str, Callable[[float], str]]
+TRAIN: list[Column] = [
+    ("train/loss", "loss", lambda value: f"{value:7.4f}"),
+    ("train/learning_rate", "lr", lambda value: f"{value:8.2e}"),
+    ("train/grad_norm", "grad", lambda value: f"{value:6.2f}"),
+    ("throughput/tokens_per_second", "tok/s", lambda value: f"{short(value):>6}"),
+    ("throughput/tflops", "TFLOP/s", lambda value: f"{value:6.1f}"),
+    ("throughput/mfu", "MFU", lambda value: f"{100 * value:4.1f}%"),
+    ("memory/peak_allocated_gib", "peak", lambda value: f"{value:5.1f} GiB"),
+]
+VALIDATION: list[Column] = [
+    ("val/loss", "loss", lambda value: f"{value:7.4f}"),
+    ("val/bits_per_byte", "bits/byte", lambda value: f"{value:7.4f}"),
+]
+
+
+class Console(Logger):
+    """Writes to `stream` (standard output); max_steps gives the progress and the ETA."""
+
+    name = "console"
+
+    def __init__(self, max_steps: int, stream: TextIO | None = None) -> None:
+        self.max_steps = max_steps
+        self._stream = stream or sys.stdout
+        self._terminal = Terminal(file=self._stream, highlight=False) if self._stream.isatty() else None
+        self._first: tuple[int, float] | None = None
+
+    def start(self, run: RunInfo) -> None:
+        self._write(Text(f"run {run.name} in {run.folder}"))
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        if training := _fields(TRAIN, metrics):
+            self._line(step, [("tokens", f"{short(tokens):>6}"), *training, *self._eta(step)])
+        if validation := _fields(VALIDATION, metrics):
+            self._line(step, [("validation", ""), *validation], style="bold cyan")
+
+    def sample(self, step: int, tokens: int, text: str) -> None:
+        # A young model writes any byte, escape codes included: they must not reach the terminal.
+        text = "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
+        title = f"sample after step {step:,} ({short(tokens)} tokens)"
+        if self._terminal:
+            self._terminal.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+        else:
+            self._write(Text(f"{title}:\n" + textwrap.indent(text, "    ", lambda line: True)))
+
+    def finish(self, status: str) -> None:
+        self._write(Text(f"run {status}"))
+
+    def _eta(self, step: int) -> list[tuple[str, str]]:
+        """Time left at the pace since the first line of this process: the first steps compile and warm up."""
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = step, now
+            return []
+        first_step, first_time = self._first
+        left = max(self.max_steps - step, 0) * (now - first_time) / (step - first_step)
+        return [("ETA", str(timedelta(seconds=round(left))))]
+
+    def _line(self, step: int, fields: list[tuple[str, str]], style: str = "bold") -> None:
+        width = max(6, len(str(self.max_steps)))
+        line = Text()
+        for label, value in [("step", f"{step:>{width}}/{self.max_steps}"), *fields]:
+            line.append("   " if line else "").append(label, style="dim" if value else style)
+            line.append(f" {value}" if value else "", style=style)
+        self._write(line)
+
+    def _write(self, line: Text) -> None:
+        if self._terminal:
+            self._terminal.print(line)
+            return
+        encoding = self._stream.encoding or "utf-8"  # an ASCII-only pipe must not end the console over one letter
+        self._stream.write(line.plain.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+
+
+def _fields(columns: list[Column], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [(label, form(metrics[name])) for name, label, form in columns if name in metrics]

@@ -1,0 +1,61 @@
+"""What a run says when memory ends: what was held, what was wanted, and which settings would help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from model.arithmetic import score_bytes, state_bytes
+
+from .config import TrainConfig
+
+GIB = 2**30
+
+
+class OutOfMemory(RuntimeError):
+    """The device's memory did not suffice; the message says what would help."""
+
+
+@contextmanager
+def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory errors into `OutOfMemory`, whose message is meant for a person."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        stats = torch.cuda.memory_stats()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        held = (
+            f"{stats['allocated_bytes.all.current'] / GIB:.1f} GiB allocated and "
+            f"{stats['reserved_bytes.all.current'] / GIB:.1f} GiB reserved of {total / GIB:.1f} GiB"
+        )
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        raise OutOfMemory(
+            f"out of GPU memory: {held}, {wanted[1] if wanted else 'more'} wanted. {advice(config)}"
+        ) from error
+    except RuntimeError as error:
+        wanted = re.search(r"DefaultCPUAllocator.*?(\d+) bytes", str(error))
+        if wanted is None:
+            raise
+        raise OutOfMemory(f"out of memory: {int(wanted[1]) / GIB:.1f} GiB wanted. {advice(config)}") from error
+
+
+def advice(config: TrainConfig) -> str:
+    """The settings that reduce memory in this run, the most effective first."""
+    hints = []
+    if config.attention.name == "math" or getattr(config.attention, "kernel", None) == "math":
+        scores = score_bytes(config.model, config.batch_size, config.seq_len) / GIB
+        hints.append(f"attention=auto (math holds {scores:.1f} GiB of S × S scores per layer, several times over)")
+    if config.batch_size > 1:
+        hints.append(
+            f"batch_size={config.batch_size // 2} (tokens_per_step={config.step_tokens} keeps the step's size)"
+        )
+    if config.model.loss_chunk_size == 0:
+        hints.append("model.loss_chunk_size=4096 (all logits exist at once now)")
+    hints.append(f"seq_len={config.seq_len // 2}")
+    hints.append(
+        f"a smaller model= (weights, gradients and optimizer alone take {state_bytes(config.model) / GIB:.1f} GiB)"
+    )
+    return "What helps: " + ", ".join(hints)
