@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from training import cli
+from training.config import load_config
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -18,11 +19,11 @@ def main(composed: DictConfig) -> None:
 
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
-    from training.config import load_config  # here, so that --help and tab completion do not wait for torch
-    from training.memory import out_of_memory_explained
+    config = load_config(composed)
+
+    from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistyped command need not wait for
     from training.trainer import Trainer
 
-    config = load_config(composed)
     with out_of_memory_explained(config):
         trainer = Trainer(config)
         summary = trainer.fit()

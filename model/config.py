@@ -1,10 +1,40 @@
-"""What a model is: the fields of `configs/model/*.yaml`."""
+"""What a model is: the fields of `configs/model/*.yaml`. No torch here, so a mistake is found before it loads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .rotary import RotaryConfig
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
+
+
+@dataclass
+class RotaryConfig:
+    theta: float = 10000.0
+    """Base of the frequencies. Raising it is ABF (Xiong et al. 2023, arXiv:2309.16039): 500000 in Llama 3."""
+    scaling: str = "none"
+    """none, linear, ntk, yarn or llama3; all but none stretch `original_seq_len` by `factor`."""
+    factor: float = 1.0
+    original_seq_len: int = 8192
+    """The context length the unscaled frequencies were trained for (yarn and llama3)."""
+    beta_fast: float = 32.0
+    """yarn: dimensions that turn more often than this over the original context are left alone."""
+    beta_slow: float = 1.0
+    """yarn: dimensions that turn less often than this are interpolated fully."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_seq_len / this are interpolated fully."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_seq_len / this are left alone."""
+
+    def __post_init__(self) -> None:
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"model.rotary.scaling={self.scaling!r} is unknown; use {', '.join(SCALINGS)}")
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(
+                f"model.rotary.factor={self.factor:g} does nothing with scaling=none; "
+                f"name a scaling: {', '.join(SCALINGS[1:])}"
+            )
+        if self.factor < 1:
+            raise ValueError(f"model.rotary.factor={self.factor:g} would shorten the context; use 1 or more")
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .attention.base import AttentionConfig
+from .attention.config import AttentionConfig
 from .attention.math import MathAttention
 from .gpt import GPT
 

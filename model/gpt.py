@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels import linear_cross_entropy
 
-from .attention import AttentionBackend
+from .attention.base import AttentionBackend
 from .config import ModelConfig
 from .rotary import attention_scaling, inverse_frequencies, rotate
 

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.arithmetic import train_flops_per_token
-from model.attention import AttentionConfig, AttentionSpec, build_attention
+from model.attention import AttentionConfig, build_attention
+from model.attention.base import AttentionSpec
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.hardware import describe_device, git_commit, peak_flops, versions

@@ -6,22 +6,27 @@ Exit codes: 0 finished; 1 a bug, with its traceback; 2 the command or configurat
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+
+from .config import dotted_keys, unknown_key
+from .errors import NonFiniteError, OutOfMemory
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -53,9 +58,6 @@ def run(main: Callable[[], None]) -> None:
 
 def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) -> None:
     """Run one job of a Hydra application, turning what a person can cause into one line."""
-    from .memory import OutOfMemory  # these import torch
-    from .trainer import NonFiniteError
-
     try:
         summary = task(composed)
         _results.append((" ".join(HydraConfig.get().overrides.task), summary))
@@ -69,19 +71,26 @@ def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) ->
 def register_resolvers() -> None:
     """What configs/train.yaml may compute: ${cpu_or_gpu:a,b} and ${job:}."""
     OmegaConf.register_new_resolver("cpu_or_gpu", lambda cpu, gpu: gpu if _runs_on_gpu() else cpu, replace=True)
-    OmegaConf.register_new_resolver("job", lambda: f"/{HydraConfig.get().job.num}" if _in_sweep() else "", replace=True)
+    OmegaConf.register_new_resolver("job", _job_folder, replace=True)
 
 
 def _runs_on_gpu() -> bool:
-    if "device=cpu" in sys.argv:
+    """Whether this run will find a CUDA GPU, asked of the driver: torch's own answer costs its import, 1 to 3 s."""
+    if "device=cpu" in sys.argv or "+cpu" in version("torch"):
         return False
-    import torch  # 1.5 s: not before it is needed
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
-    return torch.cuda.is_available()
 
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def _job_folder() -> str:
+    """/0, /1, … in a sweep: each job has a folder inside the sweep's; nothing in a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    return f"/{OmegaConf.select(HydraConfig.instance().cfg, 'hydra.job.num', default='N')}"
 
 
 def _say(message: str) -> None:
@@ -91,26 +100,35 @@ def _say(message: str) -> None:
 def explain(error: Exception) -> str:
     """One line for what Hydra says in several: what, which value, what to do instead."""
     text = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown:
-        from .config import unknown_key
-
-        return unknown_key(unknown[1], _settings())
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        group, _, field = key[1].partition(".")
+        owners = [name for name in _options(group) if re.search(rf"^{field}:", _text(group, name), re.MULTILINE)]
+        if field and owners:
+            return f"{key[1]} belongs to {group}={' or '.join(owners)}; choose that too"
+        return unknown_key(key[1], _settings())
     option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()
-        options = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-        near = get_close_matches(name, options, n=1)
-        return f"{group}={name} is unknown; use {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
-    bad = re.search(r"(?:Error parsing override|LexerNoViableAltException:|override) '([^']*)'", text)
+        near = get_close_matches(name, _options(group), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{group}={name} is unknown; use {', '.join(_options(group))}{hint}"
     first = text.strip().splitlines()[0]
-    return f"cannot read {bad[1]!r}: {first}; quote values with special characters" if bad else first
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the command: {first}; write key=value, and quote a value with special characters twice"
+    return first
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def _text(group: str, name: str) -> str:
+    return (CONFIGS / group / f"{name}.yaml").read_text()
 
 
 def _settings() -> list[str]:
     """Every setting of the default configuration, and the names of the groups."""
-    from .config import dotted_keys
-
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return [*dotted_keys(compose("train")), "experiment"]

@@ -1,28 +1,51 @@
-"""The whole configuration of a run, typed: what Hydra composed becomes dataclasses once, or one line says why not."""
+"""The whole configuration of a run, typed: what Hydra composed becomes dataclasses once, or one line says why not.
+
+No torch here: whatever can be wrong without a look at the machine is found in the first second.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data.config import SOURCES, DataConfig, TokenizerConfig
-from model.attention import CONFIGS as ATTENTIONS
-from model.attention import AttentionConfig, AttentionSpec, build_attention
+from model.attention.config import ATTENTIONS, AttentionConfig
 from model.config import ModelConfig
 
 from .loggers import LoggerConfig
-from .optimizer import OPTIMIZERS, OptimizerConfig
 from .schedule import SCHEDULES, ScheduleConfig
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "adamw"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} is negative; use 0 for none")
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    name: str = "muon"
+    momentum: float = 0.95
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}
 
 
 @dataclass
@@ -99,71 +122,10 @@ class TrainConfig:
         return self.step_tokens // (self.batch_size * self.seq_len)
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how a run computes: `device`, `precision` and `compile` with every auto decided."""
-
-    device: torch.device
-    precision: str
-    compile: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of matrix products and attention."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-def resolve_runtime(config: TrainConfig) -> Runtime:
-    """Decide every `auto` from the machine at hand.
-
-    Raises:
-        ValueError: what was asked for is not there.
-    """
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ValueError(
-            "device=cuda, but PyTorch sees no CUDA GPU here; use device=cpu or install a CUDA build of torch"
-        )
-    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
-    if precision == "tf32" and not has_bf16:
-        raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError(
-            f"precision=bf16 needs an A100 or newer, not {torch.cuda.get_device_name()}; use precision=fp32"
-        )
-    return Runtime(device, precision, device.type == "cuda" if config.compile == "auto" else bool(config.compile))
-
-
-def attention_spec(config: TrainConfig, runtime: Runtime, max_documents: int | None) -> AttentionSpec:
-    """What this run asks of its attention backend."""
-    model = config.model
-    assert model.n_kv_heads is not None
-    assert model.head_dim is not None
-    return AttentionSpec(
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        seq_len=config.seq_len,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        window=model.window,
-        max_documents=max_documents,
-        softcap=model.attention_softcap,
-        scale=model.attention_scale,
-    )
-
-
 def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
     """Turn a composed configuration into a checked `TrainConfig`.
 
-    Everything that can be known without reading data is checked here, so a mistake costs a second, not a run.
+    What depends on the machine is checked by `training.runtime`.
 
     Raises:
         ValueError: one line that names the field, the value and what to do instead.
@@ -191,10 +153,6 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
         reason = str(error.msg or error).splitlines()[0]
         raise ValueError(f"{error.full_key}: {reason}") from error
     assert isinstance(config, TrainConfig)
-    runtime = resolve_runtime(config)
-    build_attention(
-        config.attention, attention_spec(config, runtime, config.seq_len if config.data.document_mask else None)
-    )
     return config
 
 

@@ -11,12 +11,9 @@ import torch
 from model.arithmetic import score_bytes, state_bytes
 
 from .config import TrainConfig
+from .errors import OutOfMemory
 
 GIB = 2**30
-
-
-class OutOfMemory(RuntimeError):
-    """The device's memory did not suffice; the message says what would help."""
 
 
 @contextmanager

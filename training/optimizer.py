@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass
-class OptimizerConfig:
-    name: str = "adamw"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} is negative; use 0 for none")
-
-
-@dataclass
-class MuonConfig(OptimizerConfig):
-    name: str = "muon"
-    momentum: float = 0.95
-
-
-OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}
+from .config import MuonConfig, OptimizerConfig
 
 
 class Optimizer:

@@ -19,21 +19,18 @@ from data.corpus import Corpus, load_corpus
 from data.loader import Batch, Loader, eval_batches
 from data.packing import PackedRows
 from model.arithmetic import parameter_count, state_bytes, train_flops_per_token
-from model.attention import build_attention
 from model.generate import generate
 from model.gpt import GPT
 
 from . import hardware
-from .config import TrainConfig, attention_spec, resolve_runtime
+from .config import TrainConfig
+from .errors import NonFiniteError
 from .loggers import build_loggers
 from .loggers.base import RunInfo
 from .optimizer import Optimizer
+from .runtime import attention_for, resolve_runtime
 from .schedule import learning_rate
 from .throughput import Throughput, memory_metrics
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient became NaN or infinite. The step was not taken."""
 
 
 class Trainer:
@@ -46,6 +43,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, notify: Callable[[str], None] = print) -> None:
         self.config, self.notify = config, notify
         self.runtime = runtime = resolve_runtime(config)
+        attention_for(config, runtime)  # a refusal comes now, not after the data is read
         self.folder = Path(config.run_dir)
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or remove it")
@@ -61,7 +59,7 @@ class Trainer:
         if runtime.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
-        self.attention = build_attention(config.attention, attention_spec(config, runtime, max_documents))
+        self.attention = attention_for(config, runtime, max_documents)
         with runtime.device:
             self.model = GPT(config.model, self.attention)
         if runtime.compile:

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .base import AttentionBackend, AttentionConfig, AttentionSpec
-from .flash import FlashAttention
-from .flex import FlexAttention
-from .math import MathAttention
-from .sdpa import SdpaAttention
+from .config import ATTENTIONS, AttentionConfig
 
-# In the order `attention=auto` tries them: fastest first.
-BACKENDS: dict[str, type[AttentionBackend]] = {
-    backend.name: backend for backend in (FlashAttention, SdpaAttention, FlexAttention, MathAttention)
+if TYPE_CHECKING:
+    from .base import AttentionBackend, AttentionSpec
+
+# In the order `attention=auto` tries them: fastest first. Imported on demand: FlexAttention alone brings PyTorch's
+# compiler, 2 s, and the configuration is checked before torch itself is loaded.
+BACKENDS = {
+    "flash": "FlashAttention",
+    "sdpa": "SdpaAttention",
+    "flex": "FlexAttention",
+    "math": "MathAttention",
 }
 
 
-@dataclass
-class AutoConfig(AttentionConfig):
-    name: str = "auto"
-
-
-CONFIGS: dict[str, type[AttentionConfig]] = {
-    "auto": AutoConfig,
-    **{name: backend.Config for name, backend in BACKENDS.items()},
-}
+def load_backend(name: str) -> type[AttentionBackend]:
+    """The class behind a name."""
+    backend: type[AttentionBackend] = getattr(import_module(f".{name}", __name__), BACKENDS[name])
+    return backend
 
 
 def build_attention(config: AttentionConfig, spec: AttentionSpec) -> AttentionBackend:
-    """The backend named by the config.
+    """The backend named by the config; `auto` is the first that can honour the spec.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot honour the spec (with its reason).
     """
     if config.name == "auto":
-        for backend in BACKENDS.values():
-            options = backend.Config(name=backend.name)
+        for name in BACKENDS:
+            backend, options = load_backend(name), ATTENTIONS[name](name=name)
             if backend.why_not(spec, options) is None:
                 return backend(spec, options)
     if config.name not in BACKENDS:
-        raise ValueError(f"attention={config.name} is unknown; use {', '.join(CONFIGS)}")
-    backend = BACKENDS[config.name]
+        raise ValueError(f"attention={config.name} is unknown; use {', '.join(ATTENTIONS)}")
+    backend = load_backend(config.name)
     reason = backend.why_not(spec, config)
     if reason is not None:
         raise ValueError(f"attention={config.name}: {reason}")
     return backend(spec, config)
 
 
-__all__ = ["BACKENDS", "CONFIGS", "AttentionBackend", "AttentionConfig", "AttentionSpec", "build_attention"]
+__all__ = ["ATTENTIONS", "BACKENDS", "AttentionConfig", "build_attention", "load_backend"]

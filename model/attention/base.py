@@ -12,12 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-
-@dataclass
-class AttentionConfig:
-    """Options of a backend, from `configs/attention/`. A backend with options of its own subclasses this."""
-
-    name: str
+from .config import AttentionConfig
 
 
 @dataclass(frozen=True)
@@ -57,11 +52,11 @@ class AttentionSpec:
 class AttentionBackend(ABC):
     """One way to compute attention. Subclasses honour the spec exactly or refuse it; nothing is approximated.
 
-    Adding a backend: a file with one subclass, a line in `BACKENDS`, a YAML in `configs/attention/`.
+    Adding a backend: a file with one subclass, a line each in `BACKENDS` and `ATTENTIONS`, a YAML in
+    `configs/attention/`.
     """
 
     name: ClassVar[str]
-    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         self.spec = spec

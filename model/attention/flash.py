@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import AttentionBackend, AttentionConfig, AttentionSpec
+from .base import AttentionBackend, AttentionSpec
+from .config import AttentionConfig
 
 
 class FlashAttention(AttentionBackend):

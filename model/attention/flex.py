@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 
 from kernels.reference import attend
 
-from .base import AttentionBackend, AttentionConfig, AttentionSpec
+from .base import AttentionBackend, AttentionSpec
+from .config import AttentionConfig
 
 BLOCK = 128
 

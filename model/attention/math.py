@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels.reference import attend, visible_pairs
 
-from .base import AttentionBackend, AttentionConfig, AttentionSpec
+from .base import AttentionBackend, AttentionSpec
+from .config import AttentionConfig
 
 
 class MathAttention(AttentionBackend):

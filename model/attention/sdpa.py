@@ -7,7 +7,6 @@ says each kernel can run, so the start-up line tells the truth.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,26 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.reference import visible_pairs
 
-from .base import AttentionBackend, AttentionConfig, AttentionSpec
+from .base import AttentionBackend, AttentionSpec
+from .config import AttentionConfig, SdpaConfig
 
-SDPA_KERNELS = {
+KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
 VARLEN = "flash-varlen"  # FlashAttention-2 over cumulative document lengths: `torch.nn.attention.varlen`
-
-
-@dataclass
-class SdpaConfig(AttentionConfig):
-    name: str = "sdpa"
-    kernel: str = "auto"
-    """auto, flash, cudnn, efficient or math."""
-
-    def __post_init__(self) -> None:
-        if self.kernel not in ("auto", *SDPA_KERNELS):
-            raise ValueError(f"attention.kernel={self.kernel!r} is unknown; use auto, {', '.join(SDPA_KERNELS)}")
 
 
 class Choice(NamedTuple):
@@ -48,7 +37,6 @@ class Choice(NamedTuple):
 
 class SdpaAttention(AttentionBackend):
     name = "sdpa"
-    Config = SdpaConfig
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
@@ -80,7 +68,7 @@ class SdpaAttention(AttentionBackend):
             # Only these two read grouped heads in place; the others get the same numbers, repeated.
             k_BSGD, v_BSGD = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
         assert self.kernel is not None
-        with sdpa_kernel(SDPA_KERNELS[self.kernel]):
+        with sdpa_kernel(KERNELS[self.kernel]):
             out_BHSD = F.scaled_dot_product_attention(
                 q_BSHD.transpose(1, 2),
                 k_BSGD.transpose(1, 2),

@@ -11,9 +11,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from kernels.reference import attention as reference
-from model.attention import BACKENDS, CONFIGS, AttentionSpec, build_attention
+from model.attention import ATTENTIONS, build_attention, load_backend
+from model.attention.base import AttentionSpec
+from model.attention.config import SdpaConfig
 from model.attention.flex import interval_block_mask
-from model.attention.sdpa import SdpaConfig, cumulative_lengths
+from model.attention.sdpa import cumulative_lengths
 
 CPU = torch.device("cpu")
 SHAPES = {  # batch, length, query heads, key/value heads, head_dim
@@ -62,8 +64,8 @@ def forward_and_gradients(function, qkv, grad_out) -> list[Tensor]:
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_backend_equals_the_specification(name, shape, mask):
     spec, qkv, starts, options = case(shape, mask)
-    config = CONFIGS[name](name=name)
-    if BACKENDS[name].why_not(spec, config):
+    config = ATTENTIONS[name](name=name)
+    if load_backend(name).why_not(spec, config):
         assert name == "sdpa"
         assert spec.softcap > 0  # the only refusal on a CPU
         return
@@ -83,7 +85,7 @@ def test_low_precision_error_is_within_twice_pytorchs_own(name):
     grad_out = torch.randn_like(qkv[0])
     truth = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts), qkv, grad_out)
     standard = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts), low, grad_out.bfloat16())
-    backend = build_attention(CONFIGS[name](name=name), replace(spec, dtype=torch.bfloat16))
+    backend = build_attention(ATTENTIONS[name](name=name), replace(spec, dtype=torch.bfloat16))
     got = forward_and_gradients(
         lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), low, grad_out.bfloat16()
     )
@@ -136,7 +138,7 @@ PLAIN = AttentionSpec(4, 2, 16, 64, CPU, torch.float32)
 
 def test_flash_says_that_it_is_not_there_yet():
     with pytest.raises(ValueError, match=r"attention=flash: .*not in this version yet; use attention=auto"):
-        build_attention(CONFIGS["flash"](name="flash"), PLAIN)
+        build_attention(ATTENTIONS["flash"](name="flash"), PLAIN)
 
 
 def test_sdpa_refuses_a_soft_cap_by_name_and_reason():
@@ -147,7 +149,7 @@ def test_sdpa_refuses_a_soft_cap_by_name_and_reason():
 
 
 def test_auto_takes_the_first_that_can_and_passes_over_those_that_cannot():
-    auto = CONFIGS["auto"](name="auto")
+    auto = ATTENTIONS["auto"](name="auto")
     assert build_attention(auto, PLAIN).name == "sdpa"
     assert build_attention(auto, replace(PLAIN, softcap=30.0)).name == "flex"
 
@@ -167,8 +169,8 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     "config",
     [
-        CONFIGS["math"](name="math"),
-        CONFIGS["flex"](name="flex"),
+        ATTENTIONS["math"](name="math"),
+        ATTENTIONS["flex"](name="flex"),
         *(SdpaConfig(kernel=kernel) for kernel in ("auto", "flash", "cudnn", "efficient", "math")),
     ],
     ids=lambda config: f"{config.name}-{getattr(config, 'kernel', '')}".rstrip("-"),
@@ -178,7 +180,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
 def test_backend_on_the_gpu_is_within_twice_the_error_of_standard_attention(config, shape, mask):
     spec, qkv, starts, options = case(shape, mask, torch.device("cuda"))
     spec = replace(spec, dtype=torch.bfloat16)
-    if BACKENDS[config.name].why_not(spec, config):
+    if load_backend(config.name).why_not(spec, config):
         pytest.skip("refused")
     low = [x.detach().bfloat16().requires_grad_() for x in qkv]
     grad_out = torch.randn_like(qkv[0])
@@ -191,4 +193,6 @@ def test_backend_on_the_gpu_is_within_twice_the_error_of_standard_attention(conf
         lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), low, grad_out.bfloat16()
     )
     for ours, theirs, exact in zip(got, standard, truth, strict=True):
-        assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
+        # Where a query sees one key, the gradients of q and k are differences of equal numbers: 0 only without rounding.
+        floor = 2**-7 * truth[-1].norm() if exact.norm() == 0 else 0.0
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + floor
