@@ -9,10 +9,10 @@ from dataclasses import dataclass
 class TokenizerConfig:
     """`configs/tokenizer`: how text becomes token ids."""
 
-    # "bpe": byte-level byte-pair encoding, trained on the corpus itself.
     name: str = "bpe"
-    # Number of token ids, the document separator included. A small text may yield fewer.
+    """"bpe": byte-level byte-pair encoding, trained on the corpus itself."""
     vocab_size: int = 4096
+    """Number of token ids, the document separator included. A small text may yield fewer."""
 
     def __post_init__(self) -> None:
         if self.name != "bpe":
@@ -27,14 +27,14 @@ class TokenizerConfig:
 class DataConfig:
     """`configs/data`: what every source of text has in common."""
 
-    # The source: a key of SOURCES.
     name: str
-    # True: attention and positions stay within a document. False: rows are read as one continuous text.
+    """The source: a key of SOURCES."""
     document_mask: bool = True
-    # Share of the text held out for validation, in whole documents where there are enough of them.
+    """True: attention and positions stay within a document. False: rows are read as one continuous text."""
     val_fraction: float = 0.05
-    # Folder for trained tokenizers and token files; "~" is the home folder.
+    """Share of the text held out for validation, in whole documents where there are enough of them."""
     cache_dir: str = "~/.cache/flash-gpt"
+    """Folder for trained tokenizers and token files; "~" is the home folder."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -55,10 +55,10 @@ class TextData(DataConfig):
     """`data=text`: your own files."""
 
     name: str = "text"
-    # A file, a folder (searched recursively) or a glob. Suffixes: .txt .py .md .jsonl. Required.
     path: str = ""
-    # The key of a .jsonl line that holds its text.
+    """A file, a folder (searched recursively) or a glob. Suffixes: .txt .py .md .jsonl. Required."""
     field: str = "text"
+    """The key of a .jsonl line that holds its text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

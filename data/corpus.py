@@ -65,7 +65,7 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     corpus_hash = _corpus_hash(documents, data, tokenizer)
     folder = Path(data.cache_dir).expanduser() / f"{data.name}-{corpus_hash[:16]}"
     if _read_manifest(folder) is None:
-        notify(f"corpus {data.name}: tokenizing {len(documents):,} documents, once, into {folder}")
+        notify(f"data       tokenizing {len(documents):,} documents, once, into {folder}")
         try:
             _build(folder, documents, corpus_hash, data, tokenizer)
         except OSError as error:
@@ -76,9 +76,9 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     corpus = _open(folder)
     notify(_summary(corpus.manifest))
     if corpus.manifest["note"]:
-        notify(f"corpus {data.name}: {corpus.manifest['note']}")
+        notify(f"           {corpus.manifest['note']}")
     if corpus.tokenizer.vocab_size < tokenizer.vocab_size:
-        notify(f"tokenizer: the text yields only {corpus.tokenizer.vocab_size:,} of {tokenizer.vocab_size:,} tokens")
+        notify(f"           the text yields only {corpus.tokenizer.vocab_size:,} of {tokenizer.vocab_size:,} tokens")
     return corpus
 
 
@@ -188,7 +188,7 @@ def _open(folder: Path) -> Corpus:
 
 def _summary(manifest: dict[str, Any]) -> str:
     return (
-        f"corpus {manifest['source']} {manifest['hash'][:8]}: {manifest['documents']:,} documents, "
+        f"data       {manifest['source']} {manifest['hash'][:8]}: {manifest['documents']:,} documents, "
         f"{manifest['bytes'] / 1e6:.1f} MB, {manifest['train']['tokens']:,} train and {manifest['val']['tokens']:,} "
         f"validation tokens; {manifest['long_documents']:,} documents over {LONG_DOCUMENT_TOKENS:,} tokens"
     )

@@ -23,7 +23,7 @@ class Batch:
     """B rows of S tokens.
 
     tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
-    visible_pairs: (query, key) pairs that causal attention and document mask let through, over the batch.
+    visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
     num_tokens: B · S.
     """
 
@@ -48,18 +48,18 @@ class Batch:
         )
 
 
-def collate(rows: Iterable[Row]) -> Batch:
-    """Stack rows of one length into a batch on the host."""
+def collate(rows: Iterable[Row], window: int | None = None) -> Batch:
+    """Stack rows of one length into a batch on the host; the model's sliding window counts in `visible_pairs`."""
     tokens, targets, starts = zip(*rows, strict=True)
     tokens_BS = np.stack(tokens)
     B, S = tokens_BS.shape
     starts_BS = None if starts[0] is None else np.stack(starts)
+    keys_BS = np.broadcast_to(np.arange(1, S + 1), (B, S)) - (0 if starts_BS is None else starts_BS)
     return Batch(
         tokens_BS=torch.from_numpy(tokens_BS),
         targets_BS=torch.from_numpy(np.stack(targets)),
         starts_BS=None if starts_BS is None else torch.from_numpy(starts_BS),
-        # Sum over tokens of t - starts[t] + 1.
-        visible_pairs=B * S * (S + 1) // 2 - (0 if starts_BS is None else int(starts_BS.sum(dtype=np.int64))),
+        visible_pairs=int(np.minimum(keys_BS, window or S).sum()),
         num_tokens=B * S,
     )
 
@@ -84,11 +84,12 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         first: int = 0,
+        window: int | None = None,
     ) -> None:
         assert batch_size > 0
         assert 0 <= rank < world_size
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.window = rank, world_size, window
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -131,7 +132,7 @@ class Loader:
     def _batch(self, number: int) -> Batch:
         begin = (number * self.world_size + self.rank) * self.batch_size
         positions = range(begin, begin + self.batch_size)
-        return collate(self.rows[row_index(self.seed, len(self.rows), position)] for position in positions)
+        return collate((self.rows[row_index(self.seed, len(self.rows), n)] for n in positions), self.window)
 
 
 def eval_batches(rows: PackedRows, batch_size: int, max_tokens: int) -> Iterator[Batch]:

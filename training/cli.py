@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # A person who sets this wants tracebacks. It is set below in any case: otherwise Hydra prints errors itself.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-_results: list[tuple[str, dict[str, float]]] = []  # of a sweep's jobs: overrides, summary
+_results: list[tuple[list[str], dict[str, float]]] = []  # of a sweep's jobs: overrides, summary
 _failures: list[int] = []  # exit codes
 
 
@@ -60,7 +60,7 @@ def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) ->
     """Run one job of a Hydra application, turning what a person can cause into one line."""
     try:
         summary = task(composed)
-        _results.append((" ".join(HydraConfig.get().overrides.task), summary))
+        _results.append((list(HydraConfig.get().overrides.task), summary))
     except (ValueError, OutOfMemory, NonFiniteError) as error:
         if WANTS_TRACEBACK:
             raise
@@ -90,7 +90,8 @@ def _job_folder() -> str:
     """/0, /1, … in a sweep: each job has a folder inside the sweep's; nothing in a single run."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return ""
-    return f"/{OmegaConf.select(HydraConfig.instance().cfg, 'hydra.job.num', default='N')}"
+    job = HydraConfig.get().job
+    return "/N" if OmegaConf.is_missing(job, "num") else f"/{job.num}"  # no number yet in `--cfg job`
 
 
 def _say(message: str) -> None:
@@ -143,8 +144,9 @@ def _print_comparison() -> None:
         "MFU": ("throughput/mfu", "{:.1%}"),
         "peak GiB": ("memory/peak_allocated_gib", "{:.2f}"),
     }
-    table = Table("job", *(name for name in columns), box=None)
+    table = Table("job", *columns, box=None)
+    shared = set.intersection(*(set(overrides) for overrides, _ in _results))
     for overrides, summary in _results:
         cells = [form.format(summary[key]) if key in summary else "–" for key, form in columns.values()]
-        table.add_row(overrides, *cells)
+        table.add_row(" ".join(o for o in overrides if o not in shared), *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -96,7 +96,9 @@ class Trainer:
         """Train to the last step; returns the last value of every metric."""
         config, device = self.config, self.runtime.device
         self.start()
-        batches = Loader(self.train_rows, config.batch_size, seed=config.seed, device=device)
+        batches = Loader(
+            self.train_rows, config.batch_size, seed=config.seed, device=device, window=config.model.window
+        )
         losses = torch.zeros((), device=device)  # sum over the steps since the last log line
         bad_step = torch.zeros((), device=device)  # first step whose loss or gradients were not finite
         status = "failed"
@@ -233,7 +235,7 @@ class Trainer:
         )
         self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts))
         if runtime.compile:
-            self.notify("compiling: the first steps take a minute and are in no measurement")
+            self.notify("compiling  the first steps take up to a minute and are in no measurement")
 
     def save(self) -> None:
         """The trained weights, as safetensors: written beside their final name first, then renamed."""

@@ -193,6 +193,6 @@ def test_backend_on_the_gpu_is_within_twice_the_error_of_standard_attention(conf
         lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), low, grad_out.bfloat16()
     )
     for ours, theirs, exact in zip(got, standard, truth, strict=True):
-        # Where a query sees one key, the gradients of q and k are differences of equal numbers: 0 only without rounding.
+        # Where a query sees one key, the gradients of q and k are differences of equal numbers: 0 but for rounding.
         floor = 2**-7 * truth[-1].norm() if exact.norm() == 0 else 0.0
         assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + floor

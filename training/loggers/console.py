@@ -38,6 +38,7 @@ TRAIN: list[Column] = [
     ("throughput/tokens_per_second", "tok/s", lambda value: f"{short(value):>6}"),
     ("throughput/tflops", "TFLOP/s", lambda value: f"{value:6.1f}"),
     ("throughput/mfu", "MFU", lambda value: f"{100 * value:4.1f}%"),
+    ("throughput/mfu_attended", "attended", lambda value: f"{100 * value:4.1f}%"),
     ("memory/peak_allocated_gib", "peak", lambda value: f"{value:5.1f} GiB"),
 ]
 VALIDATION: list[Column] = [
@@ -58,7 +59,7 @@ class Console(Logger):
         self._first: tuple[int, float] | None = None
 
     def start(self, run: RunInfo) -> None:
-        self._write(Text(f"run {run.name} in {run.folder}"))
+        self._write(Text(f"run        {run.folder}"))
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         if training := _fields(TRAIN, metrics):

@@ -28,14 +28,17 @@ EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 class WandbConfig:
     """Raises ValueError on an unknown mode or an init_timeout that is not positive."""
 
-    # auto: what WANDB_MODE (or `wandb offline`, `wandb disabled`) says; else online if logged in, else offline
     mode: str = "auto"
+    """auto: what WANDB_MODE (or `wandb offline`, `wandb disabled`) says; else online if logged in, else offline."""
     project: str = "flash-gpt"
-    entity: str | None = None  # user or team; null: the account's default
-    group: str | None = None  # puts the runs of one comparison together
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    group: str | None = None
+    """Puts the runs of one comparison together."""
     tags: list[str] = field(default_factory=list)
     notes: str | None = None
-    init_timeout: float = 10.0  # seconds the server may take to accept the run
+    init_timeout: float = 10.0
+    """Seconds the server may take to accept the run."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -63,18 +66,18 @@ class WandbLogger(Logger):
         settings = wandb.setup(wandb.Settings(silent=True)).settings  # from the environment and wandb's own files
         mode, why = _choose_mode(wandb, self.config.mode, settings)
         if mode == "disabled":
-            self._notify(f"wandb: {why}")
+            self._notify(f"wandb      {why}")
             return
         if mode == "online":
             try:
                 # "auto" continues the W&B run whose id an earlier, interrupted process left in this folder.
                 self._run = self._init(wandb, run, mode="online", resume="auto")
-                self._notify(f"wandb: {self._run.url}")
+                self._notify(f"wandb      {self._run.url}")
             except (wandb.Error, OSError) as error:
                 mode, why = "offline", f"{settings.base_url} did not accept the run, {one_line(error)}"
         if mode == "offline":
             self._run = self._init(wandb, run, mode="offline")
-            self._notify(f"wandb: offline ({why}); to upload later: wandb sync {Path(self._run.dir).parent}")
+            self._notify(f"wandb      offline ({why}); to upload later: wandb sync {Path(self._run.dir).parent}")
 
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="step")
@@ -103,7 +106,9 @@ class WandbLogger(Logger):
                 done = False
             if not done:
                 folder = Path(self._run.dir).parent
-                self._notify(f"wandb: upload cut after {FINISH_SECONDS:.0f} s; to upload the rest: wandb sync {folder}")
+                self._notify(
+                    f"wandb      upload cut after {FINISH_SECONDS:.0f} s; to upload the rest: wandb sync {folder}"
+                )
 
     def _init(self, wandb: Any, run: RunInfo, **how: Any) -> Any:
         # No source code leaves the machine: git is off because a dirty tree would be uploaded as a patch (the commit
