@@ -30,7 +30,7 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor, *, softcap: float = 0.0, chunk_size: int = 2048
+    x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor, *, softcap: float = 0.0, chunk_size: int = 4096
 ) -> Tensor:
     """Σ over tokens of −log softmax(softcap(x Wᵀ))[target], with at most chunk_size × V logits in memory.
 

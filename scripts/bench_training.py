@@ -36,14 +36,7 @@ from training.hardware import describe_device, git_commit, peak_flops, versions
 from training.loggers.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [
-    "attention=sdpa data.document_mask=false",
-    "attention=sdpa data.document_mask=false model.loss_chunk_size=0",
-    "attention=sdpa attention.kernel=flash data.document_mask=false",
-    "attention=flex data.document_mask=false",
-    "attention=sdpa",
-    "attention=flex",
-]
+COMMANDS = ["attention=sdpa data.document_mask=false", "attention=sdpa", "attention=flex"]
 
 
 class PlainBlock(nn.Module):
@@ -180,6 +173,10 @@ def main() -> None:
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
 
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(cells(row), flush=True)
+
     spec = AttentionSpec(12, 12, 64, seq_len, device, torch.bfloat16)
     with device:
         ours = GPT(config, build_attention(AttentionConfig("auto"), spec))
@@ -192,17 +189,20 @@ def main() -> None:
     if not difference < 1e-3 * theirs:
         raise SystemExit(f"error: the plain GPT-2 and ours differ by {difference:.2e} nats with the same weights")
     del ours
-    rows.append({
-        "name": "plain GPT-2: torch.compile, SDPA, cross_entropy",
-        **time_peer(plain, seq_len, config, loss_of=lambda m, x, y: m(x, y), windows=args.windows),
-    })  # fmt: skip
+    name = "plain GPT-2: torch.compile, SDPA, cross_entropy"
+    add({"name": name, **time_peer(plain, seq_len, config, loss_of=lambda m, x, y: m(x, y), windows=args.windows)})
     del plain
+    torch.compiler.reset()
     if args.nanogpt:
         peer = nanogpt(args.nanogpt, config)
-        result = time_peer(peer, seq_len, config, loss_of=lambda m, x, y: m(x, y)[1], windows=args.windows)
-        rows.append({"name": "nanoGPT", **result})
+        add(
+            {
+                "name": "nanoGPT",
+                **time_peer(peer, seq_len, config, loss_of=lambda m, x, y: m(x, y)[1], windows=args.windows),
+            }
+        )
         del peer
-    torch.compiler.reset()
+        torch.compiler.reset()
     torch.cuda.empty_cache()
 
     losses: dict[bool, float] = {}
@@ -213,7 +213,7 @@ def main() -> None:
             raise SystemExit(
                 f"error: train.py {overrides} ends at loss {loss:.4f}, the first such run at {expected:.4f}"
             )
-        rows.append({"name": f"train.py {overrides}", "kernel": attention, "loss": loss, **result})
+        add({"name": f"train.py {overrides}", "kernel": attention, "loss": loss, **result})
 
     facts: dict[str, Any] = {"device": describe_device(device), "versions": versions(), "commit": git_commit(ROOT)}
     facts["command"] = " ".join(["python -m scripts.bench_training", *sys.argv[1:]])
@@ -240,12 +240,14 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any], seq_len: int) ->
         "| | tokens/s | step ms | TFLOP/s | peak GiB | kernel |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['name']} | {row['tokens_per_second']:,.0f} | {row['step_ms']:.1f} | {row['tflops']:.0f} "
-            f"| {row['peak_gib']:.1f} | {row.get('kernel', '')} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *map(cells, rows)]) + "\n"
+
+
+def cells(row: dict[str, Any]) -> str:
+    return (
+        f"| {row['name']} | {row['tokens_per_second']:,.0f} | {row['step_ms']:.1f} | {row['tflops']:.0f} "
+        f"| {row['peak_gib']:.1f} | {row.get('kernel', '')} |"
+    )
 
 
 if __name__ == "__main__":

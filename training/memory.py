@@ -49,8 +49,9 @@ def advice(config: TrainConfig) -> str:
         hints.append(
             f"batch_size={config.batch_size // 2} (tokens_per_step={config.step_tokens} keeps the step's size)"
         )
-    if config.model.loss_chunk_size == 0:
-        hints.append("model.loss_chunk_size=4096 (all logits exist at once now)")
+    micro_batch = config.batch_size * config.seq_len
+    if not 0 < config.model.loss_chunk_size < micro_batch and micro_batch > 2048:
+        hints.append(f"model.loss_chunk_size=2048 (now {micro_batch} × {config.model.vocab_size} logits exist at once)")
     hints.append(f"seq_len={config.seq_len // 2}")
     hints.append(
         f"a smaller model= (weights, gradients and optimizer alone take {state_bytes(config.model) / GIB:.1f} GiB)"

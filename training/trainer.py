@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import save_model
 from torch import Tensor
 
@@ -200,7 +200,7 @@ class Trainer:
         config, runtime = self.config, self.runtime
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+            OmegaConf.save(OmegaConf.create(asdict(config)), self.folder / "config.yaml")
             self.corpus.tokenizer.save(self.folder / "tokenizer.json")
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error

@@ -132,7 +132,7 @@ def choose_kernel(spec: AttentionSpec, config: AttentionConfig) -> Choice:
         )
     if masked and asked in ("auto", "flash"):
         if spec.causal and _runs_on_flash(spec):
-            return Choice(VARLEN, f"FlashAttention-2 over document lengths, the kernel that skips what {masked} masks")
+            return Choice(VARLEN, "FlashAttention-2 over cumulative document lengths; masked pairs cost nothing")
         if asked == "flash":
             return Choice(
                 None,
@@ -154,7 +154,7 @@ def choose_kernel(spec: AttentionSpec, config: AttentionConfig) -> Choice:
             else Choice(None, f"PyTorch's {asked} kernel refuses this shape; {remedy}")
         )
     kernel = next(kernel for kernel in order if _can_use(spec, kernel))
-    return Choice(kernel, f"first of {', '.join(order)} that takes head_dim {spec.head_dim} in {spec.dtype}")
+    return Choice(kernel, f"first of {', '.join(order)} that takes head_dim {spec.head_dim}")
 
 
 def _runs_on_flash(spec: AttentionSpec) -> bool:
