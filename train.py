@@ -25,9 +25,9 @@ def train(composed: DictConfig) -> dict[str, float]:
     from training.trainer import Trainer
 
     with out_of_memory_explained(config):
-        trainer = Trainer(config)
+        trainer = Trainer(config, notify=cli.say)
         summary = trainer.fit()
-    print(trainer.folder)
+    cli.say(str(trainer.folder))
     return summary
 
 

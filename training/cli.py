@@ -46,10 +46,10 @@ def run(main: Callable[[], None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if WANTS_TRACEBACK:
             raise
-        _say(explain(error))
+        _error(explain(error))
         _failures.append(2)
     except KeyboardInterrupt:
-        _say("interrupted")
+        _error("interrupted; the run folder holds what was measured until now")
         _failures.append(130)
     if len(_results) > 1:
         _print_comparison()
@@ -64,7 +64,7 @@ def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) ->
     except (ValueError, OutOfMemory, NonFiniteError) as error:
         if WANTS_TRACEBACK:
             raise
-        _say(str(error))
+        _error(str(error))
         _failures.append(3 if isinstance(error, OutOfMemory) else 4 if isinstance(error, NonFiniteError) else 2)
 
 
@@ -94,7 +94,15 @@ def _job_folder() -> str:
     return "/N" if OmegaConf.is_missing(job, "num") else f"/{job.num}"  # no number yet in `--cfg job`
 
 
-def _say(message: str) -> None:
+def say(line: str) -> None:
+    """Print a line. A reader that went away (`python train.py | head`) is no reason to end a run."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _error(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

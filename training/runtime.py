@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     Raises:
         ValueError: what was asked for is not there.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("this version trains in one process; run python train.py without torchrun")
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +18,12 @@ from torch import Tensor
 from data.corpus import Corpus, load_corpus
 from data.loader import Batch, Loader, eval_batches
 from data.packing import PackedRows
-from model.arithmetic import parameter_count, state_bytes, train_flops_per_token
 from model.generate import generate
 from model.gpt import GPT
 
-from . import hardware
 from .config import TrainConfig
 from .errors import NonFiniteError
+from .facts import matmul_peak, run_facts, start_up_lines
 from .loggers import build_loggers
 from .loggers.base import RunInfo
 from .optimizer import Optimizer
@@ -66,14 +65,10 @@ class Trainer:
             self.model.compile()
         self.optimizer = Optimizer(self.model, config.optimizer, runtime.device)
 
-        self.device_facts = hardware.describe_device(runtime.device)
-        name = self.device_facts["name"]
-        capability = torch.cuda.get_device_capability(runtime.device) if runtime.device.type == "cuda" else None
-        matmul_dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self.throughput = Throughput(
             config.model,
             config.seq_len,
-            hardware.peak_flops(name, matmul_dtype, capability),
+            matmul_peak(runtime),
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else lambda: None,
         )
         self.step = self.last_logged = 0
@@ -197,44 +192,19 @@ class Trainer:
 
     def start(self) -> None:
         """Make the run folder, say what is about to happen, open the loggers."""
-        config, runtime = self.config, self.runtime
+        config = self.config
+        facts = run_facts(config, self.runtime, self.attention, self.corpus)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(asdict(config)), self.folder / "config.yaml")
+            (self.folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
             self.corpus.tokenizer.save(self.folder / "tokenizer.json")
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
-
-        count = parameter_count(config.model)
-        facts = {
-            "parameters": count.total,
-            "matmul_parameters": count.matmul,
-            "train_flops_per_token": train_flops_per_token(config.model, config.seq_len / 2),
-            "attention": self.attention.describe(),
-            "device": self.device_facts,
-            "precision": runtime.precision,
-            "compile": runtime.compile,
-            "peak_flops": self.throughput.peak_flops,
-            "versions": hardware.versions(),
-            "git_commit": hardware.git_commit(Path(__file__).resolve().parent.parent),
-            "data": self.corpus.manifest,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        }
-        compiled = "torch.compile" if runtime.compile else "eager"
-        self.notify(
-            f"device     {self.device_facts['name']}, {runtime.precision}, {compiled}, torch {torch.__version__}"
-        )
-        self.notify(
-            f"model      {config.model.name}: {count.total / 1e6:,.1f}M parameters, "
-            f"{state_bytes(config.model) / 2**30:.2f} GiB with gradients and optimizer"
-        )
-        self.notify(f"attention  {self.attention.name}: {self.attention.describe()}")
-        self.notify(
-            f"plan       {config.num_steps:,} steps × {config.step_tokens:,} tokens "
-            f"({config.accumulation} × {config.batch_size} rows of {config.seq_len:,})"
-        )
+        for line in start_up_lines(config, facts):
+            self.notify(line)
         self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts))
-        if runtime.compile:
+        if self.runtime.compile:
             self.notify("compiling  the first steps take up to a minute and are in no measurement")
 
     def save(self) -> None:

@@ -89,7 +89,8 @@ def test_training_flops_by_hand():
     assert train_flops_per_token(GPT2_124M, 0) == 6 * 123_532_032
     assert train_flops_per_token(GPT2_124M, 1024) == 854_438_400
     assert train_flops_per_token(GPT2_124M, 512) == 797_815_296
-    # Grouping saves parameters but no attention: N = 16 · (2 · 2048² + 2 · 2048 · 512 + 3 · 2048 · 8192) + 128256 · 2048
+    # Grouping saves parameters but no attention.
+    # N = 16 · (2 · 2048² + 2 · 2048 · 512 + 3 · 2048 · 8192) + 128256 · 2048
     assert train_flops_per_token(LLAMA_1B, 0) == 6 * 1_235_746_816
     assert train_flops_per_token(LLAMA_1B, 1) - train_flops_per_token(LLAMA_1B, 0) == 12 * 16 * 2048
 

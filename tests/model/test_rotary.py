@@ -13,7 +13,15 @@ from model.config import RotaryConfig
 from model.rotary import attention_scaling, inverse_frequencies, rotate
 
 D = 64
-UNSCALED = inverse_frequencies(RotaryConfig(theta=10000.0), D)
+
+
+def slowdown(config: RotaryConfig, head_dim: int = D) -> Tensor:
+    """How many times slower than unscaled each pair turns. Frequencies span four orders of magnitude; ratios do not."""
+    return inverse_frequencies(RotaryConfig(theta=config.theta), head_dim) / inverse_frequencies(config, head_dim)
+
+
+def strictly_rising(x: Tensor) -> bool:
+    return all(a < b for a, b in pairwise(x.tolist()))
 
 
 def at(positions_S: Tensor, x_BSHD: Tensor, config: RotaryConfig) -> Tensor:
@@ -51,7 +59,7 @@ def test_scores_depend_on_the_distance_alone():
 def test_each_pair_turns_at_its_own_speed():
     # Radians per position: θ^(−2f / D), here 10000^(−f / 4).
     frequencies = inverse_frequencies(RotaryConfig(theta=10000.0), 8)
-    torch.testing.assert_close(frequencies, torch.tensor([1.0, 0.1, 0.01, 0.001]))
+    torch.testing.assert_close(frequencies, torch.tensor([1.0, 0.1, 0.01, 0.001]), rtol=1e-6, atol=0)
     # Pair 1 of 4 is (x[1], x[5]); 5 positions are half a radian.
     x = torch.zeros(1, 1, 1, 8)
     x[..., 1] = 1
@@ -68,56 +76,51 @@ def test_rotation_is_float32_inside_and_keeps_the_dtype():
 
 
 def test_linear_slows_every_pair_by_the_factor():
-    torch.testing.assert_close(inverse_frequencies(RotaryConfig(scaling="linear", factor=4.0), D), UNSCALED / 4)
+    torch.testing.assert_close(slowdown(RotaryConfig(scaling="linear", factor=4.0)), torch.full((D // 2,), 4.0))
 
 
 def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all():
-    frequencies = inverse_frequencies(RotaryConfig(scaling="ntk", factor=4.0), D)
-    assert frequencies[0] == 1
-    torch.testing.assert_close(frequencies[-1], UNSCALED[-1] / 4)
-    slowed = (UNSCALED / frequencies).tolist()
-    assert all(faster < slower for faster, slower in pairwise(slowed))
+    slower = slowdown(RotaryConfig(scaling="ntk", factor=4.0))
+    assert slower[0] == 1
+    assert slower[-1].item() == pytest.approx(4, rel=1e-5)
+    assert strictly_rising(slower)
 
 
 def test_yarn_keeps_fast_pairs_slows_slow_ones_and_blends_between():
     # Pair f turns 4096 · 10000^(−f / 32) / 2π times in the original context: 32 times at f = 10.47, once at f = 22.51.
     # The ramp runs over the whole pairs around these: 10 to 23.
-    frequencies = inverse_frequencies(RotaryConfig(scaling="yarn", factor=4.0, original_seq_len=4096), D)
-    torch.testing.assert_close(frequencies[:11], UNSCALED[:11])
-    torch.testing.assert_close(frequencies[23:], UNSCALED[23:] / 4)
-    # Pair 16 lies 6 of 13 steps up the ramp, where 1/4 of the speed is left.
-    torch.testing.assert_close(frequencies[16], UNSCALED[16] * (1 - 6 / 13 * 3 / 4))
-    slowed = (UNSCALED / frequencies)[10:24].tolist()
-    assert all(faster < slower for faster, slower in pairwise(slowed))
+    slower = slowdown(RotaryConfig(scaling="yarn", factor=4.0, original_seq_len=4096))
+    torch.testing.assert_close(slower[:11], torch.ones(11))
+    torch.testing.assert_close(slower[23:], torch.full((9,), 4.0))
+    assert strictly_rising(slower[10:24])
+    # Pair 16 lies 6 of 13 steps up the ramp, at whose top 3/4 of the speed is lost.
+    assert slower[16].item() == pytest.approx(1 / (1 - 6 / 13 * 3 / 4), rel=1e-5)
 
 
 def test_yarns_ramp_follows_its_two_betas():
     # 8 turns at f = 15.28 and 2 at f = 20.10.
     config = RotaryConfig(scaling="yarn", factor=4.0, original_seq_len=4096, beta_fast=8.0, beta_slow=2.0)
-    slowed = UNSCALED / inverse_frequencies(config, D)
-    torch.testing.assert_close(slowed[:16], torch.ones(16))
-    torch.testing.assert_close(slowed[21:], torch.full((11,), 4.0))
-    assert ((slowed[16:21] > 1.01) & (slowed[16:21] < 3.99)).all()
+    slower = slowdown(config)
+    torch.testing.assert_close(slower[:16], torch.ones(16))
+    torch.testing.assert_close(slower[21:], torch.full((11,), 4.0))
+    assert strictly_rising(slower[15:22])
 
 
 def test_llama3_keeps_short_wavelengths_slows_long_ones_and_blends_between():
     # Llama 3.1: wavelengths 2π · 500000^(f / 64) are 8192 / 4 at f = 28.2 and 8192 / 1 at f = 34.98.
-    published = {"theta": 500000.0, "factor": 8.0, "original_seq_len": 8192}
-    frequencies = inverse_frequencies(RotaryConfig(scaling="llama3", **published), 128)
-    unscaled = inverse_frequencies(RotaryConfig(theta=500000.0), 128)
-    torch.testing.assert_close(frequencies[:29], unscaled[:29])
-    torch.testing.assert_close(frequencies[35:], unscaled[35:] / 8)
-    slowed = (unscaled / frequencies)[28:36].tolist()
-    assert all(faster < slower for faster, slower in pairwise(slowed))
-    # Pair 32 has a wavelength of 2π · √500000 = 4442.9: 8192 / 4442.9 = 1.84383, so (1.84383 − 1) / (4 − 1) is kept.
+    slower = slowdown(RotaryConfig(theta=500000.0, scaling="llama3", factor=8.0, original_seq_len=8192), 128)
+    torch.testing.assert_close(slower[:29], torch.ones(29))
+    torch.testing.assert_close(slower[35:], torch.full((29,), 8.0))
+    assert strictly_rising(slower[28:36])
+    # Pair 32 has a wavelength of 2π · √500000 = 4443: (8192 / 4443 − 1) / (4 − 1) of it is kept, the rest slowed by 8.
     kept = (8192 / (2 * math.pi * math.sqrt(500000)) - 1) / 3
-    torch.testing.assert_close(frequencies[32], unscaled[32] * (kept + (1 - kept) / 8))
+    assert slower[32].item() == pytest.approx(1 / (kept + (1 - kept) / 8), rel=1e-5)
 
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn", "llama3"])
 def test_a_factor_of_1_changes_nothing(scaling):
     config = RotaryConfig(scaling=scaling, factor=1.0, original_seq_len=512)
-    torch.testing.assert_close(inverse_frequencies(config, D), UNSCALED)
+    torch.testing.assert_close(slowdown(config), torch.ones(D // 2))
     assert attention_scaling(config) == 1
 
 

@@ -1,0 +1,305 @@
+"""The model's promises: what a token sees, what the loss is, how weights begin, compilation, sampling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from model.config import ModelConfig, RotaryConfig
+from model.generate import generate
+
+S = 48
+LLAMA = ModelConfig(name="llama", n_layers=2, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=101)
+GPT2 = ModelConfig(
+    name="gpt2",
+    n_layers=2,
+    n_heads=4,
+    dim=64,
+    ffn_dim=128,
+    vocab_size=101,
+    position="learned",
+    n_positions=S,
+    norm="layernorm",
+    mlp="gelu",
+    bias=True,
+    tie_head=True,
+)
+YARN = replace(LLAMA, qk_norm=True, rotary=RotaryConfig(scaling="yarn", factor=4.0, original_seq_len=16))
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, YARN], ids=["rotary", "learned", "yarn-qk-norm"])
+BACKENDS = pytest.mark.parametrize("backend", ["math", "sdpa"])
+
+
+def random_tokens(batch: int = 2, length: int = S) -> Tensor:
+    return torch.randint(101, (batch, length))
+
+
+def starts_of(*rows: list[int]) -> Tensor:
+    """(B, S) int32 from the lengths of each row's documents."""
+    starts = []
+    for lengths in rows:
+        assert sum(lengths) == S
+        begins = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+        starts.append(begins.repeat_interleave(torch.tensor(lengths)))
+    return torch.stack(starts).int()
+
+
+def influence(model, position: int, length: int = S) -> Tensor:
+    """bool (length,): whose logits change when the token at `position` does."""
+    tokens = random_tokens(1, length)
+    changed = tokens.clone()
+    changed[0, position] = (tokens[0, position] + 1) % 101
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    return difference > 1e-4  # logits are of order 1 and float32: rounding is a hundredth of this
+
+
+# What a token sees
+
+
+@BACKENDS
+@FAMILIES
+@torch.no_grad()
+def test_packed_documents_are_computed_as_if_each_were_alone(build_lively, config, backend):
+    model = build_lively(config, backend, seq_len=S, documents=True)
+    alone = build_lively(config, backend, seq_len=S)
+    alone.load_state_dict(model.state_dict())
+    tokens = random_tokens()
+    rows = [13, 20, 15], [1, 46, 1]
+    packed = model(tokens, starts_BS=starts_of(*rows))
+    for row, lengths in enumerate(rows):
+        documents = tokens[row].split(lengths)
+        expected = torch.cat([alone(document[None])[0] for document in documents])
+        torch.testing.assert_close(packed[row], expected, rtol=1e-4, atol=1e-4)
+    assert (packed - alone(tokens)).abs().max() > 0.1
+
+
+@BACKENDS
+@FAMILIES
+def test_a_token_changes_no_earlier_logits_and_all_later_ones(build_lively, config, backend):
+    model = build_lively(config, backend, seq_len=S)
+    assert influence(model, 20).tolist() == [False] * 20 + [True] * (S - 20)
+
+
+@BACKENDS
+def test_a_window_reaches_back_window_minus_1_tokens_per_layer(build_lively, backend):
+    model = build_lively(replace(LLAMA, window=4, n_layers=3), backend, seq_len=S)
+    reach = 3 * (4 - 1)
+    assert influence(model, 10).nonzero().flatten().tolist() == list(range(10, 10 + reach + 1))
+
+
+def test_another_backend_for_one_call_is_used_for_that_call(build_lively):
+    model, narrow = build_lively(LLAMA), build_lively(replace(LLAMA, window=3))
+    narrow.load_state_dict(model.state_dict())
+    tokens = random_tokens()
+    assert torch.equal(model(tokens, attention=narrow.attention), narrow(tokens))
+    assert not torch.allclose(model(tokens), narrow(tokens))
+
+
+def test_attention_scale_and_soft_cap_reach_the_scores(build_lively):
+    plain = build_lively(LLAMA)
+    tokens = random_tokens()
+    for change in ({"attention_scale": 0.9}, {"attention_softcap": 1.0}):
+        changed = build_lively(replace(LLAMA, **change))
+        changed.load_state_dict(plain.state_dict())
+        assert (plain(tokens) - changed(tokens)).abs().max() > 0.01
+
+
+# The loss
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, replace(LLAMA, logit_softcap=1.5)], ids=["rotary", "learned", "soft-cap"]
+)
+def test_loss_is_the_summed_cross_entropy_without_ignored_targets(build_lively, config):
+    model = build_lively(config)
+    tokens, targets = random_tokens(), random_tokens()
+    targets[0, 5:20] = -100
+    targets[1, -1] = -100
+    log_probs = model(tokens).detach().double().log_softmax(-1)
+    expected = -sum(log_probs[b, s, targets[b, s]] for b in range(2) for s in range(S) if targets[b, s] != -100)
+    loss = model(tokens, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("chunk_size", [1, 40, 96, 1000])
+def test_loss_and_gradients_do_not_depend_on_the_chunk_size(build_lively, chunk_size, softcap):
+    config = replace(LLAMA, tie_head=True, logit_softcap=softcap, loss_chunk_size=0)
+    whole, chunked = build_lively(config), build_lively(replace(config, loss_chunk_size=chunk_size))
+    chunked.load_state_dict(whole.state_dict())
+    tokens, targets = random_tokens(), random_tokens()
+    targets[0, 5:20] = -100
+    losses = [model(tokens, targets) for model in (whole, chunked)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        (loss / 81).backward()
+    for (name, expected), got in zip(whole.named_parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_logit_soft_cap_bounds_the_logits(build_lively):
+    plain, capped = build_lively(LLAMA), build_lively(replace(LLAMA, logit_softcap=1.5))
+    capped.load_state_dict(plain.state_dict())
+    tokens = random_tokens()
+    assert plain(tokens).abs().max() > 2
+    assert capped(tokens).abs().max() < 1.5
+    torch.testing.assert_close(capped(tokens), 1.5 * torch.tanh(plain(tokens) / 1.5))
+
+
+# How weights begin
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["rotary", "learned"])
+def test_weights_begin_as_gpt2s(build, config):
+    model = build(replace(config, dim=256, ffn_dim=512, head_dim=None, n_layers=8, tie_head=False, qk_norm=True))
+    seen = set()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            residual = name.endswith(("out.weight", "down.weight"))
+            expected = 0.02 / 4 if residual else 0.02  # √(2 · 8 layers) = 4
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            assert parameter.mean().item() == pytest.approx(0, abs=0.02 * expected), name
+            seen.add("residual" if residual else "matrix")
+        else:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+            seen.add("bias" if name.endswith("bias") else "norm")
+    assert seen == {"residual", "matrix", "norm"} | ({"bias"} if config.bias else set())
+
+
+def test_the_first_loss_is_that_of_guessing(build):
+    tokens, targets = random_tokens(), random_tokens()
+    loss = build(LLAMA)(tokens, targets).item() / targets.numel()
+    assert loss == pytest.approx(torch.tensor(101.0).log().item(), abs=0.1)
+
+
+def test_weights_are_the_seeds(build):
+    def weights(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [parameter.detach() for parameter in build(LLAMA).parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
+    assert not torch.equal(weights(1)[0], weights(2)[0])
+
+
+def test_a_tied_head_is_the_embedding(build):
+    tied, untied = build(replace(LLAMA, tie_head=True)), build(LLAMA)
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight.data_ptr() != untied.embedding.weight.data_ptr()
+    # The embedding of a token that is only ever a target learns through the head.
+    tied(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 7)).backward()
+    assert tied.embedding.weight.grad[7].abs().sum() > 0
+
+
+def test_the_state_holds_weights_only(build):
+    # Frequencies follow from the configuration: a checkpoint must not bring back those of another context length.
+    assert set(build(LLAMA).state_dict()) == {name for name, _ in build(LLAMA).named_parameters()}
+
+
+# Compilation
+
+
+@BACKENDS
+@FAMILIES
+def test_compiled_equals_eager_in_one_graph_for_all_batches(build_lively, config, backend):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = build_lively(config, backend, seq_len=S, documents=True)
+    compiled = build_lively(config, backend, seq_len=S, documents=True)
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile(backend=counter, fullgraph=True)
+    for rows in (([S], [S]), ([13, 20, 15], [1, 46, 1]), ([1] * S, [40, 8])):
+        tokens, targets, starts = random_tokens(), random_tokens(), starts_of(*rows)
+        for each in (model, compiled):
+            each.zero_grad()
+            each(tokens, targets, starts).backward()
+        torch.testing.assert_close(compiled(tokens, targets, starts), model(tokens, targets, starts))
+        for expected, got in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+    assert counter.frame_count == 1
+
+
+def test_another_backend_for_one_call_compiles_nothing(build_lively):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = build_lively(LLAMA)
+    other = build_lively(LLAMA, "sdpa").attention
+    model.compile(backend=counter)
+    model(random_tokens(), attention=other)
+    generate(model, [1, 2, 3], 2)
+    assert counter.frame_count == 0
+
+
+# Sampling
+
+
+@FAMILIES
+def test_a_sample_is_its_seeds_and_begins_with_the_prompt(build_lively, config):
+    model = build_lively(config, seq_len=S)
+    prompt = [5, 6, 7]
+    samples = [generate(model, prompt, 12, seed=seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1]
+    assert samples[0] != samples[2]
+    assert all(sample[:3] == prompt and len(sample) == 15 for sample in samples)
+    assert prompt == [5, 6, 7]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}])
+@torch.no_grad()
+def test_temperature_0_and_top_1_take_the_most_probable_token(build_lively, options):
+    model = build_lively(LLAMA, "sdpa")
+    expected = [5, 6, 7]
+    for _ in range(8):
+        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert generate(model, [5, 6, 7], 8, **options) == expected
+
+
+@torch.no_grad()
+def test_only_the_top_k_are_sampled(build_lively):
+    model = build_lively(LLAMA)
+    top_3 = set(model(torch.tensor([[5, 6, 7]]))[0, -1].topk(3).indices.tolist())
+    sampled = {generate(model, [5, 6, 7], 1, top_k=3, temperature=5.0, seed=seed)[-1] for seed in range(40)}
+    assert sampled == top_3
+
+
+def test_temperature_makes_samples_more_or_less_alike(build_lively):
+    model = build_lively(LLAMA)
+
+    def kinds(temperature: float) -> int:
+        return len({generate(model, [5, 6, 7], 1, temperature=temperature, seed=seed)[-1] for seed in range(40)})
+
+    assert kinds(0.05) < 5 < 15 < kinds(100.0)
+
+
+def test_sampling_ends_before_the_stop_token(build_lively):
+    model = build_lively(LLAMA)
+    whole = generate(model, [5, 6, 7], 10, temperature=0)
+    stop = whole[6]
+    assert generate(model, [5, 6, 7], 10, temperature=0, stop_id=stop) == whole[: whole.index(stop, 3)]
+
+
+def test_only_the_last_tokens_of_the_context_are_read(build_lively):
+    model = build_lively(LLAMA)
+    tail = [9, 8, 7, 6]
+    options = {"num_tokens": 6, "temperature": 0}
+    one, other = [generate(model, [*head, *tail], **options, max_context=4)[-6:] for head in ([1, 2], [3, 4])]
+    assert one == other
+    one, other = [generate(model, [*head, *tail], **options, max_context=6)[-6:] for head in ([1, 2], [3, 4])]
+    assert one != other
+
+
+def test_a_prompt_longer_than_the_learned_positions_is_cut(build_lively):
+    model = build_lively(replace(GPT2, n_positions=16), seq_len=16)
+    prompt = list(range(30))
+    assert generate(model, prompt, 3, temperature=0) == prompt + generate(model, prompt[-16:], 3, temperature=0)[-3:]
+
+
+def test_sampling_works_for_a_model_trained_on_packed_documents(build_lively):
+    packed, plain = build_lively(LLAMA, "sdpa", documents=True), build_lively(LLAMA)
+    plain.load_state_dict(packed.state_dict())
+    assert generate(packed, [1, 2, 3], 5) == generate(plain, [1, 2, 3], 5)

@@ -1,0 +1,228 @@
+"""The command line as a person meets it: real processes, their exit codes, and what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
+SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none"]
+SMALL += ["data=text", "data.path=text", "data.val_fraction=0.3", "data.cache_dir=cache", "log_every=1"]
+
+
+class Done(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+    cpu_seconds: float
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a small text, which is the home folder too: nothing of the person's own is touched."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "text").mkdir()
+    for number in range(12):
+        lines = [f"{place} green bottles of {number} standing on the wall" for place in range(30)]
+        (folder / "text" / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, on PYTHONPATH, makes `import torch` fail."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("raise AssertionError('torch was imported')\n")
+    return folder
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "WANDB"))}
+    return {**inherited, "HOME": str(home), **more}
+
+
+def run(home: Path, *arguments: str, **more: str) -> Done:
+    with tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        process = subprocess.Popen(
+            command, cwd=home, env=environment(home, **more), stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            out = process.stdout.read().splitlines()
+        # Not the time on the clock but the process's own: others may keep the machine busy.
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        return Done(process.returncode, out, errors.read().splitlines(), used.ru_utime + used.ru_stime)
+
+
+def check_refusal(done: Done, *said: str) -> None:
+    """Exit code 2 and exactly one line, which holds all that is `said`."""
+    assert len(done.err) == 1, done.err
+    assert done.err[0].startswith("error: ")
+    for words in said:
+        assert words in done.err[0]
+    assert done.code == 2
+
+
+# ---- mistakes: the name, the value, what to do instead
+
+MISTAKES = {
+    "attn=math": ["attn", "did you mean attention?"],
+    "model.dims=64": ["model.dims", "did you mean model.dim?"],
+    "attention=flsh": ["attention=flsh", "use auto, flash", "did you mean flash?"],
+    "model=gpt2-125m": ["model=gpt2-125m", "llama-1b", "did you mean gpt2-124m?"],
+    "seq_len=long": ["seq_len", "'long'", "whole number"],
+    "seq_len=0": ["seq_len=0", "use 1 or more"],
+    "model.n_heads=3": ["model.n_heads=3", "model.dim=128", "choose a divisor"],
+    "tokens_per_step=3000": ["tokens_per_step=3000", "2048", "use 2048"],
+    "schedule.decay_fraction=0.1": ["schedule.decay_fraction", "schedule=wsd", "choose that too"],
+    "data=text": ["data.path", "data.path=FILE"],
+    "seq_len": ["'seq_len'", "write key=value"],
+    "sample_prompt=[a": ["'[a'", "quote"],
+    "attention=null": ["attention=null", "use auto, flash"],
+    "optimizer={lr: 1}": ["optimizer", "use adamw, muon"],
+    "~optimizer": ["optimizer", "use adamw, muon"],
+    "+logger.wandb.api_key=sesame": ["logger.wandb.api_key", "WANDB_API_KEY"],
+    "run_dir=${nowhere}": ["run_dir", "nowhere"],
+}
+
+
+@pytest.fixture(scope="module")
+def answers(home: Path, no_torch: Path) -> dict[str, Done]:
+    """Every mistake made, two at a time."""
+
+    def make(mistake: str) -> Done:
+        return run(home, "device=cpu", "logger=none", mistake, PYTHONPATH=str(no_torch))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(make, MISTAKES), strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_the_remedy_before_torch_is_loaded(
+    home: Path, answers: dict[str, Done], mistake: str
+) -> None:
+    done = answers[mistake]
+    check_refusal(done, *MISTAKES[mistake])
+    assert "sesame" not in done.err[0], "a secret is not repeated"
+    assert done.out == []
+    assert done.cpu_seconds < 3
+    assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("precision=tf32", ["precision=tf32", "use precision=fp32"]),
+        ("run_dir=text/1.txt", ["run_dir=text/1.txt", "choose another"]),
+        ("data.path=nowhere", ["data.path=nowhere", "does not exist"]),
+    ],
+)
+def test_what_only_the_machine_or_the_text_can_tell_is_one_line_too(home: Path, argument: str, said: list[str]) -> None:
+    done = run(home, *SMALL, argument)
+    check_refusal(done, *said)
+    assert done.cpu_seconds < 15
+    assert not (home / "runs").exists()
+
+
+def test_a_person_who_wants_the_traceback_gets_it(home: Path) -> None:
+    done = run(home, "seq_len=0", "device=cpu", HYDRA_FULL_ERROR="1")
+    assert done.code == 1
+    assert "Traceback (most recent call last):" in done.err
+    assert any("seq_len=0 is not possible" in line for line in done.err)
+
+
+def test_the_configuration_can_be_seen_without_running(home: Path, no_torch: Path) -> None:
+    done = run(home, *SMALL, "--cfg", "job", "--resolve", PYTHONPATH=str(no_torch))
+    assert (done.code, done.err) == (0, [])
+    assert "seq_len: 32" in done.out
+    assert "  vocab_size: 300" in done.out
+    assert not [line for line in done.out if "${" in line]
+
+
+# ---- runs
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sweep(home: Path) -> Done:
+    """Three jobs, of which one cannot work: attention=flash has no kernel for a CPU."""
+    return run(home, "-m", *SMALL, "attention=math,flash,sdpa", "max_steps=5")
+
+
+def test_a_run_ends_with_its_folder_on_the_last_line(home: Path) -> None:
+    done = run(home, *SMALL, "max_steps=2")
+    assert (done.code, done.err) == (0, [])
+    folder = home / done.out[-1]
+    assert folder.parent == home / "runs"
+    assert folder.name.endswith("_tiny_auto_32")
+    assert [record["step"] for record in metrics(folder)] == [0, 1, 2, 2]
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_sweep_goes_on_after_a_job_that_cannot_work(home: Path, sweep: Done) -> None:
+    folders = [home / line for line in sweep.out if line.startswith("runs/")]
+    check_refusal(sweep, "attention=flash", "use attention=auto")
+    assert [folder.name for folder in folders] == ["0_tiny_math_32", "2_tiny_sdpa_32"]
+    assert folders[0].parent == folders[1].parent, "one folder holds the whole sweep"
+    losses = [[record["train/loss"] for record in metrics(folder) if "train/loss" in record] for folder in folders]
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_sweep_ends_with_a_table_of_the_jobs_that_worked(sweep: Done) -> None:
+    header = next(number for number, line in enumerate(sweep.out) if "val bits/byte" in line)
+    assert "tokens/s" in sweep.out[header]
+    rows = [line.split() for line in sweep.out[header + 1 :] if line.strip()]
+    assert ["math" in " ".join(row) for row in rows] == [True, False]
+    assert ["sdpa" in " ".join(row) for row in rows] == [False, True]
+    assert "flash" not in "".join(sweep.out[header:])
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_keeps_its_record(home: Path) -> None:
+    arguments = [*SMALL, "max_steps=1_000_000", "eval_every=0", "run_dir=long"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has switched SIGINT off for all its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
+    )
+    record = home / "long" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not (record.exists() and record.read_text().count("\n") > 3):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: interrupted")
+    assert "run interrupted" in out.splitlines()
+    steps = [line["step"] for line in metrics(home / "long")]
+    assert steps[:3] == [0, 1, 2]
+    assert not (home / "long" / "model.safetensors").exists()

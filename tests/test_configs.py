@@ -1,0 +1,122 @@
+"""Every file in configs/ is one that a person can choose, and says all there is to set."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from data.config import SOURCES, TokenizerConfig
+from model.attention.config import ATTENTIONS
+from model.config import ModelConfig, RotaryConfig
+from training import cli
+from training.config import OPTIMIZERS, load_config
+from training.loggers import LoggerConfig, WandbConfig
+from training.schedule import SCHEDULES
+from training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
+
+SMALL = ["model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=null", "model.dim=32", "model.ffn_dim=64"]
+SMALL += ["model.vocab_size=300", "seq_len=64", "batch_size=2", "tokens_per_step=null", "max_steps=2"]
+SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none"]
+
+
+@cache
+def compose_once(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
+    """composed("seq_len=64") is what Hydra composes for that command, on any machine as on one without a GPU."""
+    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: False)
+    cli.register_resolvers()
+    return compose_once
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> list[str]:
+    for number in range(12):
+        lines = [f"{place} green bottles of {number} standing on the wall" for place in range(30)]
+        (tmp_path / f"{number}.txt").write_text("\n".join(lines))
+    return ["data=text", f"data.path={tmp_path}", "data.val_fraction=0.3", f"data.cache_dir={tmp_path / 'cache'}"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_a_configuration_that_loads(composed: Callable[..., DictConfig], option: str) -> None:
+    raw = composed(option)
+    config = load_config(OmegaConf.merge(raw, {"data": {"path": "somewhere"}}) if option == "data=text" else raw)
+    group, _, name = option.partition("=")
+    # A preset's name is where the table of a sweep, the run folder and W&B get it from.
+    if group not in ("experiment", "logger"):
+        assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("name", ["none", "tensorboard", "wandb", "all"])
+def test_a_logger_is_what_its_name_says(composed: Callable[..., DictConfig], name: str) -> None:
+    logger = load_config(composed(f"logger={name}")).logger
+    assert (logger.wandb.mode != "disabled") == (name in ("wandb", "all"))
+    assert logger.tensorboard == (name in ("tensorboard", "all"))
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith("experiment=")])
+def test_every_setting_is_written_down(composed: Callable[..., DictConfig], option: str) -> None:
+    group, _, name = option.partition("=")
+    typed = {"attention": ATTENTIONS, "data": SOURCES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.get(group, {})
+    one = {"model": ModelConfig, "tokenizer": TokenizerConfig, "logger": LoggerConfig}
+    written = OmegaConf.to_container(composed(option), resolve=False)[group]  # type: ignore[index, call-overload]
+    missing = {field.name for field in fields(typed.get(name) or one[group])} - set(written)
+    assert missing <= ({"rotary"} if written.get("position") == "learned" else set())
+    if "rotary" in written:
+        assert set(written["rotary"]) == {field.name for field in fields(RotaryConfig)}
+    if "wandb" in written:
+        assert set(written["wandb"]) == {field.name for field in fields(WandbConfig)}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains(
+    composed: Callable[..., DictConfig], text: list[str], tmp_path: Path, experiment: str
+) -> None:
+    config = load_config(composed(experiment, *SMALL, *text, f"run_dir={tmp_path / 'run'}"))
+    summary = Trainer(config, lambda line: None).fit()
+    assert math.isfinite(summary["train/loss"])
+    assert math.isfinite(summary["val/bits_per_byte"])
+
+
+def test_the_sweep_compares_the_attentions_there_are(composed: Callable[..., DictConfig]) -> None:
+    experiment = OmegaConf.load(CONFIGS / "experiment/attention-swap.yaml")
+    swept = experiment.hydra.sweeper.params.attention.split(",")
+    assert len(swept) > 1
+    for name in swept:
+        load_config(composed("experiment=attention-swap", f"attention={name}"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("attention=", ["attention=auto", "attention=math", "attention=sdpa"]),
+        ("model=ll", ["model=llama-1b", "model=llama-8b"]),
+        ("seq", ["seq_len="]),
+    ],
+)
+def test_the_shell_completes_groups_and_settings(typed: str, offered: list[str]) -> None:
+    line = f"train.py {typed}"
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = [sys.executable, "train.py", "-sc", "query=bash"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert set(offered) <= set(done.stdout.split())

@@ -1,0 +1,294 @@
+"""From what Hydra composed to a checked `TrainConfig`, or one line that says why not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError
+
+from data.config import StdlibData
+from training.config import MuonConfig, TrainConfig, load_config
+from training.schedule import WSDConfig
+
+ROOT = Path(__file__).parents[2]
+Composed = Callable[..., DictConfig]
+
+
+def changed(composed: DictConfig, key: str, value: Any) -> DictConfig:
+    """The configuration with any key set to anything, as `+key=value` may."""
+    raw = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    OmegaConf.update(raw, key, value, merge=False, force_add=True)
+    return raw
+
+
+def refusal(composed: DictConfig) -> str:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011, what it says is for the caller to check
+        load_config(composed)
+    return str(refused.value)
+
+
+def test_the_composed_configuration_becomes_dataclasses(composed: Composed) -> None:
+    config = load_config(composed("optimizer=muon", "schedule=wsd", "seq_len=64", "tokenizer.vocab_size=300"))
+    assert isinstance(config, TrainConfig)
+    assert type(config.optimizer) is MuonConfig
+    assert type(config.schedule) is WSDConfig
+    assert type(config.data) is StdlibData
+    assert (config.seq_len, config.tokenizer.vocab_size, config.model.rotary.theta) == (64, 300, 10000.0)
+
+
+def test_a_plain_mapping_is_as_good(composed: Composed) -> None:
+    raw = composed()
+    plain = OmegaConf.to_container(raw, resolve=True)
+    assert isinstance(plain, dict)
+    assert load_config(plain) == load_config(raw)  # type: ignore[arg-type]
+
+
+# ---- what a person gets wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("sequence_len", "seq_len"),
+        ("model.dims", "model.dim"),
+        ("optimizer.beta", "optimizer.betas"),
+        ("logger.wandb.projct", "logger.wandb.project"),
+        ("theta", "model.rotary.theta"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_nearest_name(composed: Composed, key: str, near: str) -> None:
+    assert refusal(changed(composed(), key, 1)) == f"{key} is not a setting; did you mean {near}?"
+
+
+def test_an_unknown_key_like_no_other_is_refused_with_the_way_to_see_all(composed: Composed) -> None:
+    message = refusal(changed(composed(), "zzzzzz", 1))
+    assert message == "zzzzzz is not a setting; python train.py --cfg job shows every setting"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seq_len", "abc"), ("model.dim", "1.5"), ("learning_rate", "fast"), ("data.document_mask", "maybe")],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(composed: Composed, key: str, value: str) -> None:
+    message = refusal(changed(composed(), key, value))
+    assert message.startswith(f"{key}: ")
+    assert f"'{value}'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["seq_len", "model", "model.dim", "attention", "optimizer", "data", "schedule.name"])
+def test_null_where_something_is_needed_is_refused_by_name(composed: Composed, key: str) -> None:
+    assert key in refusal(changed(composed(), key, None))
+
+
+@pytest.mark.parametrize("group", ["attention", "data", "optimizer", "schedule", "model", "tokenizer", "logger"])
+def test_a_missing_group_is_refused_by_name(composed: Composed, group: str) -> None:
+    raw = composed()
+    OmegaConf.set_struct(raw, False)
+    raw.run_dir = "runs/x"  # the default is made of the groups' names
+    del raw[group]
+    assert group in refusal(raw)
+
+
+@pytest.mark.parametrize("group", ["attention", "data", "optimizer", "schedule", "tokenizer"])
+def test_an_unknown_choice_is_refused_by_name(composed: Composed, group: str) -> None:
+    message = refusal(changed(composed(), f"{group}.name", "nope"))
+    assert f"{group}.name=nope is unknown" in message
+    assert "use " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seq_len", 0),
+        ("batch_size", 0),
+        ("log_every", 0),
+        ("eval_tokens", 0),
+        ("eval_every", -1),
+        ("sample_every", -1),
+        ("sample_tokens", -1),
+        ("grad_clip", -0.5),
+        ("grad_clip", float("nan")),
+        ("seed", -1),
+        ("max_steps", 0),
+        ("max_tokens", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", 10.0),
+        ("device", "tpu"),
+        ("precision", "fp8"),
+        ("compile", "maybe"),
+        ("run_dir", ""),
+    ],
+)
+def test_an_impossible_value_is_refused_with_name_value_and_remedy(composed: Composed, key: str, value: Any) -> None:
+    message = refusal(changed(composed(), key, value))
+    name, _, remedy = message.partition(" is not possible; ")
+    assert name == f"{key}={value!r}" or name == f"{key}={value}"
+    assert remedy
+
+
+@pytest.mark.parametrize(("asked", "nearest"), [(100, 128), (90, 64), (97, 128), (1, 64), (63, 64), (6401, 6400)])
+def test_tokens_per_step_must_be_a_multiple_and_the_nearest_is_named(
+    composed: Composed, asked: int, nearest: int
+) -> None:
+    message = refusal(composed("seq_len=32", "batch_size=2", f"tokens_per_step={asked}"))
+    assert f"tokens_per_step={asked} is not a multiple of batch_size × seq_len = 64; use {nearest}," in message
+    load_config(composed("seq_len=32", "batch_size=2", f"tokens_per_step={nearest}"))
+
+
+def test_rows_longer_than_the_learned_positions_are_refused(composed: Composed) -> None:
+    message = refusal(composed("model=gpt2-124m", "seq_len=2048", "model.n_positions=1024"))
+    assert "seq_len=2048" in message
+    assert "1024 learned positions" in message
+    load_config(composed("model=gpt2-124m", "seq_len=1024", "model.n_positions=1024"))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(composed: Composed) -> None:
+    message = refusal(composed("model.vocab_size=300", "tokenizer.vocab_size=301"))
+    assert "tokenizer.vocab_size=301" in message
+    assert "model.vocab_size=300" in message
+    load_config(composed("model.vocab_size=301", "tokenizer.vocab_size=300"))
+
+
+# ---- secrets
+
+HF_TOKEN, HEX = "hf_" + "aB3" * 10, "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["api_key", "apikey", "logger.wandb.api_key", "password", "db_passwd", "secret", "hf_token", "token", "credentials"],
+)
+def test_a_key_named_like_a_secret_is_refused_and_its_value_never_shown(composed: Composed, key: str) -> None:
+    message = refusal(changed(composed(), key, "open-sesame"))
+    assert key in message
+    assert "use the environment instead" in message
+    assert "sesame" not in message
+
+
+@pytest.mark.parametrize(
+    ("value", "secret"),
+    [
+        ("https://me:open-sesame@example.org/x", "sesame"),
+        (HF_TOKEN, HF_TOKEN),
+        (HEX, HEX),
+        ([HF_TOKEN], HF_TOKEN),
+        (["fine", {"deep": HEX}], HEX),
+        ("${oc.env:A_SECRET}", HEX),
+    ],
+)
+@pytest.mark.parametrize("key", ["sample_prompt", "logger.wandb.notes", "logger.wandb.tags", "new"])
+def test_a_value_that_looks_like_a_secret_is_refused_and_never_shown(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, secret: str
+) -> None:
+    monkeypatch.setenv("A_SECRET", HEX)
+    message = refusal(changed(composed(), key, value))
+    assert key in message
+    assert "looks like a secret" in message
+    assert secret not in message
+
+
+@pytest.mark.parametrize("value", ["def ", "https://example.org/a:b", "tokens", "hf_short", "0123abcd", None, ""])
+def test_an_innocent_value_is_no_secret(composed: Composed, value: str | None) -> None:
+    assert load_config(changed(composed(), "logger.wandb.notes", value)).logger.wandb.notes == value
+
+
+# ---- arithmetic
+
+
+def test_steps_and_accumulation_by_hand(composed: Composed) -> None:
+    rows = ["seq_len=32", "batch_size=2", "max_tokens=1000"]
+    config = load_config(composed(*rows))
+    assert (config.step_tokens, config.accumulation, config.num_steps) == (64, 1, 16)  # 15.6 steps
+    config = load_config(composed(*rows, "tokens_per_step=256"))
+    assert (config.step_tokens, config.accumulation, config.num_steps) == (256, 4, 4)  # 3.9 steps
+    config = load_config(composed(*rows, "max_tokens=1024", "tokens_per_step=256"))
+    assert config.num_steps == 4
+
+
+def test_max_steps_wins_over_max_tokens(composed: Composed) -> None:
+    assert load_config(composed("max_tokens=1", "max_steps=7")).num_steps == 7
+    assert load_config(composed("max_tokens=1_000_000_000", "max_steps=7")).num_steps == 7
+
+
+# ---- the whole
+
+
+def test_train_yaml_and_train_config_have_the_same_fields() -> None:
+    written = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/train.yaml"), resolve=False)
+    assert isinstance(written, dict)
+    groups = {name for choice in written.pop("defaults") if choice != "_self_" for name in choice}
+    chosen = {group for group in groups if not group.startswith("override ")} - {"experiment"}
+    assert {*written, *chosen} - {"hydra"} == {field.name for field in fields(TrainConfig)}
+
+
+def test_a_loaded_configuration_loads_again_as_itself(composed: Composed) -> None:
+    config = load_config(composed("model=gpt2-124m", "seq_len=64", "attention=sdpa"))
+    assert load_config(OmegaConf.to_container(OmegaConf.structured(config))) == config  # type: ignore[arg-type]
+
+
+def test_the_configuration_is_checked_without_torch() -> None:
+    # torch costs seconds; a mistyped command must not wait for it.
+    code = "import sys, training.config, training.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+KEYS = ["seq_len", "batch_size", "tokens_per_step", "max_steps", "max_tokens", "learning_rate", "seed", "compile"]
+KEYS += ["model", "model.dim", "model.n_heads", "model.n_kv_heads", "model.head_dim", "model.window", "model.rotary"]
+KEYS += ["attention", "attention.name", "data", "data.val_fraction", "data.name", "tokenizer.vocab_size", "optimizer"]
+KEYS += ["optimizer.name", "optimizer.betas", "schedule", "schedule.warmup_tokens", "schedule.name", "logger"]
+KEYS += ["logger.wandb", "logger.wandb.tags", "logger.wandb.init_timeout", "run_dir", "device", "new", "new.deep"]
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.integers(-3, 3) | st.floats() | st.text(max_size=8) | st.binary()
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "a"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
+@example(changes={"attention": None})
+@example(changes={"optimizer": "adamw"})
+@example(changes={"schedule": [1]})
+@example(changes={"data.name": {"a": 1}})
+@example(changes={"tokens_per_step": 10**400})
+@example(changes={"run_dir": "${nowhere}"})
+@example(changes={"attention.name": "???"})
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_the_values_nothing_but_a_value_error_of_one_line_comes_out(
+    composed: Composed, changes: dict[str, Any]
+) -> None:
+    raw = OmegaConf.create(default(composed))
+    for key, value in changes.items():
+        try:
+            OmegaConf.update(raw, key, value, merge=False, force_add=True)
+        except (AttributeError, TypeError, ValueError, GrammarParseError):
+            return  # no configuration can hold this
+    try:
+        load_config(raw)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+_default: dict[str, Any] = {}
+
+
+def default(composed: Composed) -> dict[str, Any]:
+    """Composed once: it takes longer than everything that is done with it."""
+    if not _default:
+        _default.update(OmegaConf.to_container(composed(), resolve=True))  # type: ignore[arg-type]
+    return _default

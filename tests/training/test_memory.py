@@ -1,0 +1,89 @@
+"""What a person reads when memory ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from training.config import TrainConfig
+from training.errors import NonFiniteError, OutOfMemory
+from training.memory import advice, out_of_memory_explained
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def test_math_attention_is_told_the_size_of_its_scores_first(config: MakeConfig) -> None:
+    # batch 4 · 2 heads · 16384² · 4 bytes = 8 GiB
+    text = advice(config("attention=math", "seq_len=16384"))
+    assert text.startswith("What helps: attention=auto (math holds 8.0 GiB of S × S scores per layer")
+    sdpa_math = advice(config("attention=sdpa", "attention.kernel=math", "seq_len=16384"))
+    assert sdpa_math.startswith("What helps: attention=auto (")
+    assert "attention=auto" not in advice(config("attention=sdpa"))
+
+
+def test_more_logits_at_once_than_need_be_are_told_of_chunks(config: MakeConfig) -> None:
+    rows = ["batch_size=4", "seq_len=1024"]
+    for chunk in (0, 4096):
+        hint = "model.loss_chunk_size=2048 (now 4096 × 300 logits exist at once)"
+        assert hint in advice(config(*rows, f"model.loss_chunk_size={chunk}"))
+    assert "loss_chunk_size" not in advice(config(*rows, "model.loss_chunk_size=1024"))
+    assert "loss_chunk_size" not in advice(config("model.loss_chunk_size=0")), "128 tokens are few"
+
+
+def test_a_batch_of_one_row_is_not_told_to_shrink_it(config: MakeConfig) -> None:
+    text = advice(config("batch_size=1"))
+    assert "batch_size" not in text
+    assert "seq_len=16" in text
+    assert "smaller model=" in text
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_batch_that_is_advised_is_smaller_and_works(config: MakeConfig, batch_size: int, accumulation: int) -> None:
+    tokens = batch_size * accumulation * 32
+    text = advice(config(f"batch_size={batch_size}", f"tokens_per_step={tokens}"))
+    hint = re.search(r"batch_size=(\d+) \(tokens_per_step=(\d+) ", text)
+    assert hint is not None
+    assert int(hint[1]) < batch_size
+    assert int(hint[2]) == tokens
+    config(f"batch_size={hint[1]}", f"tokens_per_step={hint[2]}")
+
+
+def test_the_cpu_allocators_refusal_becomes_a_line_for_a_person(config: MakeConfig) -> None:
+    with pytest.raises(OutOfMemory) as refused, out_of_memory_explained(config()):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 17179869184 bytes. Error code 12 (Cannot allocate memory)"
+        )
+    assert str(refused.value).startswith("out of memory: 16.0 GiB wanted. What helps: ")
+
+
+def test_a_real_refusal_of_the_cpu_allocator_is_recognised(config: MakeConfig) -> None:
+    # 2⁶⁰ bytes: beyond any machine's address space, so that nothing is allocated on the way to the refusal.
+    with pytest.raises(OutOfMemory, match=r"1073741824\.0 GiB wanted"), out_of_memory_explained(config()):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), NonFiniteError("step 3"), ValueError("seq_len")])
+def test_any_other_error_passes_unchanged(config: MakeConfig, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, out_of_memory_explained(config()):
+        raise error
+    assert raised.value is error
+
+
+def test_a_gpus_refusal_says_what_was_held_and_wanted(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"allocated_bytes.all.current": 70 * 2**30, "reserved_bytes.all.current": 75 * 2**30}
+
+    class Card:
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda *_: held)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    with pytest.raises(OutOfMemory) as refused, out_of_memory_explained(config()):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has ...")
+    line = "out of GPU memory: 70.0 GiB allocated and 75.0 GiB reserved of 80.0 GiB, 12.50 GiB wanted. What helps: "
+    assert str(refused.value).startswith(line)

@@ -1,0 +1,113 @@
+"""What `auto` means on this machine, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from training.config import TrainConfig
+from training.runtime import Runtime, attention_for, resolve_runtime
+
+CPU = Runtime(torch.device("cpu"), "fp32", False)
+MakeConfig = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+
+
+@pytest.fixture
+def turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_auto_on_a_cpu_is_fp32_without_compiler(config: MakeConfig) -> None:
+    assert resolve_runtime(config("device=auto")) == CPU
+    assert resolve_runtime(config("device=cpu")) == CPU
+    assert CPU.dtype is torch.float32
+
+
+@pytest.mark.usefixtures("ampere")
+def test_auto_on_a_gpu_is_compiled_bf16(config: MakeConfig) -> None:
+    assert resolve_runtime(config("device=auto")) == Runtime(torch.device("cuda"), "bf16", True)
+    assert resolve_runtime(config("device=cpu")) == CPU, "the CPU is there to be asked for"
+
+
+@pytest.mark.usefixtures("turing")
+def test_auto_on_a_gpu_without_bf16_is_fp32(config: MakeConfig) -> None:
+    assert resolve_runtime(config("device=auto")).precision == "fp32"
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_what_is_asked_for_is_what_is_done(config: MakeConfig) -> None:
+    runtime = resolve_runtime(config("precision=bf16", "compile=true"))
+    assert runtime == Runtime(torch.device("cpu"), "bf16", True)
+    assert runtime.dtype is torch.bfloat16
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_cuda_without_a_gpu_is_refused(config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"device=cuda.*use device=cpu"):
+        resolve_runtime(config("device=cuda"))
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_tf32_on_a_cpu_is_refused(config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"precision=tf32.*use precision=fp32"):
+        resolve_runtime(config("precision=tf32"))
+
+
+@pytest.mark.usefixtures("turing")
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_a_precision_that_the_gpu_lacks_is_refused(config: MakeConfig, precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"precision={precision}.*use precision=fp32"):
+        resolve_runtime(config("device=cuda", f"precision={precision}"))
+
+
+def test_autocast_is_on_for_bf16_alone() -> None:
+    x = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("tf32", torch.float32)):
+        with Runtime(torch.device("cpu"), precision, False).autocast():
+            assert (x @ x).dtype is dtype
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["attention=flash"], "attention=flash: "),
+        (["attention=sdpa", "model.attention_softcap=30"], "softcap=30"),
+        (["attention=sdpa", "attention.kernel=cudnn"], "attention.kernel=cudnn"),
+    ],
+)
+def test_an_attention_that_cannot_is_refused_with_a_remedy(config: MakeConfig, overrides: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refused:
+        attention_for(config(*overrides), CPU)
+    assert "use " in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["math", "sdpa", "flex"])
+def test_the_attention_named_is_the_one_built(config: MakeConfig, name: str) -> None:
+    assert attention_for(config(f"attention={name}"), CPU).name == name
+
+
+def test_the_attention_is_told_all_that_the_run_asks_of_it(config: MakeConfig) -> None:
+    asked = ["model.window=8", "model.attention_scale=0.5", "model.attention_softcap=20"]
+    spec = attention_for(config("attention=math", *asked), CPU, max_documents=3).spec
+    assert (spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.seq_len) == (2, 1, 16, 32)
+    assert (spec.window, spec.scale, spec.softcap, spec.max_documents, spec.causal) == (8, 0.5, 20, 3, True)
+    assert attention_for(config("attention=math"), CPU).spec.max_documents == 32, "any bound, where none is known"
+    plain = attention_for(config("attention=math", "data.document_mask=false"), CPU, max_documents=3).spec
+    assert plain.max_documents is None
+    assert plain.is_plain

@@ -1,0 +1,59 @@
+"""What a run is, beyond its configuration: for the start-up lines, facts.json and W&B."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.corpus import Corpus
+from model.arithmetic import parameter_count, state_bytes, train_flops_per_token
+from model.attention.base import AttentionBackend
+
+from . import hardware
+from .config import TrainConfig
+from .runtime import Runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus) -> dict[str, Any]:
+    """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command."""
+    count = parameter_count(config.model)
+    return {
+        "parameters": count.total,
+        "matmul_parameters": count.matmul,
+        "train_flops_per_token": train_flops_per_token(config.model, config.seq_len / 2),
+        "attention": f"{attention.name}: {attention.describe()}",
+        "device": hardware.describe_device(runtime.device),
+        "precision": runtime.precision,
+        "compile": runtime.compile,
+        "peak_flops": matmul_peak(runtime),
+        "versions": hardware.versions(),
+        "git_commit": hardware.git_commit(ROOT),
+        "data": corpus.manifest,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def matmul_peak(runtime: Runtime) -> float | None:
+    """Dense peak in FLOP/s of the units this run's matrix products use; None where it is not known."""
+    if runtime.device.type != "cuda" or runtime.precision == "fp32":  # fp32 products do not use the tensor cores
+        return None
+    name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
+    return hardware.peak_flops(name, runtime.dtype, capability)
+
+
+def start_up_lines(config: TrainConfig, facts: dict[str, Any]) -> list[str]:
+    """What a person should know before the first step."""
+    execution = "torch.compile" if facts["compile"] else "eager"
+    return [
+        f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
+        f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
+        f"{state_bytes(config.model) / 2**30:.2f} GiB with gradients and optimizer",
+        f"attention  {facts['attention']}",
+        f"plan       {config.num_steps:,} steps × {config.step_tokens:,} tokens "
+        f"({config.accumulation} × {config.batch_size} rows of {config.seq_len:,})",
+    ]
