@@ -35,6 +35,13 @@ class RotaryConfig:
             )
         if self.factor < 1:
             raise ValueError(f"model.rotary.factor={self.factor:g} would shorten the context; use 1 or more")
+        if self.theta <= 1:
+            raise ValueError(f"model.rotary.theta={self.theta:g} must be above 1; 10000 is usual")
+        if self.original_seq_len < 1:
+            raise ValueError(f"model.rotary.original_seq_len={self.original_seq_len} must be at least 1")
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(f"model.rotary.{low}={getattr(self, low):g} must lie between 0 and {high}")
 
 
 @dataclass
@@ -92,6 +99,10 @@ class ModelConfig:
                     f"choose a divisor or set model.head_dim"
                 )
             self.head_dim = self.dim // self.n_heads
+        if self.head_dim < 1:
+            raise ValueError(f"model.head_dim={self.head_dim} must be at least 1")
+        if self.norm_eps < 0:
+            raise ValueError(f"model.norm_eps={self.norm_eps} is negative; 1e-5 is usual")
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -105,6 +116,8 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}")
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; change model.head_dim")
+        if self.position == "rotary" and self.rotary.scaling == "ntk" and self.head_dim < 4:
+            raise ValueError(f"model.rotary.scaling=ntk needs a head_dim of 4 or more, not {self.head_dim}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.window={self.window}: a token sees at least itself; use 1 or more, or null")
         for name in ("attention_softcap", "logit_softcap", "loss_chunk_size"):

@@ -24,7 +24,7 @@ def inverse_frequencies(config: RotaryConfig, head_dim: int) -> Tensor:
     theta = config.theta
     if config.scaling == "ntk":
         theta *= config.factor ** (head_dim / (head_dim - 2))
-    frequencies_F = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    frequencies_F = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     interpolated_F = frequencies_F / config.factor
     if config.scaling == "linear":
         return interpolated_F

@@ -98,19 +98,17 @@ def test_every_experiment_trains(
     assert math.isfinite(summary["val/bits_per_byte"])
 
 
-def test_the_sweep_compares_the_attentions_there_are(composed: Callable[..., DictConfig]) -> None:
+def test_the_sweep_compares_attentions_that_there_are() -> None:
     experiment = OmegaConf.load(CONFIGS / "experiment/attention-swap.yaml")
     swept = experiment.hydra.sweeper.params.attention.split(",")
     assert len(swept) > 1
-    for name in swept:
-        load_config(composed("experiment=attention-swap", f"attention={name}"))
+    assert set(swept) <= set(ATTENTIONS)
 
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
         ("attention=", ["attention=auto", "attention=math", "attention=sdpa"]),
-        ("model=ll", ["model=llama-1b", "model=llama-8b"]),
         ("seq", ["seq_len="]),
     ],
 )

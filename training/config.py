@@ -5,7 +5,6 @@ No torch here: whatever can be wrong without a look at the machine is found in t
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,14 +34,21 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} is negative; use 0 for none")
+        if not self.weight_decay >= 0:  # `not`: NaN compares as False
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} is not possible; use 0 or more")
+        if not self.eps > 0:
+            raise ValueError(f"optimizer.eps={self.eps} is not possible; use a small positive number, such as 1e-8")
 
 
 @dataclass
 class MuonConfig(OptimizerConfig):
     name: str = "muon"
     momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum={self.momentum} must lie in [0, 1)")
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}
@@ -94,7 +100,7 @@ class TrainConfig:
         if self.tokens_per_step is None:
             self.tokens_per_step = micro_batch
         if self.tokens_per_step < micro_batch or self.tokens_per_step % micro_batch:
-            nearest = max(1, round(self.tokens_per_step / micro_batch)) * micro_batch
+            nearest = max(1, (self.tokens_per_step + micro_batch // 2) // micro_batch) * micro_batch
             raise ValueError(
                 f"tokens_per_step={self.tokens_per_step} is not a multiple of batch_size × seq_len = {micro_batch}; "
                 f"use {nearest}, or null for one micro-batch"
@@ -114,7 +120,7 @@ class TrainConfig:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.max_steps if self.max_steps is not None else math.ceil(self.max_tokens / self.step_tokens)
+        return self.max_steps if self.max_steps is not None else -(-self.max_tokens // self.step_tokens)
 
     @property
     def accumulation(self) -> int:
@@ -130,7 +136,12 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: one line that names the field, the value and what to do instead.
     """
-    raw = OmegaConf.create(dict(composed)) if not isinstance(composed, DictConfig) else composed
+    try:
+        # Resolved before anything is looked at: a secret may come out of ${oc.env:}.
+        config = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
+        raw: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
     refuse_secrets(raw)
     schema = OmegaConf.structured(TrainConfig)
     groups: dict[str, Mapping[str, type[Any]]] = {
@@ -140,20 +151,28 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
         "schedule": SCHEDULES,
     }
     for group, options in groups.items():
-        name = raw[group].get("name")
-        if name not in options:
+        chosen = raw.get(group)
+        name = chosen.get("name") if isinstance(chosen, dict) else chosen
+        if not isinstance(name, str) or name not in options:
             raise ValueError(f"{group}.name={name} is unknown; use {', '.join(options)}")
         schema[group] = OmegaConf.structured(options[name])
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+        loaded = OmegaConf.to_object(OmegaConf.merge(schema, raw))
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
+        schema.model, schema.tokenizer, schema.logger = ModelConfig, TokenizerConfig, LoggerConfig  # for their keys
         raise ValueError(unknown_key(key, dotted_keys(schema))) from error
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise ValueError(f"{error.full_key}: {reason}") from error
-    assert isinstance(config, TrainConfig)
-    return config
+        raise ValueError(_one_line(error)) from error
+    assert isinstance(loaded, TrainConfig)
+    return loaded
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0]
+    wanted = {"Integer": "use a whole number", "Float": "use a number", "boolean": "use true or false"}
+    remedy = next((remedy for kind, remedy in wanted.items() if f"to {kind}" in reason or f"{kind}: " in reason), "")
+    return f"{error.full_key}: {reason}; {remedy or 'python train.py --cfg job shows what it may be'}"
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -178,18 +197,15 @@ SECRET_KEY = re.compile(r"(api_?key|secret|password|passwd|credential|(^|_)token
 SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|^hf_[A-Za-z0-9]{20,}$|^[0-9a-f]{40}$")
 
 
-def refuse_secrets(config: Any, prefix: str = "") -> None:
+def refuse_secrets(items: Any, prefix: str = "") -> None:
     """A configuration is written to the run folder and to W&B, so nothing secret may be in it.
 
     Raises:
         ValueError: names the key, never the value.
     """
-    items = OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else config
-    if not isinstance(items, dict):
-        return
-    for name, value in items.items():
+    for name, value in items.items() if isinstance(items, dict) else enumerate(items):
         key = str(name)
-        if isinstance(value, dict):
+        if isinstance(value, dict | list):
             refuse_secrets(value, f"{prefix}{key}.")
         elif value and (SECRET_KEY.search(key) or SECRET_VALUE.search(str(value))):
             raise ValueError(

@@ -46,9 +46,9 @@ def advice(config: TrainConfig) -> str:
         scores = score_bytes(config.model, config.batch_size, config.seq_len) / GIB
         hints.append(f"attention=auto (math holds {scores:.1f} GiB of S × S scores per layer, several times over)")
     if config.batch_size > 1:
-        hints.append(
-            f"batch_size={config.batch_size // 2} (tokens_per_step={config.step_tokens} keeps the step's size)"
-        )
+        rows = config.step_tokens // config.seq_len
+        smaller = next(size for size in range(config.batch_size // 2, 0, -1) if rows % size == 0)
+        hints.append(f"batch_size={smaller} (tokens_per_step={config.step_tokens} keeps the step's size)")
     micro_batch = config.batch_size * config.seq_len
     if not 0 < config.model.loss_chunk_size < micro_batch and micro_batch > 2048:
         hints.append(f"model.loss_chunk_size=2048 (now {micro_batch} × {config.model.vocab_size} logits exist at once)")

@@ -44,8 +44,11 @@ class Trainer:
         self.runtime = runtime = resolve_runtime(config)
         attention_for(config, runtime)  # a refusal comes now, not after the data is read
         self.folder = Path(config.run_dir)
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or remove it")
+        try:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or remove it")
+        except OSError as error:  # a file, a name that is too long, a folder that may not be read
+            raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
 
         self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
         mask = config.data.document_mask

@@ -49,6 +49,10 @@ def test_an_impossible_model_is_refused_by_field_and_value(change, message):
         ({"scaling": "longrope"}, "model.rotary.scaling='longrope' is unknown; use none, linear, ntk, yarn, llama3"),
         ({"factor": 4.0}, "model.rotary.factor=4 does nothing with scaling=none; name a scaling: linear, ntk, yarn"),
         ({"scaling": "yarn", "factor": 0.5}, "model.rotary.factor=0.5 would shorten the context; use 1 or more"),
+        ({"theta": 1.0}, "model.rotary.theta=1 must be above 1; 10000 is usual"),
+        ({"original_seq_len": 0}, "model.rotary.original_seq_len=0 must be at least 1"),
+        ({"beta_slow": 32.0}, "model.rotary.beta_slow=32 must lie between 0 and beta_fast"),
+        ({"low_freq_factor": 8.0}, "model.rotary.low_freq_factor=8 must lie between 0 and high_freq_factor"),
     ],
 )
 def test_an_impossible_rotary_embedding_is_refused_by_field_and_value(options, message):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_model
 
+from data.loader import Batch
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.config import TrainConfig, load_config
@@ -61,6 +62,27 @@ def test_a_seed_is_a_run_and_another_seed_another(train: Callable[..., Trainer])
         assert losses(first, name) != losses(other, name)
     for value, same in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(value, same)
+
+
+def test_the_seed_decides_the_first_weights_and_the_order_of_the_rows(config: MakeConfig, tmp_path: Path) -> None:
+    weights, rows = [], []
+    for seed in (1, 1, 2):
+        trainer = Trainer(config(f"seed={seed}", f"run_dir={tmp_path / str(len(rows))}", "max_steps=1"), silently)
+        weights.append(trainer.model.embedding.weight.detach().clone())
+        read: list[torch.Tensor] = []
+        loss = trainer.loss
+
+        def spy(batch: Batch, loss: Any = loss, read: list[torch.Tensor] = read) -> torch.Tensor:
+            if torch.is_grad_enabled():  # not the evaluation
+                read.append(batch.tokens_BS)
+            return loss(batch)
+
+        trainer.loss = spy  # type: ignore[method-assign]
+        trainer.fit()
+        rows.append(torch.cat(read))
+    for values in (weights, rows):
+        assert torch.equal(values[0], values[1])
+        assert not torch.equal(values[0], values[2])
 
 
 @pytest.mark.parametrize("masked", ["true", "false"])
@@ -217,9 +239,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(config: MakeConfig,
 
 
 @pytest.mark.parametrize("run_dir", ["file", "file/run", "x" * 300])
-def test_a_folder_that_cannot_be_made_is_refused_in_one_line(
-    config: MakeConfig, tmp_path: Path, run_dir: str
-) -> None:
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(config: MakeConfig, tmp_path: Path, run_dir: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="run_dir=") as refused:
         Trainer(config(f"run_dir={tmp_path / run_dir}"), silently).fit()
@@ -316,7 +336,8 @@ def finished(config: MakeConfig, tmp_path: Path) -> Trainer:
 def test_the_run_folder_holds_all_that_the_run_was(finished: Trainer) -> None:
     folder = finished.folder
     files = {"config.yaml", "metrics.jsonl", "samples.md", "tokenizer.json", "model.safetensors"}
-    assert {path.name for path in folder.iterdir()} == files
+    assert {path.name for path in folder.iterdir()} >= files
+    assert not [path for path in folder.iterdir() if path.suffix == ".part"]
 
     assert load_config(yaml.safe_load((folder / "config.yaml").read_text())) == finished.config
 
