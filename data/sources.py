@@ -128,7 +128,7 @@ def _find_files(path: str) -> tuple[Path, list[Path]]:
         fixed = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
         root, found = Path(*given.parts[:fixed]), [Path(match) for match in glob.glob(str(given), recursive=True)]
     else:
-        raise ValueError(f"data.path={path} does not exist")
+        raise ValueError(f"data.path={path} does not exist: name a file, a folder or a glob")
     files = [file for file in found if file.suffix in TEXT_SUFFIXES and file.is_file()]
     if not files:
         raise ValueError(f"data.path={path} matches no text files: looked for {' '.join(TEXT_SUFFIXES)}")
