@@ -93,7 +93,7 @@ def records(run: Path) -> list[Any]:
 def test_offline_run_holds_config_metrics_axes_and_sample(tmp_path: Path) -> None:
     result = record_run(tmp_path, {}, mode="offline", project="p", group="g", tags=["t"], notes="n")
     (line,) = result["lines"]
-    assert line.startswith("wandb: offline (logger.wandb.mode=offline); to upload later: wandb sync ")
+    assert line.startswith("wandb      offline (logger.wandb.mode=offline); to upload later: wandb sync ")
     assert Path(line.rsplit(" ", 1)[1]).parent == tmp_path / "run" / "wandb"
 
     found = records(tmp_path / "run")
@@ -130,7 +130,7 @@ def test_offline_run_holds_config_metrics_axes_and_sample(tmp_path: Path) -> Non
 def test_without_a_login_the_run_is_offline_and_nothing_is_asked(tmp_path: Path) -> None:
     result = record_run(tmp_path, {})
     (line,) = result["lines"]
-    assert line.startswith("wandb: offline (not logged in: run `wandb login` or set WANDB_API_KEY); to upload later")
+    assert line.startswith("wandb      offline (not logged in: run `wandb login` or set WANDB_API_KEY); to upload later")
     assert result["seconds"] < 10
     assert records(tmp_path / "run")
 
@@ -159,7 +159,7 @@ def test_the_mode_follows_the_config_then_wandbs_own_settings_then_the_login(
 
 
 def test_wandb_mode_is_respected(tmp_path: Path) -> None:
-    assert record_run(tmp_path, {"WANDB_MODE": "disabled"})["lines"] == ["wandb: wandb's own settings say disabled"]
+    assert record_run(tmp_path, {"WANDB_MODE": "disabled"})["lines"] == ["wandb      wandb's own settings say disabled"]
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -177,7 +177,7 @@ def test_without_a_network_the_run_is_offline_within_seconds_and_the_key_is_nowh
     url = f"http://127.0.0.1:{9 if server == 'refuses' else silent_port}"
     result = record_run(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "NO_PROXY": "127.0.0.1"})
     (line,) = result["lines"]
-    assert line.startswith(f"wandb: offline (no answer from {url} within 3 s); to upload later: wandb sync ")
+    assert line.startswith(f"wandb      offline (no answer from {url} within 3 s); to upload later: wandb sync ")
     assert result["seconds"] < 12, "about 2 s when refused, 5 s when silent"
 
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -224,7 +224,7 @@ def graphql() -> Iterator[tuple[str, list[str]]]:
 def test_with_a_key_and_a_server_the_run_is_online(graphql: tuple[str, list[str]], tmp_path: Path) -> None:
     url, bodies = graphql
     result = record_run(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "NO_PROXY": "127.0.0.1"})
-    assert result["lines"] == [f"wandb: {url}/me/flash-gpt/runs/abc"]
+    assert result["lines"] == [f"wandb      {url}/me/flash-gpt/runs/abc"]
     assert any("file_stream" in body and "train/loss" in body for body in bodies)
 
 
@@ -254,7 +254,7 @@ def test_finish_is_cut_with_one_line_when_the_upload_hangs(
     logger = WandbLogger(WandbConfig(), lines.append)
     logger._run = StuckRun(error)
     logger.finish("finished")
-    assert lines == ["wandb: upload cut after 0 s; to upload the rest: wandb sync /somewhere/wandb/run-1"]
+    assert lines == ["wandb      upload cut after 0 s; to upload the rest: wandb sync /somewhere/wandb/run-1"]
 
 
 def test_an_online_run_that_the_server_refuses_is_recorded_offline(
