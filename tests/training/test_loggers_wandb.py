@@ -130,7 +130,7 @@ def test_offline_run_holds_config_metrics_axes_and_sample(tmp_path: Path) -> Non
 def test_without_a_login_the_run_is_offline_and_nothing_is_asked(tmp_path: Path) -> None:
     result = record_run(tmp_path, {})
     (line,) = result["lines"]
-    assert line.startswith("wandb      offline (not logged in: run `wandb login` or set WANDB_API_KEY); to upload later")
+    assert line.startswith("wandb      offline (not logged in: run `wandb login` or set WANDB_API_KEY); to upload")
     assert result["seconds"] < 10
     assert records(tmp_path / "run")
 
