@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from data.config import SOURCES, TokenizerConfig
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
-from training import cli
 from training.config import OPTIMIZERS, load_config
 from training.loggers import LoggerConfig, WandbConfig
 from training.schedule import SCHEDULES
@@ -42,10 +41,8 @@ def compose_once(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """composed("seq_len=64") is what Hydra composes for that command, on any machine as on one without a GPU."""
-    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: False)
-    cli.register_resolvers()
+def composed(composes_for_cpu: None) -> Callable[..., DictConfig]:
+    """composed("seq_len=64") is what Hydra composes for that command."""
     return compose_once
 
 

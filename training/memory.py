@@ -1,4 +1,4 @@
-"""What a run says when memory ends: what was held, what was wanted, and which settings would help."""
+"""Memory: its peaks while it lasts, and what a run says when it ends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from .config import TrainConfig
 from .errors import OutOfMemory
 
 GIB = 2**30
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Peak memory since the last call, then the peaks start anew; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {
+        "memory/peak_allocated_gib": stats["allocated_bytes.all.peak"] / GIB,
+        "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
+        "memory/alloc_retries": stats["num_alloc_retries"],
+    }
 
 
 @contextmanager

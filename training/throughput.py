@@ -1,4 +1,4 @@
-"""Speed and memory, measured so that the numbers can be trusted.
+"""Speed, measured so that the numbers can be trusted.
 
 A window runs from one log line to the next. It begins and ends with the device idle, leaves out evaluation and
 samples, and the first steps of a run (compilation, kernel selection, allocator growth) belong to no window.
@@ -10,12 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from model.arithmetic import train_flops_per_token
 from model.config import ModelConfig
-
-GIB = 2**30
 
 
 class Throughput:
@@ -106,16 +102,3 @@ class Throughput:
         self.total_seconds += seconds
         self._begin()
         return metrics
-
-
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory since the last call, then the peaks start anew; empty on a CPU."""
-    if device.type != "cuda":
-        return {}
-    stats = torch.cuda.memory_stats(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return {
-        "memory/peak_allocated_gib": stats["allocated_bytes.all.peak"] / GIB,
-        "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
-        "memory/alloc_retries": stats["num_alloc_retries"],
-    }

@@ -26,10 +26,11 @@ from .errors import NonFiniteError
 from .facts import matmul_peak, run_facts, start_up_lines
 from .loggers import build_loggers
 from .loggers.base import RunInfo
+from .memory import memory_metrics
 from .optimizer import Optimizer
 from .runtime import attention_for, resolve_runtime
 from .schedule import learning_rate
-from .throughput import Throughput, memory_metrics
+from .throughput import Throughput
 
 
 class Trainer:

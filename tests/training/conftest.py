@@ -12,7 +12,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from training import cli
 from training.config import TrainConfig, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -63,10 +62,8 @@ def compose_groups(choices: tuple[str, ...]) -> DictConfig:
 
 
 @pytest.fixture
-def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """composed("seq_len=64") is what Hydra composes for that command, on any machine as on one without a GPU."""
-    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: False)
-    cli.register_resolvers()
+def composed(composes_for_cpu: None) -> Callable[..., DictConfig]:
+    """composed("seq_len=64") is what Hydra composes for that command."""
 
     def compose_it(*overrides: str) -> DictConfig:
         is_choice = [(CONFIGS / override.partition("=")[0]).is_dir() for override in overrides]

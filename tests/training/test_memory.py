@@ -10,7 +10,7 @@ import torch
 
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
-from training.memory import advice, out_of_memory_explained
+from training.memory import advice, memory_metrics, out_of_memory_explained
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -86,3 +86,7 @@ def test_a_gpus_refusal_says_what_was_held_and_wanted(config: MakeConfig, monkey
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has ...")
     line = "out of GPU memory: 70.0 GiB allocated and 75.0 GiB reserved of 80.0 GiB, 12.50 GiB wanted. What helps: "
     assert str(refused.value).startswith(line)
+
+
+def test_a_cpu_has_no_memory_peaks() -> None:
+    assert memory_metrics(torch.device("cpu")) == {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from model.arithmetic import train_flops_per_token
 from model.config import ModelConfig
-from training.throughput import Throughput, memory_metrics
+from training.throughput import Throughput
 
 MODEL = ModelConfig(name="m", n_layers=2, n_heads=2, dim=8, ffn_dim=16, vocab_size=32)
 # N = 2 layers · (8·24 + 8·8 + 8·32 + 16·8) + 32·8 = 1536; attention 12 · 2 · 8 = 192 FLOPs per key.
@@ -163,7 +162,3 @@ def test_an_unknown_card_has_no_mfu(clock: Clock) -> None:
     report = meter.report()
     assert report["throughput/tflops"] > 0
     assert not [name for name in report if "mfu" in name]
-
-
-def test_a_cpu_has_no_memory_peaks() -> None:
-    assert memory_metrics(torch.device("cpu")) == {}
