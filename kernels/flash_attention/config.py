@@ -1,0 +1,107 @@
+"""Tile sizes of the portable kernels: measured on an H100, compiled for the others. No torch, no Triton here.
+
+`python -m scripts.tune_attention` times every candidate; the reasons below are from its runs (bf16, 16k tokens,
+heads · head_dim = 2048, TFLOP/s of the products that the kernel really does). tests/kernels/test_compile_only.py
+compiles each entry for each architecture: it must fit into shared memory and keep its values in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work."""
+
+    m: int
+    """Queries in a tile."""
+    n: int
+    """Keys in a tile."""
+    num_warps: int
+    num_stages: int
+    """Tiles in flight: the loop loads that many ahead, less one."""
+
+
+# Hopper and data-centre Blackwell: TMA, and products by a warp group of 4 warps, 64 rows at a time. Two or three small
+# programs on a multiprocessor hide each other's softmax, so 64 rows and 4 warps win nearly everywhere.
+HOPPER = {
+    ("forward", 64): Tiles(64, 128, 4, 2),  # causal 464, full 477; 64 keys: 412, 411
+    ("forward", 128): Tiles(128, 128, 8, 3),  # causal 568; 64 × 128: 530; 128 × 64: 505
+    ("forward", 256): Tiles(128, 64, 8, 2),  # causal 565, full 541; 64 × 128, one stage: 511, 630
+    ("dq", 64): Tiles(128, 64, 4, 4),  # causal 664, full 698; 64 × 64: 610, 668
+    ("dq", 128): Tiles(128, 64, 8, 3),  # causal 704, full 684; 64 × 32: 627, 630
+    ("dq", 256): Tiles(64, 32, 4, 3),  # causal 570; 128 × 32: 506; 64 × 64: 340
+    ("dkdv", 64): Tiles(32, 64, 4, 3),  # causal 434, full 500; 64 × 64: 402, 467; 128 × 64: 465, 458, but it spills
+    ("dkdv", 128): Tiles(64, 64, 4, 2),  # causal 563, full 584; 32 × 64: 523, 539; 64 × 128: 516, 575
+    ("dkdv", 256): Tiles(64, 64, 8, 2),  # causal 293; one stage: 276; 32 × 64: 227; 4 warps spill: 194
+}
+
+# A window or documents leave each query few keys: small tiles waste less at both ends. Milliseconds, for documents of
+# 1k tokens and for a window of 1k in 16k.
+HOPPER_LOCAL = {
+    ("forward", 64): Tiles(64, 64, 4, 2),  # 0.50 and 0.37; 64 × 128: 0.58 and 0.47
+    ("forward", 128): Tiles(64, 64, 4, 3),  # 0.40 and 0.32; 128 × 128: 0.47 and 0.36
+    ("forward", 256): Tiles(64, 64, 4, 3),  # documents: 0.41; 128 × 64: 0.47
+    ("dq", 64): Tiles(64, 64, 4, 3),  # 0.49 and 0.38; 128 × 64: 0.55 and 0.43
+    ("dq", 128): Tiles(64, 32, 4, 4),  # 0.50 and 0.40; 128 × 64: 0.53 and 0.41
+}
+
+# A soft cap needs registers for the derivative: where the tiles above would spill 100 bytes and more.
+HOPPER_SOFTCAP = {
+    ("dq", 64): Tiles(64, 64, 4, 3),
+    ("dkdv", 128): Tiles(32, 64, 4, 3),
+}
+
+# mma.sync (sm_80, 86, 89, 120): never timed here. The largest tiles that compile without spilling, and that fit into
+# the 101,376 bytes of an RTX 3090 or 4090, whose shared memory is the smallest.
+AMPERE = {
+    ("forward", 64): Tiles(128, 64, 4, 2),
+    ("forward", 128): Tiles(128, 64, 8, 2),
+    ("forward", 256): Tiles(64, 32, 4, 2),
+    ("dq", 64): Tiles(64, 32, 4, 3),
+    ("dq", 128): Tiles(64, 32, 4, 3),
+    ("dq", 256): Tiles(32, 32, 4, 2),
+    ("dkdv", 64): Tiles(32, 64, 4, 2),
+    ("dkdv", 128): Tiles(64, 64, 8, 2),
+    ("dkdv", 256): Tiles(16, 64, 8, 1),
+}
+
+# float32 on every GPU (IEEE products have no matrix unit), and 16 bits on AMD's, which are compiled for and never run.
+SMALL = {
+    ("forward", 64): Tiles(64, 32, 8, 2),
+    ("forward", 128): Tiles(32, 32, 8, 2),
+    ("forward", 256): Tiles(16, 32, 8, 1),
+    ("dq", 64): Tiles(64, 32, 8, 2),
+    ("dq", 128): Tiles(32, 32, 8, 2),
+    ("dq", 256): Tiles(16, 32, 8, 1),
+    ("dkdv", 64): Tiles(32, 32, 4, 2),
+    ("dkdv", 128): Tiles(32, 32, 8, 2),
+    ("dkdv", 256): Tiles(16, 32, 8, 1),
+}
+
+INTERPRETER = Tiles(64, 32, 4, 1)  # unequal on purpose, so that a mix-up of queries and keys shows
+
+
+def choose_tiles(
+    kernel: str, head_dim: int, capability: tuple[int, int] | None, *, float32: bool, local: bool, softcap: bool
+) -> Tiles:
+    """The tiles for one kernel.
+
+    Args:
+        kernel: forward, dq or dkdv. head_dim: up to 256.
+        capability: of the GPU, (9, 0) for sm_90; (0, 0) for one that is not NVIDIA's; None in Triton's interpreter.
+        float32: the inputs are. local: a window or documents bound what each query sees. softcap: scores are capped.
+    """
+    if capability is None:
+        return INTERPRETER
+    key = (kernel, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
+    if float32 or capability == (0, 0):
+        return SMALL[key]
+    if capability[0] not in (9, 10):
+        return AMPERE[key]
+    if softcap and key in HOPPER_SOFTCAP:
+        return HOPPER_SOFTCAP[key]
+    if local and key in HOPPER_LOCAL:
+        return HOPPER_LOCAL[key]
+    return HOPPER[key]

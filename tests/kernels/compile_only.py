@@ -1,0 +1,157 @@
+"""Compile the attention kernels for a GPU that is not here, and read what the assembler says of them.
+
+python tests/kernels/compile_only.py sm_90        every configuration's resources, one line each
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from kernels.flash_attention import portable
+from kernels.flash_attention.config import Tiles, choose_tiles
+
+KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
+TILED_BY_KEYS = ("k", "v", "dk", "dv")
+
+FLAGS = ("CAUSAL", "WINDOW", "STARTS", "SOFTCAP", "SINKS")
+MASKS = {
+    "causal": dict.fromkeys(FLAGS, False) | {"CAUSAL": True},
+    "full": dict.fromkeys(FLAGS, False),
+    "documents": dict.fromkeys(FLAGS, False) | {"CAUSAL": True, "STARTS": True},
+    "dense-everything": dict.fromkeys(FLAGS, True) | {"WINDOW": False, "STARTS": False},
+    "local-everything": dict.fromkeys(FLAGS, True),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a kernel."""
+
+    shared: int
+    """Bytes of shared memory."""
+    registers: int
+    stack: int
+    """Bytes of registers spilled to memory, per thread."""
+    assembly: str
+    """PTX, or AMD assembly."""
+
+
+def compile_kernel(
+    name: str, tiles: Tiles, head_dim: int, target: GPUTarget, mask: str = "causal", dtype: str = "bf16",
+    group: int = 1,
+) -> Compiled:  # fmt: skip
+    """Compile one kernel for one target.
+
+    Args:
+        name: forward, dq or dkdv. mask: of MASKS. dtype: in Triton's words (bf16, fp16, fp32).
+        group: query heads per key/value head.
+    """
+    kernel, flags = KERNELS[name], MASKS[mask]
+    D = triton.next_power_of_2(head_dim)
+    tma = target.backend == "cuda" and target.arch >= 90 and dtype != "fp32"
+    constants: dict[str, Any] = {
+        **flags, "H": 8, "GROUP": group, "M": tiles.m, "N": tiles.n, "D": D, "HEAD_DIM": head_dim,
+        "PRECISION": "ieee", "STAGES": tiles.num_stages, "TMA": tma,
+    }  # fmt: skip
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    constexprs: dict[Any, Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        p = parameter.name
+        if p in constants:
+            signature[p] = "constexpr"
+            constexprs[p] = constants[p]
+        elif p.endswith("_rows"):
+            rows = tiles.n if p.removesuffix("_rows") in TILED_BY_KEYS else tiles.m
+            if tma:
+                signature[p] = f"tensordesc<{dtype}[1, 1, {rows}, {D}]>"
+            else:
+                signature[p] = (f"*{dtype}", "i32", "i32", "i32", "i32")
+                for j in range(4):  # pointer and strides, not the number of rows
+                    attributes[(i, j)] = [["tt.divisibility", 16]]
+        elif p.endswith("_ptr"):
+            absent = (p == "starts_ptr" and not flags["STARTS"]) or (p == "sinks_ptr" and not flags["SINKS"])
+            signature[p] = "constexpr" if absent else "*i32" if p == "starts_ptr" else "*fp32"
+            if absent:
+                constexprs[p] = None
+            else:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[p] = "fp32" if p in ("cap", "factor", "scale") else "i32"
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend != "cuda":
+        assembly = compiled.asm["amdgcn"]
+        spilled = re.search(r"\.private_segment_fixed_size: (\d+)", assembly)
+        return Compiled(compiled.metadata.shared, 0, int(spilled[1]) if spilled else 0, assembly)
+    registers, stack = resources(compiled.asm["cubin"])
+    return Compiled(compiled.metadata.shared, registers, stack, compiled.asm["ptx"])
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) per thread, as Triton's own cuobjdump reads them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def target_of(architecture: str) -> GPUTarget:
+    """From sm_90 or gfx942."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tiles]]:
+    """Everything that `choose_tiles` can choose there: kernel, head_dim, mask, dtype, tiles.
+
+    Architectures that share a table and an instruction set with another are compiled with every mask at once only.
+    """
+    number = target_of(architecture).arch
+    capability = divmod(number, 10) if isinstance(number, int) else (0, 0)
+    few = architecture in ("sm_86", "sm_89", "gfx942")
+    for name, head_dim in product(KERNELS, (64, 128, 256)):
+        for mask, dtype in product(("local-everything",) if few else MASKS, ("bf16", "fp32")):
+            if dtype == "fp32" and (few or mask != "local-everything"):
+                continue
+            yield name, head_dim, mask, dtype, tiles_for(name, head_dim, mask, dtype, capability)
+    for name in KERNELS:
+        yield name, 80, "causal", "fp16", tiles_for(name, 80, "causal", "fp16", capability)
+
+
+def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple[int, int]) -> Tiles:
+    flags = MASKS[mask]
+    return choose_tiles(name, head_dim, capability, float32=dtype == "fp32", softcap=flags["SOFTCAP"],
+                        local=flags["WINDOW"] or flags["STARTS"])  # fmt: skip
+
+
+if __name__ == "__main__":
+    for name, head_dim, mask, dtype, tiles in configurations(sys.argv[1]):
+        compiled = asdict(compile_kernel(name, tiles, head_dim, target_of(sys.argv[1]), mask, dtype, group=4))
+        assembly = compiled.pop("assembly")
+        instructions = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "v_mfma")
+        found = [instruction for instruction in instructions if instruction in assembly]
+        row = {"kernel": name, "head_dim": head_dim, "mask": mask, "dtype": dtype, "tiles": asdict(tiles)}
+        print(json.dumps(row | compiled | {"instructions": found}), flush=True)

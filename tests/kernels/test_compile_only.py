@@ -1,0 +1,68 @@
+"""Every configuration compiles for every GPU it is meant for: it fits, keeps its values in registers, and uses the
+fast instructions.
+
+The kernels are compiled by processes of their own, because in this one they may belong to Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {  # bytes that one program can have
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
+    "gfx942": 65_536,
+}  # fmt: skip
+PRODUCTS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}  # mma.sync elsewhere
+
+# Bytes of stack per thread: ten registers. dK/dV at head_dim 128 keeps 6 of them there on sm_90, and its tiles were
+# the fastest all the same (kernels/flash_attention/config.py). AMD's compiler is only asked to compile.
+ALLOWED_STACK = 40
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What compile_only.py says of each architecture; two at a time, about 40 s each."""
+    script = str(Path(__file__).with_name("compile_only.py"))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+    def compile_all(architecture: str) -> list[dict[str, Any]]:
+        done = subprocess.run([sys.executable, script, architecture], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SHARED_MEMORY, pool.map(compile_all, SHARED_MEMORY), strict=True))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_every_configuration_compiles_fits_and_does_not_spill(architecture, compiled):
+    rows = compiled[architecture]
+    assert len(rows) >= 12
+    for row in rows:
+        assert row["shared"] <= SHARED_MEMORY[architecture], row
+        assert row["stack"] <= ALLOWED_STACK or architecture.startswith("gfx"), row
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_the_fast_instructions_are_used(architecture, compiled):
+    for row in compiled[architecture]:
+        if row["dtype"] == "fp32":
+            assert "mma" not in " ".join(row["instructions"]), "IEEE float32 has no matrix unit"
+            continue
+        assert PRODUCTS.get(architecture, "mma.sync") in row["instructions"], row
+        if architecture in ("sm_90", "sm_100", "sm_120"):
+            assert "cp.async.bulk.tensor" in row["instructions"], row
+        elif architecture.startswith("sm_"):
+            assert "cp.async.cg" in row["instructions"] or row["tiles"]["num_stages"] == 1, row
