@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from training import cli
 from training.config import load_config
+from training.runtime import resolve_runtime
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -20,8 +21,9 @@ def main(composed: DictConfig) -> None:
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
+    resolve_runtime(config)  # what this machine cannot do is refused here, the rest is the trainer's
 
-    from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistyped command need not wait for
+    from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
 
     with out_of_memory_explained(config):

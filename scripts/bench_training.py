@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.arithmetic import train_flops_per_token
-from model.attention import AttentionConfig, build_attention
-from model.attention.base import AttentionSpec
+from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.hardware import describe_device, git_commit, peak_flops, versions
@@ -177,7 +176,7 @@ def main() -> None:
         rows.append(row)
         print(cells(row), flush=True)
 
-    spec = AttentionSpec(12, 12, 64, seq_len, device, torch.bfloat16)
+    spec = AttentionSpec(12, 12, 64, seq_len, "bfloat16", torch.cuda.get_device_capability())
     with device:
         ours = GPT(config, build_attention(AttentionConfig("auto"), spec))
         plain = PlainGPT2(config)

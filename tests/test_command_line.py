@@ -42,14 +42,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def no_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that, on PYTHONPATH, makes `import torch` fail."""
+    """A folder that, on PYTHONPATH, makes `import torch` fail, though a CUDA build of it is installed."""
     folder = tmp_path_factory.mktemp("no_torch")
-    (folder / "torch.py").write_text("raise AssertionError('torch was imported')\n")
+    (folder / "torch").mkdir()
+    (folder / "torch/__init__.py").write_text("raise AssertionError('torch was imported')\n")
+    (folder / "torch/version.py").write_text("cuda, hip = '13.0', None\n")
     return folder
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HYDRA", "WANDB"))}
+    own = ("HYDRA", "WANDB", "TRITON_INTERPRET")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     # One thread: on a busy machine two of them, with so little to do each, wait for each other.
     return {**inherited, "HOME": str(home), "OMP_NUM_THREADS": "1", **more}
 
@@ -97,6 +100,11 @@ MISTAKES = {
     "~optimizer": ["optimizer", "use adamw, muon"],
     "+logger.wandb.api_key=sesame": ["logger.wandb.api_key", "WANDB_API_KEY"],
     "run_dir=${nowhere}": ["run_dir", "nowhere"],
+    "--nope": ["--nope", "write settings as key=value"],
+    # What depends on the machine.
+    "device=cuda": ["device=cuda", "use device=cpu"],
+    "precision=tf32": ["precision=tf32", "use precision=fp32"],
+    "attention=flash": ["attention=flash", "not on a CPU", "use attention=auto"],
 }
 
 
@@ -105,7 +113,8 @@ def answers(home: Path, no_torch: Path) -> dict[str, Done]:
     """Every mistake made, two at a time."""
 
     def make(mistake: str) -> Done:
-        return run(home, "device=cpu", "logger=none", mistake, PYTHONPATH=str(no_torch))
+        no_gpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(no_torch)}
+        return run(home, "device=cpu", "logger=none", mistake, **no_gpu)
 
     with ThreadPoolExecutor(2) as pool:
         done = dict(zip(MISTAKES, pool.map(make, MISTAKES), strict=True))
@@ -125,7 +134,6 @@ def test_a_mistake_is_one_line_with_the_remedy_before_torch_is_loaded(answers: d
 # ---- what needs torch: a process takes seconds to load it, so all of them are run together, two at a time
 
 COMMANDS = {
-    "precision": ["precision=tf32", "run_dir=refused"],
     "run_dir": ["run_dir=text/1.txt"],
     "data": ["data.path=nowhere", "run_dir=refused"],
     "run": ["max_steps=2"],
@@ -144,12 +152,11 @@ def ran(home: Path, answers: dict[str, Done]) -> dict[str, Done]:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("precision", ["precision=tf32", "use precision=fp32"]),
         ("run_dir", ["run_dir=text/1.txt", "choose another"]),
         ("data", ["data.path=nowhere", "does not exist"]),
     ],
 )
-def test_what_only_the_machine_or_the_text_can_tell_is_one_line_too(
+def test_what_only_the_files_can_tell_is_one_line_too(
     home: Path, ran: dict[str, Done], name: str, said: list[str]
 ) -> None:
     check_refusal(ran[name], *said)

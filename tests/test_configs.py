@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.config import SOURCES, TokenizerConfig
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
+from training import cli
 from training.config import OPTIMIZERS, load_config
 from training.loggers import LoggerConfig, WandbConfig
 from training.schedule import SCHEDULES
@@ -95,11 +96,13 @@ def test_every_experiment_trains(
     assert math.isfinite(summary["val/bits_per_byte"])
 
 
-def test_the_sweep_compares_attentions_that_there_are() -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_sweep_compares_every_attention_that_there_is(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: gpu)
+    cli.register_resolvers()
     experiment = OmegaConf.load(CONFIGS / "experiment/attention-swap.yaml")
     swept = experiment.hydra.sweeper.params.attention.split(",")
-    assert len(swept) > 1
-    assert set(swept) <= set(ATTENTIONS)
+    assert set(swept) == set(ATTENTIONS) - {"auto"} - (set() if gpu else {"flash"})
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ Exit codes: 0 finished; 1 a bug, with its traceback; 2 the command or configurat
 
 from __future__ import annotations
 
-import ctypes
+import argparse
 import os
 import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from time import strftime
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -28,6 +28,7 @@ from rich.table import Table
 
 from .config import dotted_keys, unknown_key
 from .errors import NonFiniteError, OutOfMemory
+from .machine import find_gpu
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -45,6 +46,7 @@ def run(main: Callable[[], None]) -> None:
     # 1.0k against 3.6k tokens/s; on idle cores there is little between them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register_resolvers()
+    argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
@@ -81,15 +83,7 @@ def register_resolvers() -> None:
 
 
 def _runs_on_gpu() -> bool:
-    """Whether this run will find a CUDA GPU, asked of the driver: torch's own answer costs its import, 1 to 3 s."""
-    if "device=cpu" in sys.argv or "+cpu" in version("torch"):
-        return False
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return "device=cpu" not in sys.argv and find_gpu() is not None
 
 
 def _job_folder() -> str:
@@ -98,6 +92,10 @@ def _job_folder() -> str:
         return ""
     job = HydraConfig.get().job
     return "/N" if OmegaConf.is_missing(job, "num") else f"/{job.num}"  # no number yet in `--cfg job`
+
+
+def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise ValueError(f"{message}; write settings as key=value, without dashes (--hydra-help lists the flags)")
 
 
 def say(line: str) -> None:

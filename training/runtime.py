@@ -1,60 +1,108 @@
-"""The machine at hand: which device, precision and attention a configuration means here."""
+"""What a configuration means on this machine: device, precision and attention, decided or refused.
+
+Deciding needs no torch, so that a refusal need not wait for it: train.py decides before torch loads.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-
-from model.attention import build_attention
-from model.attention.base import AttentionBackend, AttentionSpec
+from model.attention import AttentionSpec, build_attention, choose_attention
 
 from .config import TrainConfig
+from .machine import Gpu, find_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.attention.base import AttentionBackend
 
 
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a run computes: `device`, `precision` and `compile` with every auto decided."""
 
-    device: torch.device
+    gpu: Gpu | None
+    """None: on the CPU."""
     precision: str
     compile: bool
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Raises ValueError where the driver has a GPU that this torch cannot use."""
+        import torch
+
+        if self.gpu is not None and not torch.cuda.is_available():
+            raise ValueError(
+                f"the driver offers {self.gpu.name}, but torch {torch.__version__} cannot use it; "
+                f"update the driver, install a build of torch for it, or use device=cpu"
+            )
+        return torch.device("cpu" if self.gpu is None else "cuda")
+
+    @property
+    def dtype_name(self) -> str:
+        return "bfloat16" if self.precision == "bf16" else "float32"
 
     @property
     def dtype(self) -> torch.dtype:
         """Of matrix products and attention."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     def autocast(self) -> torch.autocast:
+        import torch
+
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
-    """Decide every `auto` from the machine at hand.
+    """Decide every `auto` from the machine at hand. Needs no torch.
 
     Raises:
-        ValueError: what was asked for is not there.
+        ValueError: what was asked for is not there, or the attention that was named cannot do what this run needs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this version trains in one process; run python train.py without torchrun")
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
+    gpu = None if config.device == "cpu" else find_gpu()
+    if config.device == "cuda" and gpu is None:
         raise ValueError(
             "device=cuda, but PyTorch sees no CUDA GPU here; use device=cpu or install a CUDA build of torch"
         )
-    device = torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    has_bf16 = gpu is not None and gpu.capability >= (8, 0)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError(
-            f"precision=bf16 needs an A100 or newer, not {torch.cuda.get_device_name()}; use precision=fp32"
-        )
-    return Runtime(device, precision, device.type == "cuda" if config.compile == "auto" else bool(config.compile))
+    if precision == "bf16" and gpu is not None and not has_bf16:
+        raise ValueError(f"precision=bf16 needs an A100 or newer, not {gpu.name}; use precision=fp32")
+    runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
+    choose_attention(config.attention, attention_spec(config, runtime))
+    return runtime
+
+
+def attention_spec(config: TrainConfig, runtime: Runtime, max_documents: int | None = None) -> AttentionSpec:
+    """What this run asks of its attention; see `attention_for`."""
+    model = config.model
+    assert model.n_kv_heads is not None
+    assert model.head_dim is not None
+    return AttentionSpec(
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        head_dim=model.head_dim,
+        seq_len=config.seq_len,
+        dtype=runtime.dtype_name,
+        capability=runtime.gpu.capability if runtime.gpu else None,
+        window=model.window,
+        max_documents=(max_documents or config.seq_len) if config.data.document_mask else None,
+        softcap=model.attention_softcap,
+        scale=model.attention_scale,
+    )
 
 
 def attention_for(config: TrainConfig, runtime: Runtime, max_documents: int | None = None) -> AttentionBackend:
@@ -65,19 +113,5 @@ def attention_for(config: TrainConfig, runtime: Runtime, max_documents: int | No
     Raises:
         ValueError: the backend that was named cannot do what this run needs of it.
     """
-    model = config.model
-    assert model.n_kv_heads is not None
-    assert model.head_dim is not None
-    spec = AttentionSpec(
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        seq_len=config.seq_len,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        window=model.window,
-        max_documents=(max_documents or config.seq_len) if config.data.document_mask else None,
-        softcap=model.attention_softcap,
-        scale=model.attention_scale,
-    )
-    return build_attention(config.attention, spec)
+    with runtime.device:
+        return build_attention(config.attention, attention_spec(config, runtime, max_documents))

@@ -6,66 +6,26 @@ Shape suffixes, here and in the backends: B batch, S sequence, H query heads, G 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .config import AttentionConfig
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Everything a backend must know to say, before training starts, whether it can honour it.
-
-    A query t sees the keys s with max(starts[t], t − window + 1) ≤ s ≤ t: causal attention, a sliding window and packed
-    documents are all one interval, whose left end never moves back.
-    """
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    seq_len: int
-    device: torch.device
-    dtype: torch.dtype
-    """What q, k and v arrive in (the autocast dtype)."""
-    causal: bool = True
-    window: int | None = None
-    """Most recent keys a query sees, itself included; None for all."""
-    max_documents: int | None = None
-    """Most documents that share a row. None: rows are one document, and `starts` is never given."""
-    softcap: float = 0.0
-    scale: float | None = None
-    """Multiplies the scores; 1/√head_dim when None."""
-
-    @property
-    def masks_documents(self) -> bool:
-        return self.max_documents is not None
-
-    @property
-    def is_plain(self) -> bool:
-        """Nothing but causal (or full) attention: what every kernel in the field can do."""
-        return self.window is None and not self.masks_documents and self.softcap == 0
+from .spec import AttentionSpec
 
 
 class AttentionBackend(ABC):
-    """One way to compute attention. Subclasses honour the spec exactly or refuse it; nothing is approximated.
+    """One way to compute attention, exactly as the spec says. What it cannot do, its config's `why_not` has refused.
 
-    Adding a backend: a file with one subclass, a line each in `BACKENDS` and `ATTENTIONS`, a YAML in
-    `configs/attention/`.
+    Adding a backend: docs/attention.md.
     """
 
     name: ClassVar[str]
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
+        """Raises ValueError where PyTorch, and nothing that can be known without it, refuses the spec."""
         self.spec = spec
         self.config = config
-
-    @classmethod
-    @abstractmethod
-    def why_not(cls, spec: AttentionSpec, config: AttentionConfig) -> str | None:
-        """The reason this backend cannot honour the spec, with a remedy; None when it can."""
 
     @abstractmethod
     def describe(self) -> str:

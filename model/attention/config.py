@@ -1,17 +1,56 @@
-"""The options of each attention backend: the fields of `configs/attention/*.yaml`. No torch here."""
+"""What each attention backend can be told, and what it refuses: the fields of `configs/attention/*.yaml`.
+
+No torch here: a backend that cannot honour the run is refused before torch loads. Only what PyTorch alone can answer
+is left to the backend's constructor.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+
+from .spec import AttentionSpec
 
 SDPA_KERNELS = ("flash", "cudnn", "efficient", "math")
 
 
 @dataclass
 class AttentionConfig:
-    """A backend with options of its own subclasses this."""
+    """A backend with options, or with something that it cannot do, subclasses this."""
 
     name: str
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        """The reason this backend cannot honour the spec, with a remedy; None when it can."""
+        return None
+
+
+@dataclass
+class FlashConfig(AttentionConfig):
+    name: str = "flash"
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        if find_spec("triton") is None:
+            return "flash-gpt's kernels need Triton, which is not installed; use attention=auto or pip install triton"
+        if spec.capability is None and not is_triton_interpreted():
+            return "flash-gpt's Triton kernels run on NVIDIA GPUs from sm_80 on, not on a CPU; use attention=auto"
+        if spec.capability is not None and spec.capability < (8, 0):
+            found = "sm_{}{}".format(*spec.capability)
+            return f"flash-gpt's Triton kernels run on NVIDIA GPUs from sm_80 on, not on {found}; use attention=auto"
+        if spec.head_dim not in range(16, 257, 8):
+            return (
+                f"flash-gpt's kernels take a head_dim that is a multiple of 8 from 16 to 256, not {spec.head_dim}; "
+                f"use attention=auto or change model.head_dim"
+            )
+        if spec.dtype not in ("bfloat16", "float16", "float32"):
+            return f"flash-gpt's kernels compute in bfloat16, float16 and float32, not {spec.dtype}; use attention=auto"
+        return None
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU, in its interpreter: exact and very slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass
@@ -24,11 +63,48 @@ class SdpaConfig(AttentionConfig):
         if self.kernel not in ("auto", *SDPA_KERNELS):
             raise ValueError(f"attention.kernel={self.kernel!r} is unknown; use auto, {', '.join(SDPA_KERNELS)}")
 
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        if spec.softcap > 0:
+            return f"no SDPA kernel caps scores (softcap={spec.softcap:g}); use attention=flex or math"
+        if spec.capability is None and self.kernel in ("cudnn", "efficient"):
+            return f"attention.kernel={self.kernel} runs on CUDA only; use attention.kernel=auto or math"
+        if spec.capability is None or spec.is_plain:
+            return None
+        masks = {"documents": spec.masks_documents, "a window": spec.window is not None}
+        masked = " and ".join(mask for mask, is_asked in masks.items() if is_asked)
+        if self.kernel == "cudnn":
+            without = {"documents": "data.document_mask=false", "a window": "model.window=null"}
+            remedy = " ".join(without[mask] for mask, is_asked in masks.items() if is_asked)
+            return f"PyTorch does not hand {masked} to cuDNN; use attention.kernel=auto, or {remedy}"
+        if self.kernel == "flash" and not takes_varlen(spec):
+            return (
+                f"PyTorch's flash kernel masks {masked} only causally, in bf16 or fp16, from sm_80 on and "
+                f"for a head_dim that is a multiple of 8 up to 256; use attention.kernel=auto"
+            )
+        return None
+
+
+def takes_varlen(spec: AttentionSpec) -> bool:
+    """Whether PyTorch's FlashAttention-2 over cumulative document lengths computes this."""
+    is_low_precision = spec.dtype in ("bfloat16", "float16")
+    has_kernel = spec.capability is not None and spec.capability >= (8, 0)
+    return spec.causal and has_kernel and is_low_precision and spec.head_dim in range(8, 257, 8)
+
+
+@dataclass
+class FlexConfig(AttentionConfig):
+    name: str = "flex"
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        if spec.capability is not None and spec.head_dim < 16:
+            return f"FlexAttention's kernel needs head_dim ≥ 16, not {spec.head_dim}; use attention=sdpa or math"
+        return None
+
 
 ATTENTIONS: dict[str, type[AttentionConfig]] = {
     "auto": AttentionConfig,
-    "flash": AttentionConfig,
+    "flash": FlashConfig,
     "sdpa": SdpaConfig,
-    "flex": AttentionConfig,
+    "flex": FlexConfig,
     "math": AttentionConfig,
 }

@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_atten
 
 from kernels.reference import attend
 
-from .base import AttentionBackend, AttentionSpec
+from .base import AttentionBackend
 from .config import AttentionConfig
+from .spec import AttentionSpec
 
 BLOCK = 128
 
@@ -28,14 +29,8 @@ class FlexAttention(AttentionBackend):
         self._compiled = torch.compile(flex_attention, dynamic=False)
         self._without_documents: dict[int, BlockMask] = {}  # by length: never changes, so it is built once
 
-    @classmethod
-    def why_not(cls, spec: AttentionSpec, config: AttentionConfig) -> str | None:
-        if spec.device.type == "cuda" and spec.head_dim < 16:
-            return f"FlexAttention's kernel needs head_dim ≥ 16, not {spec.head_dim}; use attention=sdpa or math"
-        return None
-
     def describe(self) -> str:
-        if self.spec.device.type == "cuda":
+        if self.spec.device == "cuda":
             return f"compiled FlexAttention, {BLOCK} × {BLOCK} block mask"
         return "FlexAttention forward, gradients from the specification (PyTorch has no flex backward on a CPU)"
 

@@ -8,18 +8,13 @@ from torch import Tensor
 
 from kernels.reference import attend, visible_pairs
 
-from .base import AttentionBackend, AttentionSpec
-from .config import AttentionConfig
+from .base import AttentionBackend
 
 
 class MathAttention(AttentionBackend):
     """Standard attention with a float32 softmax: two S × S matrices per head are written to memory and read back."""
 
     name = "math"
-
-    @classmethod
-    def why_not(cls, spec: AttentionSpec, config: AttentionConfig) -> str | None:
-        return None
 
     def describe(self) -> str:
         return "plain PyTorch, float32 softmax, S × S scores in memory (the specification)"

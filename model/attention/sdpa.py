@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.reference import visible_pairs
 
-from .base import AttentionBackend, AttentionSpec
-from .config import AttentionConfig, SdpaConfig
+from .base import AttentionBackend
+from .config import AttentionConfig, SdpaConfig, takes_varlen
+from .spec import AttentionSpec
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -29,9 +30,7 @@ VARLEN = "flash-varlen"  # FlashAttention-2 over cumulative document lengths: `t
 
 
 class Choice(NamedTuple):
-    """The kernel that will run, or (kernel None) why none can."""
-
-    kernel: str | None
+    kernel: str
     reason: str
 
 
@@ -41,11 +40,8 @@ class SdpaAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
         self.kernel, self.reason = choose_kernel(spec, config)
-
-    @classmethod
-    def why_not(cls, spec: AttentionSpec, config: AttentionConfig) -> str | None:
-        choice = choose_kernel(spec, config)
-        return None if choice.kernel else choice.reason
+        if self.kernel == VARLEN:
+            self._varlen_options = _varlen_options(spec)
 
     def describe(self) -> str:
         return f"PyTorch's {self.kernel} kernel ({self.reason})"
@@ -67,7 +63,6 @@ class SdpaAttention(AttentionBackend):
         if self.kernel not in ("flash", "math") and k_BSGD.shape[2] != H:
             # Only these two read grouped heads in place; the others get the same numbers, repeated.
             k_BSGD, v_BSGD = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
-        assert self.kernel is not None
         with sdpa_kernel(KERNELS[self.kernel]):
             out_BHSD = F.scaled_dot_product_attention(
                 q_BSHD.transpose(1, 2),
@@ -83,17 +78,23 @@ class SdpaAttention(AttentionBackend):
     def _varlen(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lengths: Tensor | None) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        B, S, H, _ = q_BSHD.shape
+        B, S = q_BSHD.shape[:2]
         if lengths is None:
             lengths = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q_BSHD.device)
-        options: dict[str, Any] = {"scale": self.spec.scale}
-        if k_BSGD.shape[2] != H and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True  # torch 2.11 has no such switch: its kernel takes grouped heads as they are
-        left = -1 if self.spec.window is None else self.spec.window - 1
         q, k, v = q_BSHD.flatten(0, 1), k_BSGD.flatten(0, 1), v_BSGD.flatten(0, 1)
-        out = varlen_attn(q, k, v, lengths, lengths, S, S, window_size=(left, 0), **options)
+        out = varlen_attn(q, k, v, lengths, lengths, S, S, **self._varlen_options)
         assert isinstance(out, Tensor)
         return out.unflatten(0, (B, S))
+
+
+def _varlen_options(spec: AttentionSpec) -> dict[str, Any]:
+    from torch.nn.attention.varlen import varlen_attn  # brings PyTorch's compiler: 1.5 s for those who use it
+
+    left = -1 if spec.window is None else spec.window - 1
+    options: dict[str, Any] = {"scale": spec.scale, "window_size": (left, 0)}
+    if spec.n_kv_heads != spec.n_heads and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True  # torch 2.11 has no such switch: its kernel takes grouped heads as they are
+    return options
 
 
 def cumulative_lengths(starts_BS: Tensor, max_documents: int) -> Tensor:
@@ -112,54 +113,29 @@ def cumulative_lengths(starts_BS: Tensor, max_documents: int) -> Tensor:
 
 
 def choose_kernel(spec: AttentionSpec, config: AttentionConfig) -> Choice:
-    """The kernel that honours the spec: the one asked for, or the fastest that can."""
+    """The kernel that was asked for, or the fastest that honours the spec; `SdpaConfig.why_not` has accepted both.
+
+    Raises:
+        ValueError: PyTorch refuses the kernel that was asked for.
+    """
     assert isinstance(config, SdpaConfig)
     asked = config.kernel
-    if spec.softcap > 0:
-        return Choice(None, f"no SDPA kernel caps scores (softcap={spec.softcap:g}); use attention=flex or math")
-    if spec.device.type != "cuda":
-        if asked in ("auto", "math"):
-            fused = asked == "auto"
-            return Choice("flash" if fused else "math", "fused CPU kernel" if fused else "asked for")
-        if asked == "flash":
-            return Choice("flash", "asked for")
-        return Choice(None, f"attention.kernel={asked} runs on CUDA only; use attention.kernel=auto or math")
-
-    masked = "documents" if spec.masks_documents else "a window" if spec.window is not None else None
-    if asked == "cudnn" and masked:
-        return Choice(
-            None, f"PyTorch does not hand {masked} to cuDNN; use attention.kernel=flash or data.document_mask=false"
-        )
-    if masked and asked in ("auto", "flash"):
-        if spec.causal and _runs_on_flash(spec):
+    if spec.device == "cpu":
+        return Choice("flash", "fused CPU kernel") if asked == "auto" else Choice(asked, "asked for")
+    if not spec.is_plain:
+        if asked in ("auto", "flash") and takes_varlen(spec):
             return Choice(VARLEN, "FlashAttention-2 over cumulative document lengths; masked pairs cost nothing")
-        if asked == "flash":
-            return Choice(
-                None,
-                f"the flash kernel masks {masked} only causally and in bf16 or fp16; use attention.kernel=efficient",
-            )
-    if masked:
         kernel = "efficient" if asked == "auto" else asked
-        return Choice(kernel, f"a dense S × S mask for {masked}: exact, but nothing is skipped")
-
-    # cuDNN first on Hopper and newer, where it is 1.3 to 1.6 times the speed of the FlashAttention-2 kernel.
-    hopper = torch.cuda.get_device_capability(spec.device) >= (9, 0)
-    order = ("cudnn", "flash", "efficient", "math") if hopper else ("flash", "efficient", "cudnn", "math")
+        return Choice(kernel, "a dense S × S mask: exact, but nothing is skipped")
     if asked != "auto":
-        usable = _can_use(spec, asked)
-        remedy = "use attention.kernel=auto"
-        return (
-            Choice(asked, "asked for")
-            if usable
-            else Choice(None, f"PyTorch's {asked} kernel refuses this shape; {remedy}")
-        )
+        if not _can_use(spec, asked):
+            raise ValueError(f"attention=sdpa: PyTorch's {asked} kernel refuses this shape; use attention.kernel=auto")
+        return Choice(asked, "asked for")
+    # cuDNN first on Hopper and newer, where it is 1.3 to 1.6 times the speed of the FlashAttention-2 kernel.
+    is_hopper = spec.capability is not None and spec.capability >= (9, 0)
+    order = ("cudnn", "flash", "efficient", "math") if is_hopper else ("flash", "efficient", "cudnn", "math")
     kernel = next(kernel for kernel in order if _can_use(spec, kernel))
     return Choice(kernel, f"first of {', '.join(order)} that takes head_dim {spec.head_dim}")
-
-
-def _runs_on_flash(spec: AttentionSpec) -> bool:
-    capable = torch.cuda.get_device_capability(spec.device) >= (8, 0)
-    return capable and spec.dtype in (torch.bfloat16, torch.float16) and spec.head_dim % 8 == 0 and spec.head_dim <= 256
 
 
 def _can_use(spec: AttentionSpec, kernel: str) -> bool:
@@ -175,7 +151,8 @@ def _can_use(spec: AttentionSpec, kernel: str) -> bool:
     n_kv_heads = spec.n_kv_heads if kernel == "flash" else spec.n_heads  # the others get repeated heads
 
     def example(n_heads: int) -> Tensor:
-        x_BSHD = torch.empty((1, spec.seq_len, n_heads, spec.head_dim), dtype=spec.dtype, device=spec.device)
+        shape, dtype = (1, spec.seq_len, n_heads, spec.head_dim), getattr(torch, spec.dtype)
+        x_BSHD = torch.empty(shape, dtype=dtype, device=spec.device)
         return x_BSHD.requires_grad_().transpose(1, 2)
 
     q, k = example(spec.n_heads), example(n_kv_heads)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from model.attention import ATTENTIONS, build_attention
-from model.attention.base import AttentionSpec
+from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 
@@ -19,8 +18,7 @@ def _build(config: ModelConfig, backend: str = "math", seq_len: int = 64, docume
         n_kv_heads=config.n_kv_heads,
         head_dim=config.head_dim,
         seq_len=seq_len,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
+        dtype="float32",
         window=config.window,
         max_documents=seq_len if documents else None,
         softcap=config.attention_softcap,

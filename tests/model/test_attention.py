@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,14 +13,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kernels import flash_attention
 from kernels.reference import attention as reference
-from model.attention import ATTENTIONS, build_attention, load_backend
-from model.attention.base import AttentionSpec
-from model.attention.config import SdpaConfig
+from model.attention import ATTENTIONS, AttentionConfig, AttentionSpec, build_attention, choose_attention, sdpa
+from model.attention.config import FlashConfig, SdpaConfig, is_triton_interpreted
 from model.attention.flex import interval_block_mask
 from model.attention.sdpa import cumulative_lengths
 
 CPU = torch.device("cpu")
+# Triton asks once, when it is imported, whether to interpret: where there is a GPU, flash runs on that alone.
+FLASH_DEVICE = CPU if is_triton_interpreted() else torch.device("cuda")
+interpreted = pytest.mark.skipif(not is_triton_interpreted(), reason="flash runs on the GPU of this machine")
+BACKENDS = ["math", "sdpa", "flex", pytest.param("flash", marks=interpreted)]
 SHAPES = {  # batch, length, query heads, key/value heads, head_dim
     "one-token": (1, 1, 2, 2, 16),
     "odd": (2, 63, 4, 2, 16),
@@ -47,11 +54,17 @@ def case(shape, mask, device=CPU, dtype=torch.float64):
     B, S, H, G, D = shape
     starts = random_starts(B, S, mask["documents"], device) if "documents" in mask else None
     options = {name: mask[name] for name in ("window", "softcap", "scale") if name in mask}
-    spec = AttentionSpec(H, G, D, S, device, dtype, max_documents=S if starts is not None else None, **options)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    max_documents = S if starts is not None else None
+    spec = AttentionSpec(H, G, D, S, name_of(dtype), capability, max_documents=max_documents, **options)
     # Views of one fused projection, as the model makes them.
     qkv = torch.randn(B, S, (H + 2 * G) * D, device=device, dtype=dtype).unflatten(-1, (-1, D))
     q, k, v = (x.requires_grad_() for x in qkv.split((H, G, G), dim=2))
     return spec, (q, k, v), starts, options
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def forward_and_gradients(function, qkv, grad_out) -> list[Tensor]:
@@ -59,25 +72,31 @@ def forward_and_gradients(function, qkv, grad_out) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, qkv, grad_out)]
 
 
-@pytest.mark.parametrize("name", ["math", "sdpa", "flex"])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_backend_equals_the_specification(name, shape, mask):
-    spec, qkv, starts, options = case(shape, mask)
+    dtype = torch.float32 if name == "flash" else torch.float64  # the most precise that it computes in
+    spec, qkv, starts, options = case(shape, mask, dtype=dtype)
     config = ATTENTIONS[name](name=name)
-    if load_backend(name).why_not(spec, config):
+    if config.why_not(spec):
         assert name == "sdpa"
         assert spec.softcap > 0  # the only refusal on a CPU
         return
     backend = build_attention(config, spec)
     grad_out = torch.randn_like(qkv[0])
-    expected = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts, **options), qkv, grad_out)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    expected = forward_and_gradients(
+        lambda q, k, v: reference(q, k, v, starts=starts, **options), exact, grad_out.double()
+    )
     got = forward_and_gradients(lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), qkv, grad_out)
+    rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-5, 1e-5)
     for ours, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-11)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), truth, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["math", "sdpa", "flex"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_low_precision_error_is_within_twice_pytorchs_own(name):
     """Against float64, by the rule of the field: error ≤ 2 × the error of standard attention in the same dtype."""
     spec, qkv, starts, _ = case((2, 200, 4, 2, 32), {"documents": 0.02})
@@ -85,7 +104,7 @@ def test_low_precision_error_is_within_twice_pytorchs_own(name):
     grad_out = torch.randn_like(qkv[0])
     truth = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts), qkv, grad_out)
     standard = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts), low, grad_out.bfloat16())
-    backend = build_attention(ATTENTIONS[name](name=name), replace(spec, dtype=torch.bfloat16))
+    backend = build_attention(ATTENTIONS[name](name=name), replace(spec, dtype="bfloat16"))
     got = forward_and_gradients(
         lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), low, grad_out.bfloat16()
     )
@@ -133,36 +152,158 @@ def test_flex_masks_do_not_recompile_from_batch_to_batch():
     assert counter.frame_count == 1
 
 
-PLAIN = AttentionSpec(4, 2, 16, 64, CPU, torch.float32)
+def test_flash_is_one_graph_for_all_batches():
+    counter = CompileCounter()
+    spec, (q, k, v), _, _ = case((2, 64, 2, 1, 16), {"documents": 0.1}, FLASH_DEVICE, torch.float32)
+    backend = build_attention(FlashConfig(), spec)
+    compiled = torch.compile(backend, backend=counter, fullgraph=True)
+    for _ in range(3):
+        mask = backend.prepare(random_starts(2, 64, 0.1, FLASH_DEVICE), 64)
+        torch.testing.assert_close(compiled(q, k, v, mask), backend(q, k, v, mask))
+    assert counter.frame_count == 1
 
 
-def test_flash_says_that_it_is_not_there_yet():
-    with pytest.raises(ValueError, match=r"attention=flash: .*not in this version yet; use attention=auto"):
-        build_attention(ATTENTIONS["flash"](name="flash"), PLAIN)
+# ---- what is refused, and what is chosen. Nothing here needs the GPU that it is about
+
+PLAIN = AttentionSpec(4, 2, 64, 64, "bfloat16")
+TURING, AMPERE, HOPPER = (replace(PLAIN, capability=capability) for capability in ((7, 5), (8, 0), (9, 0)))
+AUTO, FLASH = ATTENTIONS["auto"](name="auto"), FlashConfig()
+DOCUMENTS = {"max_documents": 9}
+
+REFUSALS = {
+    "flash-cpu": (FLASH, PLAIN, "from sm_80 on, not on a CPU; use attention=auto"),
+    "flash-turing": (FLASH, TURING, "from sm_80 on, not on sm_75; use attention=auto"),
+    "flash-20": (FLASH, replace(HOPPER, head_dim=20), "a multiple of 8 from 16 to 256, not 20; use attention=auto"),
+    "flash-8": (FLASH, replace(HOPPER, head_dim=8), "not 8; use attention=auto"),
+    "flash-264": (FLASH, replace(HOPPER, head_dim=264), "not 264; use attention=auto"),
+    "flash-float64": (FLASH, replace(HOPPER, dtype="float64"), "float32, not float64; use attention=auto"),
+    "softcap": (SdpaConfig(), replace(PLAIN, softcap=30.0), "no SDPA kernel caps scores (softcap=30); use attention"),
+    "cudnn-cpu": (SdpaConfig(kernel="cudnn"), PLAIN, "attention.kernel=cudnn runs on CUDA only"),
+    "efficient-cpu": (SdpaConfig(kernel="efficient"), PLAIN, "attention.kernel=efficient runs on CUDA only"),
+    "cudnn-documents": (
+        SdpaConfig(kernel="cudnn"),
+        replace(HOPPER, **DOCUMENTS),
+        "does not hand documents to cuDNN; use attention.kernel=auto, or data.document_mask=false",
+    ),
+    "cudnn-window": (
+        SdpaConfig(kernel="cudnn"),
+        replace(HOPPER, window=9),
+        "does not hand a window to cuDNN; use attention.kernel=auto, or model.window=null",
+    ),
+    "cudnn-both": (
+        SdpaConfig(kernel="cudnn"),
+        replace(HOPPER, window=9, **DOCUMENTS),
+        "does not hand documents and a window to cuDNN; "
+        "use attention.kernel=auto, or data.document_mask=false model.window=null",
+    ),
+    "sdpa-flash-float32": (
+        SdpaConfig(kernel="flash"),
+        replace(HOPPER, dtype="float32", **DOCUMENTS),
+        "masks documents only causally, in bf16 or fp16, from sm_80 on",
+    ),
+    "sdpa-flash-turing": (
+        SdpaConfig(kernel="flash"),
+        replace(TURING, dtype="float16", window=9),
+        "masks a window only causally, in bf16 or fp16, from sm_80 on",
+    ),
+    "flex-8": (ATTENTIONS["flex"](name="flex"), replace(AMPERE, head_dim=8), "needs head_dim ≥ 16, not 8; use"),
+}
 
 
-def test_sdpa_refuses_a_soft_cap_by_name_and_reason():
-    with pytest.raises(
-        ValueError, match=r"attention=sdpa: no SDPA kernel caps scores \(softcap=30\); use attention=flex"
-    ):
-        build_attention(SdpaConfig(), replace(PLAIN, softcap=30.0))
+@pytest.fixture
+def _not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_auto_takes_the_first_that_can_and_passes_over_those_that_cannot():
-    auto = ATTENTIONS["auto"](name="auto")
-    assert build_attention(auto, PLAIN).name == "sdpa"
-    assert build_attention(auto, replace(PLAIN, softcap=30.0)).name == "flex"
+@pytest.mark.usefixtures("_not_interpreted")
+@pytest.mark.parametrize(("config", "spec", "said"), REFUSALS.values(), ids=REFUSALS)
+def test_what_a_backend_cannot_do_is_refused_by_name_with_reason_and_remedy(config, spec, said):
+    with pytest.raises(ValueError, match=f"^attention={config.name}: .*{re.escape(said)}"):
+        choose_attention(config, spec)
+    assert choose_attention(AUTO, spec).why_not(spec) is None, "the remedy is one"
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
-def test_cuda_kernels_are_refused_on_a_cpu(kernel):
-    with pytest.raises(ValueError, match=rf"attention\.kernel={kernel} runs on CUDA only"):
-        build_attention(SdpaConfig(kernel=kernel), PLAIN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("head_dim", [8, 12, 16, 20, 24, 88, 100, 248, 256, 260, 264])
+def test_flash_refuses_what_its_kernels_refuse_and_nothing_else(head_dim, dtype):
+    """The rules are written twice, here without torch: this is what holds them together."""
+    spec, qkv, _, _ = case((1, 1, 1, 1, head_dim), {}, FLASH_DEVICE, dtype)
+    refused = FLASH.why_not(spec) is not None
+    with pytest.raises(ValueError, match=r"head_dim|float64") if refused else nullcontext():
+        flash_attention(*qkv)
 
 
-def test_an_unknown_kernel_is_refused_with_the_known_ones():
+def test_flash_without_triton_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"need Triton, which is not installed; use attention=auto"):
+        choose_attention(FLASH, HOPPER)
+    assert choose_attention(AUTO, HOPPER).name == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (PLAIN, "sdpa"),  # though Triton's interpreter may be on
+        (replace(PLAIN, softcap=30.0), "flex"),
+        (HOPPER, "sdpa"),  # cuDNN's kernel
+        (AMPERE, "flash"),
+        (replace(HOPPER, **DOCUMENTS), "flash"),
+        (replace(HOPPER, window=9, softcap=30.0, **DOCUMENTS), "flash"),
+        (TURING, "sdpa"),
+        (replace(TURING, softcap=30.0), "flex"),
+        (replace(TURING, softcap=30.0, head_dim=8), "math"),
+    ],
+)
+def test_auto_takes_the_first_that_can_and_passes_over_those_that_cannot(spec, name):
+    assert choose_attention(AUTO, spec).name == name
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "kernel"),
+    [
+        (PLAIN, "auto", "flash"),
+        (PLAIN, "math", "math"),
+        (HOPPER, "auto", "cudnn"),
+        (AMPERE, "auto", "flash"),
+        (HOPPER, "efficient", "efficient"),
+        (replace(HOPPER, **DOCUMENTS), "auto", "flash-varlen"),
+        (replace(AMPERE, window=9), "flash", "flash-varlen"),
+        (replace(AMPERE, window=9, dtype="float32"), "auto", "efficient"),
+        (replace(AMPERE, window=9, head_dim=20), "auto", "efficient"),
+        (replace(TURING, dtype="float16", **DOCUMENTS), "auto", "efficient"),
+        (replace(HOPPER, **DOCUMENTS), "math", "math"),
+    ],
+)
+def test_sdpa_pins_the_kernel_asked_for_or_the_fastest(monkeypatch, spec, asked, kernel):
+    monkeypatch.setattr(sdpa, "_can_use", lambda *_: True)
+    backend = build_attention(SdpaConfig(kernel=asked), spec)
+    assert backend.kernel == kernel
+    assert backend.describe().startswith(f"PyTorch's {kernel} kernel (")
+
+
+def test_sdpa_asks_pytorch_about_every_kernel_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(sdpa, "_can_use", lambda spec, kernel: kernel == "math")
+    assert build_attention(SdpaConfig(), HOPPER).kernel == "math"
+    with pytest.raises(ValueError, match=r"attention=sdpa: PyTorch's cudnn kernel refuses .*use attention.kernel=auto"):
+        build_attention(SdpaConfig(kernel="cudnn"), HOPPER)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"attention\.kernel='fast' is unknown; use auto, flash, cudnn"):
         SdpaConfig(kernel="fast")
+    with pytest.raises(ValueError, match=r"attention=fast is unknown; use auto, flash, sdpa, flex, math"):
+        choose_attention(AttentionConfig("fast"), PLAIN)
+
+
+def test_flash_says_with_which_tiles_it_runs():
+    assert build_attention(FLASH, replace(HOPPER, head_dim=128)).describe() == (
+        "flash-gpt's Triton kernels; forward in tiles of 128 × 128 (queries × keys), dQ 128 × 64, dK/dV 64 × 64"
+    )
+
+
+@interpreted
+def test_flash_says_that_it_is_interpreted():
+    assert build_attention(FLASH, PLAIN).describe() == "Triton's interpreter: exact and very slow, for tests"
 
 
 @pytest.mark.gpu
@@ -171,6 +312,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
     [
         ATTENTIONS["math"](name="math"),
         ATTENTIONS["flex"](name="flex"),
+        FlashConfig(),
         *(SdpaConfig(kernel=kernel) for kernel in ("auto", "flash", "cudnn", "efficient", "math")),
     ],
     ids=lambda config: f"{config.name}-{getattr(config, 'kernel', '')}".rstrip("-"),
@@ -179,16 +321,17 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_backend_on_the_gpu_is_within_twice_the_error_of_standard_attention(config, shape, mask):
     spec, qkv, starts, options = case(shape, mask, torch.device("cuda"))
-    spec = replace(spec, dtype=torch.bfloat16)
-    if load_backend(config.name).why_not(spec, config):
-        pytest.skip("refused")
+    try:
+        backend = build_attention(config, replace(spec, dtype="bfloat16"))
+    except ValueError as refusal:
+        assert config.name == "sdpa"
+        pytest.skip(str(refusal))
     low = [x.detach().bfloat16().requires_grad_() for x in qkv]
     grad_out = torch.randn_like(qkv[0])
     truth = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts, **options), qkv, grad_out)
     standard = forward_and_gradients(
         lambda q, k, v: reference(q, k, v, starts=starts, **options), low, grad_out.bfloat16()
     )
-    backend = build_attention(config, spec)
     got = forward_and_gradients(
         lambda q, k, v: backend(q, k, v, backend.prepare(starts, q.shape[1])), low, grad_out.bfloat16()
     )

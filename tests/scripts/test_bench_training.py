@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.attention import AttentionConfig, build_attention
-from model.attention.base import AttentionSpec
+from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from scripts.bench_training import PlainGPT2, figures, markdown
@@ -18,9 +17,7 @@ CONFIG = ModelConfig(
 
 
 def test_the_plain_gpt2_is_our_model_with_our_weights():
-    ours = GPT(
-        CONFIG, build_attention(AttentionConfig("math"), AttentionSpec(4, 4, 8, 24, torch.device("cpu"), torch.float32))
-    )
+    ours = GPT(CONFIG, build_attention(AttentionConfig("math"), AttentionSpec(4, 4, 8, 24, "float32")))
     plain = PlainGPT2(CONFIG)
     with torch.no_grad():
         for parameter in ours.parameters():

@@ -7,29 +7,35 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from training import runtime as runtime_module
 from training.config import TrainConfig
-from training.runtime import Runtime, attention_for, resolve_runtime
+from training.machine import Gpu
+from training.runtime import Runtime, attention_for, attention_spec, resolve_runtime
 
-CPU = Runtime(torch.device("cpu"), "fp32", False)
+CPU = Runtime(None, "fp32", False)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0))
+T4 = Gpu("Tesla T4", (7, 5))
 MakeConfig = Callable[..., TrainConfig]
 
 
 @pytest.fixture
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: None)
 
 
 @pytest.fixture
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: A100)
 
 
 @pytest.fixture
 def turing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: T4)
+
+
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -37,11 +43,12 @@ def test_auto_on_a_cpu_is_fp32_without_compiler(config: MakeConfig) -> None:
     assert resolve_runtime(config("device=auto")) == CPU
     assert resolve_runtime(config("device=cpu")) == CPU
     assert CPU.dtype is torch.float32
+    assert CPU.device == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("ampere")
 def test_auto_on_a_gpu_is_compiled_bf16(config: MakeConfig) -> None:
-    assert resolve_runtime(config("device=auto")) == Runtime(torch.device("cuda"), "bf16", True)
+    assert resolve_runtime(config("device=auto")) == Runtime(A100, "bf16", True)
     assert resolve_runtime(config("device=cpu")) == CPU, "the CPU is there to be asked for"
 
 
@@ -53,7 +60,7 @@ def test_auto_on_a_gpu_without_bf16_is_fp32(config: MakeConfig) -> None:
 @pytest.mark.usefixtures("without_gpu")
 def test_what_is_asked_for_is_what_is_done(config: MakeConfig) -> None:
     runtime = resolve_runtime(config("precision=bf16", "compile=true"))
-    assert runtime == Runtime(torch.device("cpu"), "bf16", True)
+    assert runtime == Runtime(None, "bf16", True)
     assert runtime.dtype is torch.bfloat16
 
 
@@ -76,25 +83,57 @@ def test_a_precision_that_the_gpu_lacks_is_refused(config: MakeConfig, precision
         resolve_runtime(config("device=cuda", f"precision={precision}"))
 
 
+def test_torchrun_is_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one process; run python train.py without torchrun"):
+        resolve_runtime(config())
+
+
 def test_autocast_is_on_for_bf16_alone() -> None:
     x = torch.ones(2, 2)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("tf32", torch.float32)):
-        with Runtime(torch.device("cpu"), precision, False).autocast():
+        with Runtime(None, precision, False).autocast():
             assert (x @ x).dtype is dtype
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["attention=flash"], "attention=flash: "),
-        (["attention=sdpa", "model.attention_softcap=30"], "softcap=30"),
-        (["attention=sdpa", "attention.kernel=cudnn"], "attention.kernel=cudnn"),
-    ],
-)
+def test_a_gpu_that_this_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Runtime(A100, "bf16", True).device == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"offers NVIDIA A100-SXM4-80GB, but torch .* cannot use it.* use device=cpu"):
+        _ = Runtime(A100, "bf16", True).device
+
+
+def test_it_is_found_before_a_backend_touches_the_gpu(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cannot use it"):
+        attention_for(config("attention=sdpa", "data.document_mask=false"), Runtime(A100, "bf16", True))
+
+
+CANNOT = [
+    (["attention=flash"], "attention=flash: .* not on a CPU"),
+    (["attention=sdpa", "model.attention_softcap=30"], "softcap=30"),
+    (["attention=sdpa", "attention.kernel=cudnn"], "attention.kernel=cudnn"),
+]
+
+
+@pytest.mark.usefixtures("without_gpu", "not_interpreted")
+@pytest.mark.parametrize(("overrides", "said"), CANNOT)
 def test_an_attention_that_cannot_is_refused_with_a_remedy(config: MakeConfig, overrides: list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=said) as early:
+        resolve_runtime(config(*overrides))
+    assert "use " in str(early.value)
+    with pytest.raises(ValueError, match=said) as late:
         attention_for(config(*overrides), CPU)
-    assert "use " in str(refused.value)
+    assert str(early.value) == str(late.value)
+
+
+@pytest.mark.usefixtures("turing")
+def test_the_attention_is_asked_about_the_gpu_that_there_is(config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"attention=flash: .* not on sm_75"):
+        resolve_runtime(config("device=auto", "attention=flash"))
+    spec = attention_spec(config(), Runtime(A100, "bf16", True))
+    assert (spec.dtype, spec.capability, spec.device) == ("bfloat16", (8, 0), "cuda")
 
 
 @pytest.mark.parametrize("name", ["math", "sdpa", "flex"])
@@ -106,6 +145,7 @@ def test_the_attention_is_told_all_that_the_run_asks_of_it(config: MakeConfig) -
     asked = ["model.window=8", "model.attention_scale=0.5", "model.attention_softcap=20"]
     spec = attention_for(config("attention=math", *asked), CPU, max_documents=3).spec
     assert (spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.seq_len) == (2, 1, 16, 32)
+    assert (spec.dtype, spec.capability) == ("float32", None)
     assert (spec.window, spec.scale, spec.softcap, spec.max_documents, spec.causal) == (8, 0.5, 20, 3, True)
     assert attention_for(config("attention=math"), CPU).spec.max_documents == 32, "any bound, where none is known"
     plain = attention_for(config("attention=math", "data.document_mask=false"), CPU, max_documents=3).spec
