@@ -35,7 +35,13 @@ from training.hardware import describe_device, git_commit, peak_flops, versions
 from training.loggers.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["attention=sdpa data.document_mask=false", "attention=sdpa", "attention=flex"]
+COMMANDS = [
+    "attention=sdpa data.document_mask=false",
+    "attention=flash data.document_mask=false",
+    "attention=sdpa",
+    "attention=flex",
+    "attention=flash",
+]
 
 
 class PlainBlock(nn.Module):

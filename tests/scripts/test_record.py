@@ -1,0 +1,61 @@
+"""Records say what they stand on, are written whole, and draw what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from scripts import record
+from scripts.record import Panel, collect_facts, heading, line_chart, need_cuda, write
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_heading_names_hardware_versions_commit_and_the_exact_command():
+    facts = collect_facts("bench_x", ["--only", "a b"], torch.device("cpu"), ["pytest", "no-such-package"])
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["pytest"] == pytest.__version__
+    assert "no-such-package" not in facts["versions"]
+    text = "\n".join(heading("Title", facts | {"commit": "abc"}))
+    for expected in (
+        "# Title",
+        f"torch {torch.__version__}",
+        "commit abc",
+        "    python -m scripts.bench_x --only 'a b'",
+    ):
+        assert expected in text
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "new" / "out.json"
+    write(path, "old")
+    monkeypatch.setattr(record.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_without_a_gpu_a_script_ends_with_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        need_cuda("bench_x")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: scripts.bench_x needs a CUDA GPU, and this machine has none\n"
+
+
+def test_the_chart_puts_points_where_they_belong():
+    series = {"a": [(1024.0, 100.0), (4096.0, 400.0)], "b": [(2048.0, 200.0)]}
+    root = ElementTree.fromstring(line_chart("T < U", "TFLOP/s", [[Panel("one", series)]], ["a", "b"]))
+    dots = [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in root.iter(f"{SVG}circle")]
+    (x0, y0), (x2, y2), (x1, y1) = dots
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # 2k lies halfway between 1k and 4k
+    assert y0 - y1 == pytest.approx((y0 - y2) / 3, abs=0.2)  # 100, 200, 400, upwards
+    assert y2 >= 0
+    assert y0 <= record.HEIGHT
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"T < U", "a", "b", "one, TFLOP/s", "1k", "2k", "4k", "0", "400"} <= set(texts)
