@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which asks once: our kernels then run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from training import cli
 

@@ -1,0 +1,13 @@
+"""Flash attention: the public functions (interface), the PyTorch operators (op), and the kernels below them."""
+
+from .documents import starts_from_cu_seqlens, starts_from_separators
+from .interface import flash_attention, flash_attention_varlen
+from .op import FLASH_ATTENTION_OPS
+
+__all__ = [
+    "FLASH_ATTENTION_OPS",
+    "flash_attention",
+    "flash_attention_varlen",
+    "starts_from_cu_seqlens",
+    "starts_from_separators",
+]

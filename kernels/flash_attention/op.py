@@ -1,0 +1,154 @@
+"""The PyTorch operators `flash_gpt::flash_attention` and its backward: what PyTorch knows about the kernels.
+
+An operator with a fake (shapes without data), a gradient and a FLOP formula is one node to torch.compile, one entry in
+a selective-checkpointing policy and one line in FlopCounterMode. The kernels themselves are imported at the first call,
+and whether they run on this machine is asked there too: with real tensors, never while tracing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+IMPLEMENTATIONS = {"triton": ".portable"}
+PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
+
+
+@torch.library.custom_op("flash_gpt::flash_attention", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    scale: float,
+    deterministic: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of inputs that `flash_attention` has checked. Always both: backward, and a checkpoint, need both."""
+    kernels = _load(implementation, q.device)
+    return kernels.forward(q, k, v, starts, sinks, causal=causal, window=window, softcap=softcap, scale=scale)
+
+
+@torch.library.custom_op("flash_gpt::flash_attention_backward", mutates_args=())
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    scale: float,
+    deterministic: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsinks); dsinks has no elements where there are no sinks: an operator returns tensors only."""
+    kernels = _load(implementation, q.device)
+    dq, dk, dv, dsinks = kernels.backward(
+        dout, dlse, q, k, v, out, lse, starts, sinks,
+        causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
+    )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@forward.register_fake
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    B, S, H, _D = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
+
+
+@backward.register_fake
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, lse: Tensor, starts: Tensor | None, sinks: Tensor | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, sinks, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, sinks)
+    # An output that the loss does not use gives None, not a tensor of zeros: backward is cheaper without dlse.
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, starts, sinks = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, starts, sinks, *ctx.options)
+    return dq, dk, dv, None, None if sinks is None else dsinks, *(None for _ in ctx.options)
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# PyTorch counts its own attention kernels so: every query with every key, 2 products forward and 5 backward (the
+# scores are computed again). Counting the pairs that a mask lets through would need the values of `starts`, and would
+# make the same model cheaper here than with SDPA.
+@register_flop_formula(torch.ops.flash_gpt.flash_attention)
+def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
+    B, S, H, D = q_shape
+    return 2 * 2 * B * H * S * k_shape[1] * D
+
+
+@register_flop_formula(torch.ops.flash_gpt.flash_attention_backward)
+def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
+    B, S, H, D = q_shape
+    return 5 * 2 * B * H * S * k_shape[1] * D
+
+
+FLASH_ATTENTION_OPS = [torch.ops.flash_gpt.flash_attention.default]
+"""What selective activation checkpointing should save rather than compute again:
+`create_selective_checkpoint_contexts(FLASH_ATTENTION_OPS)` of torch.utils.checkpoint."""
+
+
+@cache
+def why_not_on(device: torch.device) -> str | None:
+    """The reason the kernels cannot run on this device of this machine, with a remedy; None when they can."""
+    remedy = f"use {PACKAGE}.attention (plain PyTorch, S × S scores in memory)"
+    if find_spec("triton") is None:
+        return f"flash_attention needs Triton, which is not installed (pip install triton, on Linux); or {remedy}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            name = torch.cuda.get_device_name(device)
+            return f"flash_attention needs compute capability 8.0 or newer; {name} has {major}.{minor}; {remedy}"
+        return None
+    if device.type == "cpu":
+        from .portable import INTERPRETED
+
+        if INTERPRETED:
+            return None
+        return (
+            f"flash_attention runs on CUDA GPUs, not on CPU tensors; {remedy}, "
+            "or set TRITON_INTERPRET=1 before Triton is imported (its interpreter: slow, for tests)"
+        )
+    return f"flash_attention runs on CUDA GPUs, not on {device.type} tensors; {remedy}"
+
+
+@cache
+def _load(implementation: str, device: torch.device) -> ModuleType:
+    """The module whose `forward` and `backward` run on this device."""
+    reason = why_not_on(device)
+    if reason is not None:
+        raise ValueError(reason)
+    name = "triton" if implementation == "auto" else implementation
+    return import_module(IMPLEMENTATIONS[name], __package__)

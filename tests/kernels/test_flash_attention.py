@@ -1,0 +1,326 @@
+"""Flash attention equals its definition, and refuses what it cannot compute. Runs in Triton's interpreter; on a machine
+with a GPU test_flash_gpu.py takes the place of the numerical tests (TRITON_INTERPRET=1 brings these back)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from flash_cases import DOCUMENTS, LAYOUTS, Case, check, make, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import attention as reference
+from kernels import flash_attention, flash_attention_varlen
+from kernels.flash_attention import op
+
+RUNS_HERE = op.why_not_on(torch.device("cpu")) is None
+interpreted = pytest.mark.skipif(not RUNS_HERE, reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 runs this")
+implementations = pytest.mark.parametrize("implementation", ["triton"])
+# Both are meant: log2(0) of a query that has seen nothing, and exp2 of what the mask then removes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_is_poisoned() -> Iterator[None]:
+    """Every allocation begins as NaN, so an element that a kernel forgets to write, or wrongly reads, shows."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_nan(*args: Any, **kwargs: Any) -> Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(math.nan) if x.is_floating_point() else x
+
+        return allocate_nan
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
+        ):  # fmt: skip
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+LENGTHS = (1, 3, 63, 64, 65, 127, 129, 200, 256, 333)
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"causal": False},
+    "window-1": {"window": 1},
+    "window": {"window": 50},
+    "window-full": {"window": 64, "causal": False},
+    "short-documents": {"documents": "short"},
+    "long-documents": {"documents": "long"},
+    "documents-of-64": {"documents": "of-64"},
+    "gaps": {"documents": "gaps"},
+    "window-documents": {"window": 70, "documents": "long"},
+    "documents-full": {"documents": "long", "causal": False},
+}
+
+
+# Every length meets every mask. The other choices go round, length a and mask b taking the one with the number
+# i·a + j·b + a // k: factors found by search, so that every two choices meet in some case.
+CHOICES: dict[str, tuple[tuple[Any, ...], int, int, int]] = {
+    "D": ((16, 40, 64, 80, 96, 128, 192, 256), 1, 1, 99),
+    "heads": (((1, 1), (2, 2), (4, 2), (3, 1), (2, 1)), 2, 3, 3),
+    "extra_keys": ((0, 1, 70), 2, 2, 3),
+    "softcap": ((0.0, 0.0, 3.0), 2, 1, 99),
+    "scale": ((None, None, 0.3), 2, 1, 2),
+    "sinks": ((False, True), 1, 1, 3),
+    "dtype": ((torch.float32, torch.float32, torch.float16, torch.bfloat16), 2, 1, 2),
+    "layout": (LAYOUTS, 1, 1, 2),
+}
+
+
+def grid() -> list[Case]:
+    cases = []
+    for a, S in enumerate(LENGTHS):
+        for b, mask in enumerate(MASKS.values()):
+            chosen = {
+                name: levels[(i * a + j * b + a // k) % len(levels)] for name, (levels, i, j, k) in CHOICES.items()
+            }
+            if S <= 3:
+                chosen["dtype"] = torch.float32  # in low precision a norm over a handful of numbers is luck
+            if S > 128:
+                # The interpreter takes 3 ms for each pair of tiles: long rows have few heads.
+                chosen |= {"B": 1, "heads": ((1, 1), (2, 1))[(a + b) % 2]}
+            cases.append(Case(S, **chosen, **mask))
+    return cases
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("case", grid(), ids=str)
+def test_error_is_within_twice_that_of_standard_attention(case, implementation):
+    check(flash_attention, make(case), implementation=implementation)
+
+
+cases = st.builds(
+    Case,
+    S=st.integers(1, 100),
+    B=st.integers(1, 2),
+    D=st.sampled_from([16, 24, 64]),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    extra_keys=st.integers(0, 100),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 200),
+    documents=st.sampled_from([None, *DOCUMENTS]),
+    softcap=st.sampled_from([0.0, 3.0]),
+    sinks=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+)
+
+
+@interpreted
+@implementations
+@settings(max_examples=25, deadline=None)
+@given(case=cases)
+def test_any_combination_equals_the_definition(implementation, case):
+    check(flash_attention, make(case), implementation=implementation)
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("used", ["out", "lse"])
+def test_gradient_through_one_output_alone(used, implementation):
+    """Training uses out alone; what the loss does not use contributes nothing."""
+    check(flash_attention, make(Case(100, sinks=True)), through=(used,), implementation=implementation)
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(sinks, implementation):
+    """One row of the batch sees nothing at all, the other but for its last query."""
+    inputs = make(Case(70, documents="long", sinks=sinks))
+    inputs.options["starts"][0] = 70
+    inputs.options["starts"][1] = 69
+    results = run(flash_attention, inputs, implementation=implementation)
+    assert (results["out"][0] == 0).all()
+    assert (results["out"][1, :69] == 0).all()
+    expected_lse = inputs.tensors[3][:, None].expand(2, 69) if sinks else torch.full((2, 69), -math.inf)
+    torch.testing.assert_close(results["lse"][1, :, :69], expected_lse)
+    assert (results["dq"][0] == 0).all()
+    assert (results["dq"][1, :69] == 0).all()
+    for name in ("dk", "dv"):
+        assert (results[name][0] == 0).all()
+        assert (results[name][1, :69] == 0).all()
+    check(flash_attention, inputs, implementation=implementation)
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("factor", [3e3, 1e-30])
+def test_scores_of_any_size_neither_overflow_nor_vanish(factor, implementation):
+    inputs = make(Case(90, documents="long"))
+    inputs.tensors[0].mul_(factor)
+    results = run(flash_attention, inputs, implementation=implementation)
+    truth = run(reference, inputs.double())
+    for name in ("out", "lse", "dv"):
+        torch.testing.assert_close(results[name].double(), truth[name], rtol=1e-3, atol=1e-3 * truth[name].abs().max())
+
+
+@interpreted
+@implementations
+def test_deterministic_gradients_are_bitwise_the_same(implementation):
+    inputs = make(Case(150, heads=(4, 2), documents="long", sinks=True))
+    runs = [run(flash_attention, inputs, deterministic=True, implementation=implementation) for _ in range(2)]
+    for name, x in runs[0].items():
+        assert torch.equal(x, runs[1][name]), name
+
+
+@interpreted
+@implementations
+def test_a_window_of_any_size_is_no_window_once_it_hides_nothing(implementation):
+    inputs = make(Case(70, extra_keys=5))
+    expected = run(flash_attention, inputs, implementation=implementation)
+    for window in (75, 2**31 - 1, 2**62):
+        inputs.options["window"] = window
+        for name, x in run(flash_attention, inputs, implementation=implementation).items():
+            assert torch.equal(x, expected[name]), name
+
+
+@interpreted
+def test_out_is_contiguous_in_the_inputs_dtype_and_lse_float32():
+    q = torch.randn(1, 2, 20, 16, dtype=torch.float16).transpose(1, 2)
+    out, lse = flash_attention(q, q, q, return_lse=True)
+    assert isinstance(flash_attention(q, q, q), Tensor)
+    assert out.dtype == torch.float16
+    assert out.is_contiguous()
+    assert lse.dtype == torch.float32
+    assert lse.shape == (1, 2, 20)
+
+
+@interpreted
+def test_strided_sinks_and_expanded_starts_are_read_as_they_are():
+    inputs = make(Case(40, documents="of-64", sinks=True))
+    expected = run(flash_attention, inputs)
+    inputs.tensors[3] = torch.stack([inputs.tensors[3], torch.full((2,), 9.0)], dim=1)[:, 0]
+    inputs.options["starts"] = inputs.options["starts"][:1].contiguous().expand(2, -1)
+    for name, x in run(flash_attention, inputs).items():
+        assert torch.equal(x, expected[name]), name
+
+
+@interpreted
+def test_autocast_casts_as_for_pytorchs_own_attention():
+    q, k, v = (torch.randn(1, 33, 2, 16, requires_grad=True) for _ in range(3))
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attention(q, k.bfloat16(), v)
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
+    assert out.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(out, flash_attention(*low))
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+LENGTHS_OF_SEQUENCES = [5, 0, 64, 1, 60, 0, 0]
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("options", [{}, {"window": 20, "softcap": 3.0, "scale": 0.2, "sinks": True}], ids=["", "all"])
+def test_packed_sequences_equal_each_sequence_alone(options, implementation):
+    """Empty sequences and padding after the last one included."""
+    cu_seqlens = torch.tensor([0, *LENGTHS_OF_SEQUENCES]).cumsum(0).int()
+    T, H, G, D = 140, 4, 2, 16
+    q, k, v = (torch.randn(T, heads, D, requires_grad=True) for heads in (H, G, G))
+    if options.get("sinks"):
+        options = options | {"sinks": torch.randn(H)}
+    out, lse = flash_attention_varlen(
+        q, k, v, cu_seqlens, max(LENGTHS_OF_SEQUENCES), return_lse=True, implementation=implementation, **options
+    )
+    assert out.shape == (T, H, D)
+    assert lse.shape == (H, T)
+    bounds = [*cu_seqlens.tolist(), T]
+    alone = [
+        reference(q[None, a:b], k[None, a:b], v[None, a:b], return_lse=True, **options)
+        for a, b in pairwise(bounds)
+        if a < b
+    ]
+    expected = torch.cat([out[0] for out, _ in alone]), torch.cat([lse[0] for _, lse in alone], dim=1)
+    grads = torch.randn(T, H, D), torch.randn(H, T)
+    got = [out, lse, *torch.autograd.grad((out, lse), (q, k, v), grads)]
+    for ours, theirs in zip(got, [*expected, *torch.autograd.grad(expected, (q, k, v), grads)], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_packed_sequences_need_no_longest_length():
+    q = torch.randn(9, 2, 16)
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    assert torch.equal(flash_attention_varlen(q, q, q, cu_seqlens), flash_attention_varlen(q, q, q, cu_seqlens, 5))
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Q = rows(2, 8, 4, 16)
+REFUSED: dict[str, tuple[list[Tensor], dict[str, Any], str]] = {
+    "three dimensions": ([rows(8, 4, 16)] * 3, {}, r"q \(8, 4, 16\), .* must be \(batch, sequence, heads, head_dim\)"),
+    "k unlike v": ([Q, Q, rows(2, 8, 2, 16)], {}, r"v \(2, 8, 2, 16\) do not fit.*\.transpose\(1, 2\)"),
+    "batches": ([Q, *[rows(1, 8, 4, 16)] * 2], {}, "do not fit"),
+    "head dims": ([Q, *[rows(2, 8, 4, 32)] * 2], {}, "do not fit"),
+    "empty": ([rows(0, 8, 4, 16)] * 3, {}, "dimension of size 0: nothing to attend to; skip the call"),
+    "grouped heads": ([Q, *[rows(2, 8, 3, 16)] * 2], {}, "4 query heads are not a multiple of 3 key/value heads"),
+    "too few keys": ([Q, *[rows(2, 7, 4, 16)] * 2], {}, "8 queries but 7 keys: .*pass a key for every query"),
+    "dtypes": ([Q, Q.half(), Q.half()], {}, r"q is torch\.float32, k torch\.float16 .*; cast them to one dtype"),
+    "devices": ([Q, Q.to("meta"), Q.to("meta")], {}, "q is on cpu, k on meta .*; move them to one device"),
+    "float64": ([Q.double()] * 3, {}, r"float16, bfloat16 and float32, not torch\.float64; cast"),
+    "head_dim 20": (
+        [rows(1, 8, 1, 20)] * 3,
+        {},
+        "multiple of 8 from 16 to 256, not 20; pad .* zeros .* pass scale=1/√",
+    ),
+    "head_dim 8": ([rows(1, 8, 1, 8)] * 3, {}, "not 8; pad q, k and v with zeros"),
+    "head_dim 264": ([rows(1, 8, 1, 264)] * 3, {}, r"at most 256, not 264; use kernels\.attention"),
+    "strides": ([Q, Q, rows(2, 8, 16, 4).transpose(2, 3)], {}, r"v's last dimension .*; pass v\.contiguous\(\)"),
+    "window": ([Q] * 3, {"window": 0}, "window=0: .*use 1 or more, or None"),
+    "softcap": ([Q] * 3, {"softcap": -1.0}, "softcap=-1.0: use a cap above 0, or 0 for none"),
+    "infinite softcap": ([Q] * 3, {"softcap": math.inf}, "softcap=inf"),
+    "scale 0": ([Q] * 3, {"scale": 0.0}, "scale=0.0: use a number above 0"),
+    "scale below 0": ([Q] * 3, {"scale": -0.1}, "scale=-0.1: .*pass -q"),
+    "starts' shape": (
+        [Q] * 3,
+        {"starts": rows(1, 8).int()},
+        r"starts \(1, 8\) must be \(2, 8\), .*pass starts\.expand\(2, 8\)",
+    ),
+    "starts' dtype": ([Q] * 3, {"starts": rows(2, 8).long()}, r"starts is torch\.int64; pass starts\.int\(\)"),
+    "starts' device": ([Q] * 3, {"starts": rows(2, 8, device="meta").int()}, r"starts is on meta.*\.to\(q\.device\)"),
+    "sinks' shape": ([Q] * 3, {"sinks": rows(2)}, r"sinks \(2,\) must be \(4,\): one logit per query head"),
+    "sinks' dtype": ([Q] * 3, {"sinks": rows(4).int()}, r"sinks is torch\.int32; pass float32"),
+    "sinks' device": ([Q] * 3, {"sinks": rows(4, device="meta")}, r"sinks is on meta.*\.to\(q\.device\)"),
+    "implementation": ([Q] * 3, {"implementation": "cuda"}, "implementation='cuda' is unknown; use auto, triton"),
+}
+
+
+@pytest.mark.parametrize(("qkv", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_what_does_not_fit_and_says_what_to_do(qkv, options, message):
+    with pytest.raises(ValueError, match=message):
+        flash_attention(*qkv, **options)
+
+
+PACKED = rows(8, 4, 16)
+CU_SEQLENS = torch.tensor([0, 8], dtype=torch.int32)
+VARLEN_REFUSED: dict[str, tuple[Tensor, Tensor, dict[str, Any], str]] = {
+    "four dimensions": (Q, CU_SEQLENS, {}, r"packed \(tokens, heads, head_dim\).*use flash_attention"),
+    "full": (PACKED, CU_SEQLENS, {"causal": False}, r"causal=False: .* call flash_attention\(\.\.\., causal=False\)"),
+    "int64": (PACKED, CU_SEQLENS.long(), {}, r"cu_seqlens torch\.int64 \(2,\): pass int32 \(N \+ 1,\)"),
+    "matrix": (PACKED, CU_SEQLENS[None], {}, r"cu_seqlens torch\.int32 \(1, 2\)"),
+    "device": (PACKED, CU_SEQLENS.to("meta"), {}, r"cu_seqlens is on meta, q on cpu; move it with \.to\(q\.device\)"),
+}
+
+
+@pytest.mark.parametrize(("q", "cu_seqlens", "options", "message"), VARLEN_REFUSED.values(), ids=VARLEN_REFUSED)
+def test_packed_sequences_are_refused_with_what_to_do(q, cu_seqlens, options, message):
+    with pytest.raises(ValueError, match=message):
+        flash_attention_varlen(q, q, q, cu_seqlens, 8, **options)

@@ -1,0 +1,207 @@
+"""Flash attention as it really runs: compiled for this GPU, at real sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flash_cases import Case, assert_within_twice, check, make, run
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from kernels import flash_attention, flash_attention_varlen, starts_from_separators
+from kernels.flash_attention import portable
+from kernels.reference import attend
+from kernels.reference import attention as reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(portable.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled"),
+]
+implementations = pytest.mark.parametrize("implementation", ["triton"])
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Few heads, dtypes and flags: each combination is compiled anew, seconds each.
+PLAIN = Case(2048, D=128, heads=(8, 2), dtype=BF16)
+CASES = [
+    PLAIN,
+    Case(2047, D=64, heads=(8, 8), dtype=BF16, layout="fused"),
+    Case(2047, D=64, heads=(4, 1), documents="long", dtype=BF16, layout="fused"),
+    Case(1000, D=128, heads=(4, 4), causal=False, dtype=FP16, layout="heads-first"),
+    Case(1024, D=64, heads=(4, 2), window=200, dtype=FP16, layout="misaligned"),
+    Case(333, D=128, heads=(4, 2), extra_keys=1715, window=512, documents="long", dtype=BF16),
+    Case(777, D=96, heads=(6, 2), softcap=30.0, sinks=True, dtype=BF16),
+    Case(1500, D=256, heads=(4, 2), dtype=BF16),
+    Case(1200, D=192, heads=(2, 2), documents="long", dtype=FP16),
+    Case(600, D=80, heads=(3, 1), causal=False, window=100, dtype=BF16),
+    Case(500, D=40, heads=(2, 1), documents="gaps", sinks=True, dtype=FP16),
+    Case(1024, D=64, heads=(4, 2), documents="of-64", dtype=FP32),
+    Case(700, D=128, heads=(4, 2), window=300, documents="long", softcap=3.0, sinks=True, dtype=FP32),
+    Case(300, D=256, heads=(2, 1), causal=False, documents="long", dtype=FP32, layout="misaligned"),
+]
+
+
+@implementations
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_within_twice_that_of_standard_attention(case, implementation):
+    check(flash_attention, make(case, "cuda"), implementation=implementation)
+
+
+@implementations
+def test_one_query_of_many_keys(implementation):
+    """Decoding."""
+    check(flash_attention, make(replace(PLAIN, S=1, extra_keys=4095), "cuda"), implementation=implementation)
+
+
+@implementations
+@pytest.mark.parametrize(
+    "case", [Case(131_072, B=1, dtype=BF16), Case(100_003, B=1, documents="long", dtype=BF16)], ids=str
+)
+def test_long_rows_are_right_wherever_one_looks(case, implementation):
+    """A loss on a few queries: their outputs, and every gradient, follow from these rows of S × S alone."""
+    inputs = make(case, "cuda")
+    rows = torch.cat([torch.arange(4), torch.randint(case.S, (56,)), torch.arange(case.S - 4, case.S)]).unique().cuda()
+    inputs.grads["out"] = inputs.grads["out"][:, rows]
+    inputs.grads["lse"] = inputs.grads["lse"][:, :, rows]
+    starts = inputs.options.pop("starts")
+    keys = torch.arange(case.S, device="cuda")
+    visible = (keys <= rows[:, None])[None]
+    if starts is not None:
+        visible = visible & (keys >= starts[:, rows, None])
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attention(q, k, v, starts=starts, implementation=implementation, **options)
+        return out[:, rows], lse[:, :, rows]
+
+    def standard(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, **_: Any) -> Any:
+        return attend(q[:, rows], k, v, visible, return_lse=return_lse)
+
+    assert_within_twice(run(ours, inputs), run(standard, inputs), run(standard, inputs.double()))
+
+
+@implementations
+@pytest.mark.parametrize(
+    ("shape", "window", "part"),
+    [
+        ((17, 8192, 128, 128), None, (slice(-1, None), slice(None))),
+        ((1, 2**18 + 64, 64, 128), 512, (slice(None), slice(None), slice(-2, None))),
+    ],
+    ids=["many rows", "one long row"],
+)
+def test_offsets_beyond_32_bits(shape, window, part, implementation):
+    """The last row, and the last heads of one row, give bitwise what they give alone. Views of one projection."""
+    B, S, H, D = shape
+    assert B * S * H * D > 2**31
+    qkv = torch.empty(B, S, 3 * H, D, dtype=BF16, device="cuda").normal_()
+    dout = torch.empty(shape, dtype=BF16, device="cuda").normal_()
+
+    def outputs(part: Any) -> list[Tensor]:
+        q, k, v = (x[part].detach().requires_grad_() for x in qkv.split(H, dim=2))
+        out, lse = flash_attention(q, k, v, window=window, return_lse=True, implementation=implementation)
+        return [out, lse.transpose(1, 2), *torch.autograd.grad(out, (q, k, v), dout[part])]
+
+    for whole, alone in zip(outputs(...), outputs(part), strict=True):
+        assert torch.equal(whole[part], alone)
+
+
+@implementations
+def test_ten_runs_are_bitwise_the_same(implementation):
+    inputs = make(replace(PLAIN, S=8192, documents="long"), "cuda")
+    first, *others = (
+        run(flash_attention, inputs, deterministic=True, implementation=implementation) for _ in range(10)
+    )
+    for other in others:
+        for name, x in first.items():
+            assert torch.equal(x, other[name]), name
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S = q.shape[2]
+    causal = create_block_mask(lambda b, h, q_index, k_index: q_index >= k_index, None, None, S, S, device="cuda")
+    return torch.compile(flex_attention)(q, k, v, block_mask=causal, enable_gqa=True)
+
+
+@implementations
+@pytest.mark.parametrize("theirs", [sdpa, flex])
+def test_error_is_within_twice_that_of_pytorchs_kernels(theirs, implementation):
+    inputs = make(PLAIN, "cuda")
+
+    def standard(*qkv: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        out = theirs(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+        return out, torch.zeros(())
+
+    truth = run(reference, inputs.double(), ("out",))
+    del truth["lse"]  # they do not return theirs
+    ours = run(flash_attention, inputs, ("out",), implementation=implementation)
+    assert_within_twice(ours, run(standard, inputs, ("out",)), truth)
+
+
+def test_a_compiled_layer_runs_without_a_graph_break_and_is_compiled_once():
+    """Through Inductor: a projection, documents from separators, attention, and their gradients."""
+    torch.compiler.reset()
+    H, D, S = 4, 64, 1024
+    projection = torch.nn.Linear(H * D, 3 * H * D, dtype=BF16, device="cuda")
+
+    def layer(x: Tensor, tokens: Tensor) -> Tensor:
+        q, k, v = projection(x).unflatten(-1, (3 * H, D)).split(H, dim=2)
+        return flash_attention(q, k, v, starts=starts_from_separators(tokens, 0)).flatten(2)
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(2, S, H * D, dtype=BF16, device="cuda", requires_grad=True)
+        tokens = torch.randint(0, 100, (2, S), device="cuda")
+        results = []
+        for function in (compiled, layer):
+            out = function(x, tokens)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (x, projection.weight))])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+    assert counter.frame_count == 1
+
+
+def test_nothing_waits_for_the_gpu():
+    q = torch.randn(2000, 4, 64, dtype=BF16, device="cuda", requires_grad=True)
+    cu_seqlens = torch.tensor([0, 700, 1990], dtype=torch.int32, device="cuda")
+    tokens = torch.randint(0, 100, (1, 2000), device="cuda")
+
+    def step() -> None:
+        flash_attention_varlen(q, q, q, cu_seqlens).sum().backward()
+        flash_attention(q[None], q[None], q[None], starts=starts_from_separators(tokens, 0)).sum().backward()
+
+    step()  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@implementations
+def test_memory_beyond_the_inputs_is_the_outputs_and_a_number_per_query(implementation):
+    q, k, v = (x.requires_grad_() for x in make(replace(PLAIN, S=32_768), "cuda").tensors)
+    dout = torch.randn_like(q)
+    row = q.shape[0] * q.shape[1] * q.shape[2] * 4  # float32 per query and head
+
+    def peak(function: Callable[[], Any]) -> tuple[int, Any]:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return torch.cuda.max_memory_allocated() - before, result
+
+    MiB = 2**20
+    forward, out = peak(lambda: flash_attention(q, k, v, implementation=implementation))
+    assert forward <= q.nbytes + row + MiB
+    backward, _ = peak(lambda: torch.autograd.grad(out, (q, k, v), dout))
+    assert backward <= q.nbytes + k.nbytes + v.nbytes + row + MiB

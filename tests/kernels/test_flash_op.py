@@ -1,0 +1,221 @@
+"""Flash attention as PyTorch sees it: an operator with shapes, a gradient, a FLOP count, and a place in compiled graphs
+and checkpoints. Runs on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import (
+    FLASH_ATTENTION_OPS,
+    flash_attention,
+    flash_attention_varlen,
+    starts_from_separators,
+)
+from kernels.flash_attention import op, portable
+
+DEVICE = "cuda" if torch.cuda.is_available() and not portable.INTERPRETED else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+B, S, S_K, H, G, D = 2, 20, 24, 4, 2, 16
+
+
+def qkv(requires_grad: bool = True, seq_len: int = S) -> tuple[Tensor, Tensor, Tensor]:
+    """Views: q with the heads first in memory, k and v of one projection."""
+    q = torch.randn(B, H, seq_len, D, device=DEVICE).transpose(1, 2)
+    k, v = torch.randn(B, seq_len + S_K - S, 2 * G, D, device=DEVICE).split(G, dim=2)
+    return q.requires_grad_(requires_grad), k.requires_grad_(requires_grad), v.requires_grad_(requires_grad)
+
+
+def starts(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, S, (B, S), generator=generator).sort(dim=1).values.int().to(DEVICE)
+
+
+# starts, sinks, causal, window, softcap, scale, deterministic, implementation
+PLAIN = lambda: (None, None, True, None, 0.0, 0.25, False, "auto")  # noqa: E731
+EVERYTHING = lambda: (starts(), torch.randn(H, device=DEVICE), False, 7, 3.0, 0.1, True, "triton")  # noqa: E731
+
+
+@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_operators_pass_opcheck(options):
+    """PyTorch's own test of schema, autograd registration, fake tensors and tracing with dynamic shapes."""
+    arguments = options()
+    if arguments[1] is not None:
+        arguments[1].requires_grad_()
+    torch.library.opcheck(op.forward, (*qkv(), *arguments))
+
+    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    q, k, v = qkv(requires_grad=False)
+    out, lse = op.forward(q, k, v, *arguments)
+    for dlse in (None, torch.randn_like(lse)):
+        torch.library.opcheck(op.backward, (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments))
+
+
+def test_shapes_are_known_without_data():
+    """On the meta device there are no values: nothing is read from `starts` and nothing waits for the GPU."""
+    q, k, v = (x.detach().to("meta").half().requires_grad_() for x in qkv())
+    sinks = torch.randn(H, device="meta", requires_grad=True)
+    out, lse = flash_attention(q, k, v, starts=starts().to("meta"), sinks=sinks, return_lse=True)
+    assert (out.shape, out.dtype) == ((B, S, H, D), torch.float16)
+    assert (lse.shape, lse.dtype) == ((B, H, S), torch.float32)
+    gradients = torch.autograd.grad((out.sum(), lse.sum()), (q, k, v, sinks))
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (q, k, v, sinks)]
+
+
+def value_and_gradients(function: Any, *inputs: Tensor, **options: Any) -> list[Tensor]:
+    out, lse = function(*inputs, return_lse=True, **options)
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs)]
+
+
+def test_compiles_without_a_graph_break_and_once_for_all_batches():
+    """Documents, and so all values of `starts`, change from batch to batch; the compiled graph does not."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    sinks = torch.randn(H, device=DEVICE)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, return_lse: bool = False) -> Any:
+        starts_BS = starts_from_separators(tokens, 0)
+        return flash_attention(q, k, v, window=9, starts=starts_BS, softcap=2.0, sinks=sinks, return_lse=return_lse)
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        inputs, tokens = qkv(), torch.randint(0, 5, (B, S), device=DEVICE)
+        for ours, theirs in zip(
+            value_and_gradients(partial(compiled, tokens=tokens), *inputs),
+            value_and_gradients(partial(attend, tokens=tokens), *inputs),
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count == 1
+
+
+def test_packed_sequences_compile_once_for_all_lengths():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flash_attention_varlen, backend=counter, fullgraph=True)
+    q = torch.randn(S, H, D, device=DEVICE)
+    for bounds in ([0, 4, 20], [0, 11, 17]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        assert torch.equal(compiled(q, q, q, cu_seqlens), flash_attention_varlen(q, q, q, cu_seqlens))
+    assert counter.frame_count == 1
+
+
+def test_compiles_for_any_length_when_asked_to():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flash_attention, backend=counter, fullgraph=True, dynamic=True)
+    compiled(*qkv(seq_len=41), return_lse=True)
+    once = counter.frame_count
+    for seq_len in (20, 33, 50):
+        inputs = qkv(seq_len=seq_len)
+        for ours, theirs in zip(
+            value_and_gradients(compiled, *inputs), value_and_gradients(flash_attention, *inputs), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    assert counter.frame_count == once
+
+
+def test_selective_checkpointing_saves_the_output(monkeypatch):
+    """A plain checkpoint runs the kernel again in backward; with FLASH_ATTENTION_OPS it runs once."""
+    calls = []
+    kernel = portable.forward
+    monkeypatch.setattr(portable, "forward", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    projection = torch.nn.Linear(D, D, device=DEVICE)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attention(projection(q), projection(k), v)
+        assert isinstance(out, Tensor)
+        return projection(out)
+
+    inputs = qkv()
+
+    def gradients(out: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(out.square().sum(), [*inputs, *projection.parameters()]))
+
+    expected = gradients(layer(*inputs))
+    assert len(calls) == 1
+    gradients(checkpoint(layer, *inputs, use_reentrant=False))
+    assert len(calls) == 3
+    save_attention = partial(create_selective_checkpoint_contexts, FLASH_ATTENTION_OPS)
+    got = gradients(checkpoint(layer, *inputs, use_reentrant=False, context_fn=save_attention))
+    assert len(calls) == 4
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_flops_are_counted_as_for_pytorchs_own_attention():
+    """Every query with every key, whatever the mask: forward 2 products, backward 5, 2 FLOPs per multiply-add."""
+    q, k, v = qkv()
+    with FlopCounterMode(display=False) as counter:
+        flash_attention(q, k, v, window=3, starts=starts()).sum().backward()
+    product = 2 * B * H * S * S_K * D
+    assert counter.get_flop_counts()["Global"] == {
+        torch.ops.flash_gpt.flash_attention: 2 * product,
+        torch.ops.flash_gpt.flash_attention_backward: 5 * product,
+    }
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = qkv()
+    (gradient,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"flash_attention_backward.* but no autograd"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("prelude", "environment", "message"),
+    [
+        ("import sys; sys.modules['triton'] = None", {}, "needs Triton, which is not installed (pip install triton"),
+        ("", {"TRITON_INTERPRET": "0"}, "runs on CUDA GPUs, not on CPU tensors; use kernels.attention"),
+    ],
+    ids=["without Triton", "without its interpreter"],
+)
+def test_where_the_kernels_cannot_run_importing_works_and_calling_says_why(prelude, environment, message):
+    script = f"""{prelude}
+import torch, kernels
+q = torch.randn(1, 4, 1, 16)
+kernels.attention(q, q, q)
+try:
+    kernels.flash_attention(q, q, q)
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | environment
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert message in result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+def test_old_gpus_and_other_devices_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    old_gpu = torch.device("cuda", 99)
+    assert "compute capability 8.0 or newer; Tesla T4 has 7.5; use kernels.attention" in op.why_not_on(old_gpu)
+    assert "not on mps tensors; use kernels.attention" in op.why_not_on(torch.device("mps"))
+    assert op.why_not_on(torch.device(DEVICE)) is None
+
+
+def test_both_names_of_the_package_work_in_one_process():
+    """This folder is `kernels` here and `flash_gpt` where it is installed; both register the same operator."""
+    script = """
+import sys, torch, kernels
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("flash_gpt", kernels.__file__, submodule_search_locations=kernels.__path__)
+flash_gpt = sys.modules["flash_gpt"] = module_from_spec(spec)
+spec.loader.exec_module(flash_gpt)
+q = torch.randn(1, 4, 1, 16, device=sys.argv[1], requires_grad=True)
+for package in (kernels, flash_gpt):
+    package.flash_attention(q, q, q).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", script, DEVICE], check=True)
