@@ -26,15 +26,22 @@ class Tiles:
 # Hopper and data-centre Blackwell: TMA, and products by a warp group of 4 warps, 64 rows at a time. Two or three small
 # programs on a multiprocessor hide each other's softmax, so 64 rows and 4 warps win nearly everywhere.
 HOPPER = {
-    ("forward", 64): Tiles(64, 128, 4, 2),  # causal 464, full 477; 64 keys: 412, 411
+    ("forward", 64): Tiles(64, 128, 4, 2),  # causal 464; one stage: 434; 64 keys: 412
     ("forward", 128): Tiles(128, 128, 8, 3),  # causal 568; 64 × 128: 530; 128 × 64: 505
-    ("forward", 256): Tiles(128, 64, 8, 2),  # causal 565, full 541; 64 × 128, one stage: 511, 630
+    ("forward", 256): Tiles(128, 64, 8, 2),  # causal 565; 64 × 128, one stage: 511
     ("dq", 64): Tiles(128, 64, 4, 4),  # causal 664, full 698; 64 × 64: 610, 668
     ("dq", 128): Tiles(128, 64, 8, 3),  # causal 704, full 684; 64 × 32: 627, 630
     ("dq", 256): Tiles(64, 32, 4, 3),  # causal 570; 128 × 32: 506; 64 × 64: 340
     ("dkdv", 64): Tiles(32, 64, 4, 3),  # causal 434, full 500; 64 × 64: 402, 467; 128 × 64: 465, 458, but it spills
     ("dkdv", 128): Tiles(64, 64, 4, 2),  # causal 563, full 584; 32 × 64: 523, 539; 64 × 128: 516, 575
     ("dkdv", 256): Tiles(64, 64, 8, 2),  # causal 293; one stage: 276; 32 × 64: 227; 4 warps spill: 194
+}
+
+# Without a diagonal all tiles are inner ones, and several small programs with one tile in flight each do best.
+HOPPER_FULL = {
+    ("forward", 64): Tiles(64, 128, 4, 1),  # 497; two stages: 477
+    ("forward", 128): Tiles(64, 128, 4, 1),  # 593; 128 × 128: 571
+    ("forward", 256): Tiles(64, 128, 4, 1),  # 630; 128 × 64: 537
 }
 
 # A window or documents leave each query few keys: small tiles waste less at both ends. Milliseconds, for documents of
@@ -84,7 +91,14 @@ INTERPRETER = Tiles(64, 32, 4, 1)  # unequal on purpose, so that a mix-up of que
 
 
 def choose_tiles(
-    kernel: str, head_dim: int, capability: tuple[int, int] | None, *, float32: bool, local: bool, softcap: bool
+    kernel: str,
+    head_dim: int,
+    capability: tuple[int, int] | None,
+    *,
+    float32: bool = False,
+    causal: bool = True,
+    local: bool = False,
+    softcap: bool = False,
 ) -> Tiles:
     """The tiles for one kernel.
 
@@ -100,8 +114,7 @@ def choose_tiles(
         return SMALL[key]
     if capability[0] not in (9, 10):
         return AMPERE[key]
-    if softcap and key in HOPPER_SOFTCAP:
-        return HOPPER_SOFTCAP[key]
-    if local and key in HOPPER_LOCAL:
-        return HOPPER_LOCAL[key]
+    for applies, tiles in ((softcap, HOPPER_SOFTCAP), (local, HOPPER_LOCAL), (not causal, HOPPER_FULL)):
+        if applies and key in tiles:
+            return tiles[key]
     return HOPPER[key]

@@ -24,6 +24,7 @@ class FlashAttention(AttentionBackend):
                 spec.head_dim,
                 spec.capability,
                 float32=spec.dtype == "float32",
+                causal=spec.causal,
                 local=spec.window is not None or spec.masks_documents,
                 softcap=spec.softcap > 0,
             )

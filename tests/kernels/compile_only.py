@@ -143,8 +143,8 @@ def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tile
 
 def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple[int, int]) -> Tiles:
     flags = MASKS[mask]
-    return choose_tiles(name, head_dim, capability, float32=dtype == "fp32", softcap=flags["SOFTCAP"],
-                        local=flags["WINDOW"] or flags["STARTS"])  # fmt: skip
+    return choose_tiles(name, head_dim, capability, float32=dtype == "fp32", causal=flags["CAUSAL"],
+                        local=flags["WINDOW"] or flags["STARTS"], softcap=flags["SOFTCAP"])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from kernels import (
     starts_from_separators,
 )
 from kernels.flash_attention import op, portable
+from kernels.flash_attention.config import choose_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() and not portable.INTERPRETED else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -198,12 +199,12 @@ except ValueError as error:
 
 
 def test_old_gpus_and_other_devices_are_refused_by_name(monkeypatch):
+    assert op.why_not_on(torch.device(DEVICE)) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     old_gpu = torch.device("cuda", 99)
     assert "compute capability 8.0 or newer; Tesla T4 has 7.5; use kernels.attention" in op.why_not_on(old_gpu)
     assert "not on mps tensors; use kernels.attention" in op.why_not_on(torch.device("mps"))
-    assert op.why_not_on(torch.device(DEVICE)) is None
 
 
 def test_both_names_of_the_package_work_in_one_process():
@@ -219,3 +220,15 @@ for package in (kernels, flash_gpt):
     package.flash_attention(q, q, q).sum().backward()
 """
     subprocess.run([sys.executable, "-c", script, DEVICE], check=True)
+
+
+def test_float32_products_are_ieee_unless_pytorch_allows_tf32():
+    q = torch.empty(1, 8, 1, 16)
+    tiles = choose_tiles("forward", 16, None)
+    assert portable._options(q, tiles)["PRECISION"] == "ieee"
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert portable._options(q, tiles)["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert portable._options(q, tiles)["PRECISION"] == "ieee"
