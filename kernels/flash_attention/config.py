@@ -52,13 +52,18 @@ HOPPER_LOCAL = {
     ("forward", 256): Tiles(64, 64, 4, 3),  # documents: 0.41; 128 × 64: 0.47
     ("dq", 64): Tiles(64, 64, 4, 3),  # 0.49 and 0.38; 128 × 64: 0.55 and 0.43
     ("dq", 128): Tiles(64, 32, 4, 4),  # 0.50 and 0.40; 128 × 64: 0.53 and 0.41
+    ("dkdv", 256): Tiles(32, 64, 8, 2),  # untimed: 64 × 64 would spill 192 bytes here
 }
 
 # A soft cap needs registers for the derivative: where the tiles above would spill 100 bytes and more.
 HOPPER_SOFTCAP = {
     ("dq", 64): Tiles(64, 64, 4, 3),
     ("dkdv", 128): Tiles(32, 64, 4, 3),
+    ("dkdv", 256): Tiles(32, 64, 8, 2),
 }
+
+# Data-centre Blackwell stages operands differently: the tiles above would need 262,752 bytes.
+BLACKWELL = {("dkdv", 256): Tiles(32, 64, 4, 2)}
 
 # mma.sync (sm_80, 86, 89, 120): never timed here. The largest tiles that compile without spilling, and that fit into
 # the 101,376 bytes of an RTX 3090 or 4090, whose shared memory is the smallest.
@@ -114,7 +119,13 @@ def choose_tiles(
         return SMALL[key]
     if capability[0] not in (9, 10):
         return AMPERE[key]
-    for applies, tiles in ((softcap, HOPPER_SOFTCAP), (local, HOPPER_LOCAL), (not causal, HOPPER_FULL)):
+    overrides = (
+        (capability[0] == 10, BLACKWELL),
+        (softcap, HOPPER_SOFTCAP),
+        (local, HOPPER_LOCAL),
+        (not causal, HOPPER_FULL),
+    )
+    for applies, tiles in overrides:
         if applies and key in tiles:
             return tiles[key]
     return HOPPER[key]
