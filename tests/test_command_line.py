@@ -139,6 +139,7 @@ COMMANDS = {
     "run": ["max_steps=2"],
     # Three jobs, of which one cannot work: attention=flash has no kernel for a CPU.
     "sweep": ["attention=math,flash,sdpa", "max_steps=5", "-m"],
+    "named sweep": ["seed=1,2", "max_steps=1", "run_dir=named", "-m"],
 }
 
 
@@ -205,6 +206,12 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_work(home: Path, ran: dict[str,
     losses = [[record["train/loss"] for record in metrics(folder) if "train/loss" in record] for folder in folders]
     assert len(losses[0]) == 5
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_jobs_of_a_sweep_share_the_folder_that_was_named(ran: dict[str, Done]) -> None:
+    done = ran["named sweep"]
+    assert (done.code, done.err) == (0, [])
+    assert [line for line in done.out if line.startswith("named")] == ["named/0", "named/1"]
 
 
 def test_a_sweep_ends_with_a_table_of_the_jobs_that_worked(ran: dict[str, Done]) -> None:

@@ -192,11 +192,12 @@ def delta_kernel(
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, DLSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """delta = Σ out · dout − dlse of M queries of one head: what p · (dp − delta) needs of a row's other keys."""
-    head = tl.program_id(1)
-    m0 = tl.program_id(0) * M
+    tile, head = _program(tl.cdiv(S, M), 1)
+    b, h = head // H, head % H
+    m0 = tile * M
     m = m0 + tl.arange(0, M)
-    out = _load(out_rows, head // H, head % H, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
-    dout = _load(dout_rows, head // H, head % H, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
+    out = _load(out_rows, b, h, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
+    dout = _load(dout_rows, b, h, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     row = head.to(tl.int64) * S + m
     if DLSE:
@@ -403,7 +404,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     delta = torch.empty(B, H, S, dtype=torch.float32, device=out.device)
     rows = 64
     with torch.cuda.device_of(out):
-        delta_kernel[(triton.cdiv(S, rows), B * H)](
+        delta_kernel[(triton.cdiv(S, rows) * B * H,)](
             _rows(out, rows), _rows(dout, rows), delta, None if dlse is None else dlse.contiguous(), S,
             H=H, M=rows, D=_padded(D), HEAD_DIM=D, DLSE=dlse is not None, TMA=_uses_descriptors(out),
         )  # fmt: skip

@@ -44,6 +44,8 @@ CASES = [
     Case(1024, D=64, heads=(4, 2), documents="of-64", dtype=FP32),
     Case(700, D=128, heads=(4, 2), window=300, documents="long", softcap=3.0, sinks=True, dtype=FP32),
     Case(300, D=256, heads=(2, 1), causal=False, documents="long", dtype=FP32, layout="misaligned"),
+    # More rows · heads than the second and third axes of a grid can count, 65,535.
+    Case(16, D=16, B=2200, heads=(32, 32), dtype=BF16),
 ]
 
 
