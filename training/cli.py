@@ -64,10 +64,8 @@ def run(main: Callable[[], None]) -> None:
 
 def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) -> None:
     """Run one job of a Hydra application, turning what a person can cause into one line."""
-    if any(override.startswith("run_dir=") for override in HydraConfig.get().overrides.task):
-        named = OmegaConf.to_container(composed, resolve=False)
-        assert isinstance(named, dict)
-        composed.run_dir = f"{named['run_dir']}{_job_folder()}"  # jobs share the folder that was named for a sweep
+    if _job_folder() and any(override.startswith("run_dir=") for override in HydraConfig.get().overrides.task):
+        composed.run_dir += _job_folder()  # jobs share the folder that was named for the sweep
     try:
         summary = task(composed)
         _results.append((list(HydraConfig.get().overrides.task), summary))
