@@ -7,8 +7,10 @@ and whether they run on this machine is asked there too: with real tensors, neve
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-IMPLEMENTATIONS = {"triton": ".portable"}
+IMPLEMENTATIONS = {"triton": ".portable", "hopper": ".hopper"}
 PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
 
 
@@ -36,8 +38,9 @@ def forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of inputs that `flash_attention` has checked. Always both: backward, and a checkpoint, need both."""
-    kernels = _load(implementation, q.device)
-    return kernels.forward(q, k, v, starts, sinks, causal=causal, window=window, softcap=softcap, scale=scale)
+    return _run(
+        "forward", implementation, q, k, v, starts, sinks, causal=causal, window=window, softcap=softcap, scale=scale
+    )
 
 
 @torch.library.custom_op("flash_gpt::flash_attention_backward", mutates_args=())
@@ -59,9 +62,8 @@ def backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dsinks); dsinks has no elements where there are no sinks: an operator returns tensors only."""
-    kernels = _load(implementation, q.device)
-    dq, dk, dv, dsinks = kernels.backward(
-        dout, dlse, q, k, v, out, lse, starts, sinks,
+    dq, dk, dv, dsinks = _run(
+        "backward", implementation, dout, dlse, q, k, v, out, lse, starts, sinks,
         causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
     )  # fmt: skip
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
@@ -145,10 +147,68 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 @cache
-def _load(implementation: str, device: torch.device) -> ModuleType:
-    """The module whose `forward` and `backward` run on this device."""
+def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs such inputs: triton or hopper.
+
+    Raises:
+        ValueError: none does, or not the one that was named.
+    """
     reason = why_not_on(device)
     if reason is not None:
         raise ValueError(reason)
-    name = "triton" if implementation == "auto" else implementation
+    if implementation == "triton":
+        return implementation
+    reason = why_not_hopper(device, dtype)
+    if reason is None:
+        return "hopper"
+    if implementation == "auto":
+        return "triton"
+    raise ValueError(f"implementation='hopper': {reason}; use implementation='auto' or 'triton'")
+
+
+def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason the Hopper kernels do not run such inputs on this device; None when they do."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the Hopper kernels need an NVIDIA GPU of compute capability 9.0"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"the Hopper kernels need compute capability 9.0; {name} has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the Hopper kernels compute in float16 and bfloat16, not {dtype}"
+    return None
+
+
+def _run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
+    """forward or backward, by the kernels that serve these tensors."""
+    name = choose(implementation, tensors[0].device, tensors[0].dtype)
+    if name == "hopper" and implementation == "auto":
+        if not _gluon_failed:
+            try:
+                return getattr(_kernels("hopper"), part)(*tensors, **options)
+            except _gluon_errors() as error:
+                _gluon_failed.append(error)
+                said = (str(error).strip().splitlines() or [""])[-1]
+                warnings.warn(
+                    f"the Hopper kernels do not compile with Triton {version('triton')} "
+                    f"({type(error).__name__}: {said}); the portable kernels run instead, at about 0.7 of the speed",
+                    stacklevel=2,
+                )
+        name = "triton"
+    return getattr(_kernels(name), part)(*tensors, **options)
+
+
+_gluon_failed: list[Exception] = []
+"""Gluon is experimental: the first error of its compiler, after which `auto` means the portable kernels."""
+
+
+@cache
+def _gluon_errors() -> tuple[type[Exception], ...]:
+    """What another version of Triton would raise for the Hopper kernels, and the GPU would not."""
+    from triton.errors import TritonError
+
+    return TritonError, ImportError, AttributeError, TypeError
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
     return import_module(IMPLEMENTATIONS[name], __package__)

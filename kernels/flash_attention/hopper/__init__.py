@@ -1,0 +1,129 @@
+"""Flash attention for Hopper (sm_90) in Gluon: the contract of portable.py, for 16-bit inputs, at the card's speed.
+
+`forward` and `backward` launch the kernels of forward_pass.py and backward_pass.py. Where there is no Hopper kernel (a
+backward with head_dim above 128 or with a soft cap, or a deterministic one), the portable kernel does that part: both
+produce and take the same out and LSE.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .. import portable
+from .backward_pass import CONSUMERS, Backward, M, N, backward_kernel, finish_kernel, prepare_kernel
+from .common import Kind, padded, plain_rows, rows
+from .forward_pass import Forward, forward_kernel
+
+
+def forward_config(kind: Kind, head_dim: int, S_k: int) -> tuple[Forward, int]:
+    """How to cut the forward pass: the kernel's constants, and the keys in a tile.
+
+    TFLOP/s on an H100 with bf16, 16k tokens and heads · head_dim = 2048; docs/kernels/hopper.md has all of them.
+    """
+    if head_dim <= 64:
+        # Rows of 1k cannot fill tiles of 192 queries; at 16k three consumers hide more of the softmax.
+        consumers = 2 if S_k <= 2048 else 3
+        return Forward(**vars(kind), consumers=consumers, stages=4, own_out=True), 128
+    if head_dim <= 128:
+        return Forward(**vars(kind), consumers=2, stages=2, own_out=True), 128
+    return Forward(**vars(kind), consumers=2, stages=2, own_out=False), 64
+
+
+def backward_config(kind: Kind, head_dim: int) -> Backward:
+    """How to cut the backward pass."""
+    small = head_dim <= 64
+    return Backward(**vars(kind), stages=2, keys_in_registers=small, persistent=small)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Tensor | None, *,
+    causal: bool, window: int | None, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and LSE, as `portable.forward`."""
+    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
+    q, k, v = portable._aligned(q), portable._aligned(k), portable._aligned(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    mask = portable.Mask(causal, window, starts, softcap, scale)
+    config, n = forward_config(_kind(mask, H, G), D, S_k)
+    n_tiles = triton.cdiv(S, 64 * config.consumers)
+    n_items = n_tiles * B * H
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        forward_kernel[(min(n_items, _multiprocessors(q.device)),)](
+            rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, taken,
+            n_items, n_tiles, S, S_k, *mask.numbers, CONFIG=config, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    starts: Tensor | None, sinks: Tensor | None, *, causal: bool, window: int | None, softcap: float, scale: float,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv and dsinks, as `portable.backward`; without `deterministic` the last bits of dq differ between runs.
+
+    Takes B · S · H · D float32 numbers of memory for dq's sums while it runs.
+    """
+    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
+    if deterministic or D > 128 or softcap > 0:
+        return portable.backward(
+            dout, dlse, q, k, v, out, lse, starts, sinks,
+            causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
+        )  # fmt: skip
+    q, k, v, dout = (portable._aligned(x) for x in (q, k, v, dout))
+    mask = portable.Mask(causal, window, starts, softcap, scale)
+    config = backward_config(_kind(mask, H, G), D)
+    D_tile = padded(D)
+    query_tiles, n_tiles = triton.cdiv(S, M.value), triton.cdiv(S_k, N.value)
+    n_items = n_tiles * B * G
+    # Tile after tile: LSE and delta of its rows; the sums of its dQ, in the kernel's own order.
+    statistics = torch.empty(B, H, query_tiles, 2, M.value, dtype=torch.float32, device=q.device)
+    sums = torch.empty(B * H * query_tiles * M.value * D_tile, dtype=torch.float32, device=q.device)
+    taken = torch.empty(1, dtype=torch.int32, device=q.device)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    per_consumer = M.value * D_tile // 32 // CONSUMERS.value
+    with torch.cuda.device_of(q):
+        prepare_kernel[(B * H * query_tiles,)](
+            plain_rows(out, M.value), plain_rows(dout, M.value), lse,
+            None if dlse is None else dlse.contiguous(), statistics, sums, taken, S, query_tiles,
+            H=H, M=M.value, D=D_tile, DLSE=dlse is not None,
+        )  # fmt: skip
+        backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
+            rows(q, M.value), rows(k, N.value), rows(v, N.value), rows(dout, M.value),
+            TensorDescriptor(
+                statistics, [statistics.numel()], [1], [2 * M.value], gl.NVMMASharedLayout(0, 32, rank=1)
+            ),
+            TensorDescriptor(
+                sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], gl.NVMMASharedLayout(128, 32)
+            ),
+            rows(dk, N.value), rows(dv, N.value), mask.starts, taken,
+            n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+        )  # fmt: skip
+        finish_kernel[(B * H * query_tiles,)](
+            sums, plain_rows(dq, M.value), query_tiles, scale,
+            H=H, M=M.value, D=D_tile, CONSUMERS=CONSUMERS.value,
+        )  # fmt: skip
+    dsinks = None
+    if sinks is not None:
+        delta = statistics[:, :, :, 1].flatten(2)[:, :, :S]
+        # The sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta).
+        dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dsinks
+
+
+def _kind(mask: portable.Mask, H: int, G: int) -> Kind:
+    flags = mask.flags
+    return Kind(H, H // G, flags["CAUSAL"], flags["WINDOW"], flags["STARTS"], flags["SOFTCAP"])
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,453 @@
+"""Flash attention's backward pass for Hopper, in Gluon: five products fused, with dQ summed by TMA.
+
+A program owns a tile of keys: K and V stay in shared memory, dK and dV in the registers of two consumer warp groups,
+64 keys each. Tiles of 64 queries stream past, loaded by a producer warp. Each step computes, transposed,
+
+    Sᵀ = K Qᵀ     dPᵀ = V dOᵀ     P = exp2(S − LSE)     dS = P · (dP − delta)
+    dV += Pᵀ dO     dK += dSᵀ Q     dQ += dS K
+
+Pᵀ and dSᵀ are operands straight from registers. dQ needs dS of all keys: the two consumers exchange it through shared
+memory, and use it one step later, so that neither waits for the other. What a step adds to dQ goes through shared
+memory too, where a reducer warp hands it to TMA to be added to a float32 array in global memory: in any order, so the
+last bits of dQ differ between runs. Two small kernels go before and after: `prepare_kernel` computes the rows'
+statistics and clears the array, `finish_kernel` scales and rounds it.
+
+docs/kernels/hopper.md has the measurements, and what was tried besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .common import (
+    LOG2E,
+    Kind,
+    Mask,
+    async_add_shared_to_global,
+    barriers,
+    make_queue,
+    next_item,
+    receive_item,
+    sees,
+    tanh,
+)
+
+M = gl.constexpr(64)  # queries in a tile: more would need more registers than there are
+CONSUMERS = gl.constexpr(2)
+N = gl.constexpr(128)  # keys in a tile
+EXCHANGED = gl.constexpr(3)  # tiles of dS: one being read, one complete, one being written
+
+
+@dataclass(frozen=True)
+class Backward(Kind):
+    """How the kernel cuts its work."""
+
+    stages: int
+    """Tiles of queries in shared memory."""
+    keys_in_registers: bool
+    """K and V are read from registers, where head_dim leaves room: shared memory is what limits the kernel."""
+    persistent: bool
+    """Programs stay and take tile after tile from a queue, so that one tile's loads run under the end of the one
+    before. With head_dim 128 that takes registers which the loop cannot spare."""
+
+
+class Keys(NamedTuple):
+    """K and V of the program's tile, and where dK and dV leave."""
+
+    k: Any
+    v: Any
+    full: Any
+    done: Any
+    """First: both consumers have read K and V for the last time. Second: both have put dK and dV in their place."""
+    empty: Any
+
+
+class Queries(NamedTuple):
+    """Tiles of Q and dO, with LSE and delta of their rows."""
+
+    q: Any
+    dout: Any
+    statistics: Any
+    q_full: Any
+    dout_full: Any
+    empty: Any
+
+
+class Sums(NamedTuple):
+    """dS on its way from consumer to consumer, and dQ on its way to global memory."""
+
+    ds: Any
+    ds_full: Any
+    dq: Any
+    dq_full: Any
+    dq_empty: Any
+
+
+@gluon.jit
+def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
+    """(b, g, n0) of an item; the tiles of queries [t0, t3) that see some of its keys, [t1, t2) that see all of them.
+
+    Head after head; the first keys first: with a causal mask the most queries see them.
+    """
+    HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
+    head = item // n_tiles
+    b = head // HEADS_KV
+    n0 = item % n_tiles * N
+    n1 = gl.minimum(n0 + N, mask.S_k) - 1
+    shift = mask.S_k - mask.S
+    some_from, full_from, some_to, full_to = 0, 0, mask.S, gl.cdiv(mask.S, M) * M
+    if CONFIG.causal:
+        some_from, full_from = n0 - shift, n1 - shift
+    if CONFIG.window:
+        if not CONFIG.causal:
+            some_from, full_from = n0 - mask.window + 1 - shift, n1 - mask.window + 1 - shift
+        some_to = gl.minimum(some_to, n1 + mask.window - shift)
+        full_to = gl.minimum(full_to, n0 + mask.window - shift)
+    if CONFIG.starts:
+        by_start, all_by_start = rows_by_starts(mask.starts_ptr + b.to(gl.int64) * mask.S, n0, n1, mask.S)
+        some_to, full_to = gl.minimum(some_to, by_start), gl.minimum(full_to, all_by_start)
+    if n0 + N > mask.S_k:
+        full_to = 0  # keys that are not there: their zeros would count
+    t0 = gl.maximum(some_from, 0) // M
+    t3 = gl.maximum(gl.cdiv(some_to, M), t0)
+    t1 = gl.minimum(gl.cdiv(gl.maximum(full_from, 0), M), t3)
+    t2 = gl.maximum(full_to, 0) // M
+    return b, head % HEADS_KV, n0, t0, t1, t2, t3
+
+
+@gluon.jit
+def rows_by_starts(starts_ptr, n0, n1, S):
+    """Rows [0, some_to) hold every query whose document starts at n1 or before; in all of [0, full_to) it does so at
+    n0 or before. To a tile's precision: one look at the first start of each tile."""
+    CHUNK: gl.constexpr = 1024
+    some = 0
+    full = 0
+    for i in range(0, gl.cdiv(S, M), CHUNK):
+        m = (i + gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))) * M
+        starts = gl.load(starts_ptr + m, mask=m < S, other=2147483647)
+        some += gl.sum((starts <= n1).to(gl.int32), 0)
+        full += gl.sum((starts <= n0).to(gl.int32), 0)
+    return some * M, (full - 1) * M + 1
+
+
+@gluon.jit
+def producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+    descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
+    n = 0
+    step = 0
+    if CONFIG.persistent:
+        item = next_item(queue, n)
+        while item < queue.n_items:
+            step = load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+            n += 1
+            item = next_item(queue, n)
+    else:
+        load(gl.program_id(0), n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+
+
+@gluon.jit
+def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+    """The program's n-th item; returns the steps so far."""
+    q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
+    D: gl.constexpr = q_rows.block_shape[3]
+    BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
+    query_tiles = gl.cdiv(mask.S, M)
+    b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    mbarrier.wait(keys.empty.index(0), (n & 1) ^ 1)
+    mbarrier.expect(keys.full.index(0), 2 * N * D * BYTES)
+    tma.async_copy_global_to_shared(k_rows, [b, g, n0, 0], keys.full.index(0), keys.k)
+    tma.async_copy_global_to_shared(v_rows, [b, g, n0, 0], keys.full.index(0), keys.v)
+    for i in range(0, CONFIG.group):
+        h = g * CONFIG.group + i
+        for t in range(t0, t3):
+            stage = step % CONFIG.stages
+            mbarrier.wait(queries.empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
+            full = queries.q_full.index(stage)
+            mbarrier.expect(full, M * D * BYTES + 2 * M * 4)
+            tma.async_copy_global_to_shared(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
+            row = ((b * CONFIG.heads + h) * query_tiles + t) * (2 * M)
+            tma.async_copy_global_to_shared(stat_rows, [row], full, queries.statistics.index(stage))
+            full = queries.dout_full.index(stage)
+            mbarrier.expect(full, M * D * BYTES)
+            tma.async_copy_global_to_shared(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
+            step += 1
+    return step
+
+
+@gluon.jit
+def reducer(dq_rows, queue, n_tiles, sums, mask, CONFIG: gl.constexpr):
+    """Adds what the consumers put into `sums.dq` to the array in global memory."""
+    n = 0
+    step = 0
+    if CONFIG.persistent:
+        item = receive_item(queue, n)
+        while item < queue.n_items:
+            step = add(item, step, dq_rows, n_tiles, sums, mask, CONFIG)
+            n += 1
+            item = receive_item(queue, n)
+    else:
+        add(gl.program_id(0), step, dq_rows, n_tiles, sums, mask, CONFIG)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def add(item, step, dq_rows, n_tiles, sums, mask, CONFIG: gl.constexpr):
+    """What an item adds to dQ; returns the steps so far."""
+    ROWS: gl.constexpr = dq_rows.block_shape[0]
+    query_tiles = gl.cdiv(mask.S, M)
+    b, g, _, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    for i in range(0, CONFIG.group):
+        h = g * CONFIG.group + i
+        for t in range(t0, t3):
+            row = ((b * CONFIG.heads + h) * query_tiles + t) * (CONSUMERS * ROWS)
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(sums.dq_full.index(c), step & 1)
+                async_add_shared_to_global(dq_rows, [row + c * ROWS, 0], sums.dq.index(c))
+            for c in gl.static_range(CONSUMERS):
+                tma.store_wait(CONSUMERS - 1 - c)
+                mbarrier.arrive(sums.dq_empty.index(c), count=1)
+            step += 1
+    return step
+
+
+@gluon.jit
+def multiply_dq(c: gl.constexpr, step, k, sums):
+    """Start dS K of a step, once both consumers have put their part of dS there; consumer c's half of the columns."""
+    COLUMNS: gl.constexpr = k.shape[1] // CONSUMERS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    ds = sums.ds.index(step % EXCHANGED).permute((1, 0))
+    zeros = gl.zeros([M, COLUMNS], gl.float32, layout)
+    return warpgroup_mma(ds, k.slice(c * COLUMNS, COLUMNS, 1), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def send_dq(c: gl.constexpr, step, dq, sums):
+    """Hand a step's dQ to the reducer, in the order in which the threads hold it.
+
+    A thread has 2 neighbouring columns of rows r and r + 8: 4 numbers, which it writes at once, and a warp's go to
+    512 bytes in a row. `finish_kernel` undoes the order.
+    """
+    COLUMNS: gl.constexpr = dq.shape[1]
+    mbarrier.wait(sums.dq_empty.index(c), (step & 1) ^ 1)
+    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([M * COLUMNS // 32, 32])
+    sums.dq.index(c).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(sums.dq_full.index(c), count=1)
+
+
+@gluon.jit
+def consume(
+    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
+    D: gl.constexpr = k.shape[1]
+    dtype: gl.constexpr = k.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    weights: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    query: gl.constexpr = gl.SliceLayout(0, scores)
+    stage = step % CONFIG.stages
+    phase = step // CONFIG.stages & 1
+    q = queries.q.index(stage).reshape([M, D])
+    dout = queries.dout.index(stage).reshape([M, D])
+    statistics = queries.statistics.index(stage)
+
+    # [64, M]: transposed, so that the sums over queries are plain products
+    zeros = gl.zeros([64, M], gl.float32, scores)
+    mbarrier.wait(queries.q_full.index(stage), phase)
+    s = warpgroup_mma(k_operand, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(queries.dout_full.index(stage), phase)
+    dp = warpgroup_mma(v_operand, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+    lse = statistics.slice(0, M, 0).load(query)
+    s = warpgroup_mma_wait(1, deps=[s])
+    if CONFIG.softcap:
+        s = tanh(s * mask.cap)
+    p = gl.exp2(s * mask.factor - gl.expand_dims(lse, 0))
+    if masked:
+        m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
+        n = gl.expand_dims(n0 + c * 64 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
+        p = gl.where(sees(mask, m, n, b, CONFIG), p, 0.0)
+    weight = gl.convert_layout(p.to(dtype), weights)
+    delta = statistics.slice(M, M, 0).load(query)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    ds = p * (dp - gl.expand_dims(delta, 0))
+    if CONFIG.softcap:
+        ds *= 1 - s * s
+    ds = ds.to(dtype)
+
+    if not FIRST:  # the other consumer has used dS of the step before the last, whose place this one takes
+        mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
+    sums.ds.index(step % EXCHANGED).slice(c * 64, 64, 0).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(sums.ds_full.index(0), count=1)
+    dv = warpgroup_mma(weight, dout, dv, is_async=True)
+    if not FIRST:
+        dq = multiply_dq(c, step - 1, k, sums)
+    dk = warpgroup_mma(gl.convert_layout(ds, weights), q, dk, is_async=True)
+    if not FIRST:
+        dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
+        send_dq(c, step - 1, dq, sums)  # under the product for dK
+    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    mbarrier.arrive(queries.empty.index(stage), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def consumer(c: gl.constexpr, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
+    """Keys [64 c, 64 c + 64) of each tile."""
+    n = 0
+    step = 0
+    if CONFIG.persistent:
+        item = receive_item(queue, n)
+        while item < queue.n_items:
+            step = compute(c, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+            n += 1
+            item = receive_item(queue, n)
+    else:
+        item = gl.program_id(0)
+        compute(c, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+
+
+@gluon.jit
+def compute(
+    c: gl.constexpr, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr
+):
+    """dK and dV of an item, and its part of dQ; returns the steps so far."""
+    D: gl.constexpr = dk_rows.block_shape[3]
+    dtype: gl.constexpr = dk_rows.dtype
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    k = keys.k.reshape([N, D])
+    k_own = k.slice(c * 64, 64, 0)
+    v_own = keys.v.reshape([N, D]).slice(c * 64, 64, 0)
+    b, g, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
+    dk = gl.zeros([64, D], gl.float32, gradients)
+    dv = gl.zeros([64, D], gl.float32, gradients)
+    mbarrier.wait(keys.full.index(0), n & 1)
+    if t0 < t3:
+        k_operand, v_operand = k_own, v_own
+        if CONFIG.keys_in_registers:
+            k_operand = k_own.load(gl.DotOperandLayout(0, scores, 2))
+            v_operand = v_own.load(gl.DotOperandLayout(0, scores, 2))
+        t = t0
+        masked = (t < t1) | (t >= t2)
+        dk, dv = consume(
+            c, True, step, t * M, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
+        )
+        step += 1
+        for _ in range(1, CONFIG.group * (t3 - t0)):
+            t += 1
+            if CONFIG.group > 1:
+                t = gl.where(t == t3, t0, t)  # the next head
+            masked = (t < t1) | (t >= t2)
+            dk, dv = consume(
+                c, False, step, t * M, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
+            )
+            step += 1
+        mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
+        dq = multiply_dq(c, step - 1, k, sums)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        send_dq(c, step - 1, dq, sums)
+
+    mbarrier.arrive(keys.done.index(0), count=1)
+    mbarrier.wait(keys.done.index(0), 0)
+    k_own.store((dk * scale).to(dtype))
+    v_own.store(dv.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(keys.done.index(0), count=1)
+    if c == 0:
+        mbarrier.wait(keys.done.index(0), 1)
+        tma.async_copy_shared_to_global(dk_rows, [b, g, n0, 0], keys.k)
+        tma.async_copy_shared_to_global(dv_rows, [b, g, n0, 0], keys.v)
+        tma.store_wait(0)
+        mbarrier.arrive(keys.empty.index(0), count=1)
+    return step
+
+
+@gluon.jit(do_not_specialize=["n_items", "n_tiles", "S", "S_k", "window"])
+def backward_kernel(
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr,
+    n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+):  # fmt: skip
+    """dK and dV, and dQ before its scale; see `consumer`."""
+    dtype: gl.constexpr = q_rows.dtype
+    STAGES: gl.constexpr = CONFIG.stages
+    mask = Mask(S, S_k, window, starts_ptr, cap, factor)
+    k = gl.allocate_shared_memory(dtype, k_rows.block_shape, k_rows.layout)
+    v = gl.allocate_shared_memory(dtype, v_rows.block_shape, v_rows.layout)
+    keys = Keys(k, v, barriers(1, 1), barriers(1, CONSUMERS), barriers(1, 1))
+    q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
+    dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
+    statistics = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
+    queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
+    ds = gl.allocate_shared_memory(dtype, [EXCHANGED, N, M], ds_layout)
+    dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_rows.block_shape, dq_rows.layout)
+    sums = Sums(ds, barriers(1, CONSUMERS), dq, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
+    queue = make_queue(n_items, taken_ptr, 3)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consumer, (0, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
+            (consumer, (1, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
+            (producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG)),
+            (reducer, (dq_rows, queue, n_tiles, sums, mask, CONFIG)),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )
+
+
+@triton.jit(do_not_specialize=["S", "n_tiles"])
+def prepare_kernel(
+    out_rows, dout_rows, lse_ptr, dlse_ptr, stat_ptr, sum_ptr, taken_ptr, S, n_tiles,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    """LSE in base 2 and delta = Σ out · dout − dlse of M queries, one after the other; their dQ and the queue at 0."""
+    program = tl.program_id(0)
+    head = program // n_tiles
+    b, h = head // H, head % H
+    m0 = program % n_tiles * M
+    m = m0 + tl.arange(0, M)
+    out = out_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
+    dout = dout_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    row = head.to(tl.int64) * S + m
+    if DLSE:
+        delta -= tl.load(dlse_ptr + row, mask=m < S, other=0.0)
+    # exp2(s − ∞) = 0 for rows past the end, and for rows that see nothing
+    lse = tl.load(lse_ptr + row, mask=m < S, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    stat_ptr += program.to(tl.int64) * (2 * M)
+    tl.store(stat_ptr + tl.arange(0, M), lse)
+    tl.store(stat_ptr + M + tl.arange(0, M), delta)
+    tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+    if program == 0:
+        tl.store(taken_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["n_tiles"])
+def finish_kernel(
+    sum_ptr, dq_rows, n_tiles, scale, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, CONSUMERS: tl.constexpr
+):
+    """dQ of M queries, from the order of `send_dq`: (consumer, 8 columns, warp, row, 2 columns, row + 8, column)."""
+    program = tl.program_id(0)
+    head = program // n_tiles
+    dq = tl.load(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D))
+    dq = dq.reshape(CONSUMERS, D // CONSUMERS // 8, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
+    dq = (dq * scale).to(dq_rows.dtype).reshape(1, 1, M, D)
+    dq_rows.store([head // H, head % H, program % n_tiles * M, 0], dq)

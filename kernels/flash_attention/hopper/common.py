@@ -1,0 +1,161 @@
+"""What the Hopper kernels share: masks, barriers, tensor descriptors, and an instruction Gluon has no word for yet.
+
+Gluon calls plain Triton functions once they are wrapped, so the mask and the soft cap are the portable kernels' own.
+Values known when a kernel is compiled travel in one frozen dataclass, those known when it runs in named tuples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
+
+from .. import portable
+
+LOG2E = gl.constexpr(portable.LOG2E.value)
+LN2 = gl.constexpr(portable.LN2.value)
+
+keys_seen = gluon.jit(portable._keys_seen.fn)
+tanh = gluon.jit(portable._tanh.fn)
+
+ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+class Mask(NamedTuple):
+    """The numbers of a mask, and how a raw product s becomes a score: factor · s, or factor · tanh(cap · s)."""
+
+    S: Any
+    S_k: Any
+    window: Any
+    starts_ptr: Any
+    cap: Any
+    factor: Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kernel is compiled for, beside its tiles."""
+
+    heads: int
+    group: int
+    """Query heads that share a key/value head."""
+    causal: bool
+    window: bool
+    starts: bool
+    softcap: bool
+
+
+@gluon.jit
+def seen_by(mask, m, b, CONFIG: gl.constexpr):
+    """The keys [first, end) that query m (a number or a vector) of batch b sees."""
+    start = 0
+    if CONFIG.starts:
+        start = gl.load(mask.starts_ptr + b.to(gl.int64) * mask.S + m, mask=m < mask.S, other=0)
+    return keys_seen(m + (mask.S_k - mask.S), start, mask.S_k, mask.window, CONFIG.causal, CONFIG.window, CONFIG.starts)
+
+
+@gluon.jit
+def sees(mask, m, n, b, CONFIG: gl.constexpr):
+    """Whether query m sees key n: what `seen_by` says, without the ends of m's interval in registers."""
+    t = m + (mask.S_k - mask.S)
+    seen = n < mask.S_k
+    if CONFIG.causal:
+        seen = n <= t
+    if CONFIG.window:
+        seen &= n > t - mask.window
+        if not CONFIG.causal:
+            seen &= n < t + mask.window
+    if CONFIG.starts:
+        seen &= n >= gl.load(mask.starts_ptr + b.to(gl.int64) * mask.S + m, mask=m < mask.S, other=0)
+    return seen
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N barriers that COUNT arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+class Queue(NamedTuple):
+    """Work for programs that stay: items in order, each taken once. Only the producer asks for the next one."""
+
+    n_items: Any
+    taken_ptr: Any
+    """int32, 0 at launch: the items taken beyond each program's first."""
+    slots: Any
+    """[2, 1] int32 in shared memory: what the producer took, for the program's other warps."""
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def make_queue(n_items, taken_ptr, READERS: gl.constexpr):
+    slots = gl.allocate_shared_memory(gl.int32, [2, 1], mbarrier.MBarrierLayout())
+    return Queue(n_items, taken_ptr, slots, barriers(2, 1), barriers(2, READERS))
+
+
+@gluon.jit
+def next_item(queue, n):
+    """Producer: take the program's n-th item and hand it on; n_items or more when there is none left."""
+    item = gl.program_id(0)
+    if n > 0:
+        item = gl.num_programs(0) + gl.atomic_add(queue.taken_ptr, 1)
+    slot = n % 2
+    mbarrier.wait(queue.empty.index(slot), (n // 2 & 1) ^ 1)
+    queue.slots.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(queue.full.index(slot), count=1)
+    return item
+
+
+@gluon.jit
+def receive_item(queue, n):
+    """The other warps: the item that the producer took."""
+    slot = n % 2
+    mbarrier.wait(queue.full.index(slot), n // 2 & 1)
+    item = gl.max(queue.slots.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    mbarrier.arrive(queue.empty.index(slot), count=1)
+    return item
+
+
+@gl._core.builtin
+def async_add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
+    """TMA's reduction: add a float32 tile in shared memory to global memory. In Gluon's own words from Triton 3.8 on;
+    its builder has it since 3.6."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, tile.handle
+    )
+
+
+def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
+    """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
+    shape, strides, block = _tiling(x_BSHD, n_rows)
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[x_BSHD.dtype])
+    return TensorDescriptor(x_BSHD, shape, strides, block, layout)
+
+
+def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
+    """The same for kernels in plain Triton."""
+    return PlainDescriptor(x_BSHD, *_tiling(x_BSHD, n_rows))
+
+
+def padded(D: int) -> int:
+    """D as tiles have it: 64, 128 or 256."""
+    return max(64, portable._padded(D))
+
+
+def _tiling(x_BSHD: Tensor, n_rows: int) -> tuple[list[int], list[int], list[int]]:
+    B, S, H, D = x_BSHD.shape
+    b, s, h, d = x_BSHD.stride()
+    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, padded(D)]
