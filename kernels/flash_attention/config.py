@@ -129,3 +129,14 @@ def choose_tiles(
         if applies and key in tiles:
             return tiles[key]
     return HOPPER[key]
+
+
+def why_not_hopper_backward(head_dim: int, softcap: float, deterministic: bool) -> str | None:
+    """Why the portable kernels compute the gradients of such inputs on Hopper; None when the Hopper kernels do."""
+    if deterministic:
+        return "deterministic"  # they sum dQ in any order
+    if head_dim > 128:
+        return f"head_dim {head_dim} > 128"  # at 128, dK and dV fill half of the registers
+    if softcap > 0:
+        return "a soft cap"  # its derivative takes 32 registers more, and the loop spills 390 bytes at head_dim 128
+    return None

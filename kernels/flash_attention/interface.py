@@ -51,10 +51,11 @@ def flash_attention(
         scale: multiplies the scores, above 0; 1/√D when None.
         sinks: (H,) floating point: a logit per query head that joins the softmax's denominator and has no value, so
             that a head can attend to nothing (gpt-oss). None for none.
-        deterministic: ask for gradients that are bitwise the same on every run, where a faster way would not be.
+        deterministic: ask for gradients that are bitwise the same on every run; torch.use_deterministic_algorithms asks
+            for all calls. The portable kernels give nothing else; the Hopper kernels' dq differs in its last bits.
         return_lse: also return the log-sum-exp.
-        implementation: "auto" takes the best for this device; "triton" runs on every GPU from sm_80, and in Triton's
-            interpreter on CPU tensors (TRITON_INTERPRET=1).
+        implementation: "hopper", for 16-bit inputs on sm_90; "triton", the portable kernels, on every GPU from sm_80,
+            and in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); "auto", hopper where it can, else triton.
     Returns:
         out (B, S, H, D), contiguous, in q's dtype. With return_lse (out, lse): lse (B, H, S) float32, the natural log
         of the softmax's denominator. A query that sees no key gives out 0, lse −inf (or its sink) and gradients 0.

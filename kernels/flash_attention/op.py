@@ -64,7 +64,8 @@ def backward(
     """(dq, dk, dv, dsinks); dsinks has no elements where there are no sinks: an operator returns tensors only."""
     dq, dk, dv, dsinks = _run(
         "backward", implementation, dout, dlse, q, k, v, out, lse, starts, sinks,
-        causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
+        causal=causal, window=window, softcap=softcap, scale=scale,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -147,8 +148,8 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 @cache
-def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that runs such inputs: triton or hopper.
+def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs such inputs: hopper or triton.
 
     Raises:
         ValueError: none does, or not the one that was named.
@@ -180,7 +181,7 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
     """forward or backward, by the kernels that serve these tensors."""
-    name = choose(implementation, tensors[0].device, tensors[0].dtype)
+    name = choose_implementation(implementation, tensors[0].device, tensors[0].dtype)
     if name == "hopper" and implementation == "auto":
         if not _gluon_failed:
             try:
@@ -190,7 +191,7 @@ def _run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
                 said = (str(error).strip().splitlines() or [""])[-1]
                 warnings.warn(
                     f"the Hopper kernels do not compile with Triton {version('triton')} "
-                    f"({type(error).__name__}: {said}); the portable kernels run instead, at about 0.7 of the speed",
+                    f"({type(error).__name__}: {said}); the portable kernels run instead, slower",
                     stacklevel=2,
                 )
         name = "triton"

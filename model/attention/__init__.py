@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .config import ATTENTIONS, AttentionConfig
+from .config import ATTENTIONS, AttentionConfig, has_hopper_kernels
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ def preference(spec: AttentionSpec) -> tuple[str, ...]:
     """The order in which `attention=auto` tries the backends: fastest first."""
     if spec.capability is None:
         return "sdpa", "flex", "math"  # on a CPU, flash is Triton's interpreter: there for those who name it
-    if spec.capability >= (9, 0) and spec.is_plain:
-        return "sdpa", "flash", "flex", "math"  # cuDNN: 1.2 times our speed where there is nothing to mask but causally
+    hopper = has_hopper_kernels(spec) and spec.head_dim <= 128
+    if spec.capability >= (9, 0) and spec.is_plain and not hopper:
+        return "sdpa", "flash", "flex", "math"  # cuDNN: 1.2 times the speed of our portable kernels
     return "flash", "sdpa", "flex", "math"
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from .spec import AttentionSpec
 
+FLASH_IMPLEMENTATIONS = ("hopper", "triton")
 SDPA_KERNELS = ("flash", "cudnn", "efficient", "math")
 
 
@@ -29,6 +30,15 @@ class AttentionConfig:
 @dataclass
 class FlashConfig(AttentionConfig):
     name: str = "flash"
+    implementation: str = "auto"
+    """auto, hopper or triton."""
+
+    def __post_init__(self) -> None:
+        if self.implementation not in ("auto", *FLASH_IMPLEMENTATIONS):
+            raise ValueError(
+                f"attention.implementation={self.implementation!r} is unknown; "
+                f"use auto, {', '.join(FLASH_IMPLEMENTATIONS)}"
+            )
 
     def why_not(self, spec: AttentionSpec) -> str | None:
         if find_spec("triton") is None:
@@ -45,7 +55,18 @@ class FlashConfig(AttentionConfig):
             )
         if spec.dtype not in ("bfloat16", "float16", "float32"):
             return f"flash-gpt's kernels compute in bfloat16, float16 and float32, not {spec.dtype}; use attention=auto"
+        if self.implementation == "hopper" and not has_hopper_kernels(spec):
+            found = "a CPU" if spec.capability is None else "sm_{}{}".format(*spec.capability)
+            return (
+                f"attention.implementation=hopper computes in bfloat16 and float16 on sm_90, not in {spec.dtype} on "
+                f"{found}; use attention.implementation=auto"
+            )
         return None
+
+
+def has_hopper_kernels(spec: AttentionSpec) -> bool:
+    """Whether flash-gpt has kernels made for this GPU and dtype, beside the portable ones."""
+    return spec.capability == (9, 0) and spec.dtype in ("bfloat16", "float16")
 
 
 def is_triton_interpreted() -> bool:

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.flash_attention.config import choose_tiles
+from kernels.flash_attention.config import choose_tiles, why_not_hopper_backward
 
 from .base import AttentionBackend
+from .config import AttentionConfig, FlashConfig, has_hopper_kernels
+from .spec import AttentionSpec
 
 
 class FlashAttention(AttentionBackend):
     name = "flash"
 
+    def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
+        super().__init__(spec, config)
+        assert isinstance(config, FlashConfig)
+        self.implementation = config.implementation
+
     def describe(self) -> str:
         spec = self.spec
         if spec.capability is None:
             return "Triton's interpreter: exact and very slow, for tests"
-        tiles = {}
-        for kernel in ("forward", "dq", "dkdv"):
-            chosen = choose_tiles(
+        if self.implementation == "triton" or not has_hopper_kernels(spec):
+            return f"flash-gpt's portable Triton kernels; {self._tiles('forward', 'dq', 'dkdv')}"
+        reason = why_not_hopper_backward(spec.head_dim, spec.softcap, torch.are_deterministic_algorithms_enabled())
+        if reason is None:
+            return "flash-gpt's Hopper kernels"
+        tiles = self._tiles("dq", "dkdv")
+        return f"flash-gpt's Hopper kernels forward, and its portable ones backward ({reason}); {tiles}"
+
+    def _tiles(self, *kernels: str) -> str:
+        """Queries × keys in a tile of each of the portable kernels."""
+        spec = self.spec
+        assert spec.capability is not None
+        names = {"forward": "forward", "dq": "dQ", "dkdv": "dK/dV"}
+        described = []
+        for kernel in kernels:
+            tiles = choose_tiles(
                 kernel,
                 spec.head_dim,
                 spec.capability,
@@ -28,11 +49,8 @@ class FlashAttention(AttentionBackend):
                 local=spec.window is not None or spec.masks_documents,
                 softcap=spec.softcap > 0,
             )
-            tiles[kernel] = f"{chosen.m} × {chosen.n}"
-        return (
-            f"flash-gpt's Triton kernels; forward in tiles of {tiles['forward']} (queries × keys), "
-            f"dQ {tiles['dq']}, dK/dV {tiles['dkdv']}"
-        )
+            described.append(f"{names[kernel]} {tiles.m} × {tiles.n}")
+        return f"tiles of queries × keys: {', '.join(described)}"
 
     def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
         return starts_BS
@@ -48,6 +66,7 @@ class FlashAttention(AttentionBackend):
             starts=mask,
             softcap=spec.softcap,
             scale=spec.scale,
+            implementation=self.implementation,
         )
         assert isinstance(out, Tensor)
         return out

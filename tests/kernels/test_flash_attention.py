@@ -299,7 +299,12 @@ REFUSED: dict[str, tuple[list[Tensor], dict[str, Any], str]] = {
     "sinks' shape": ([Q] * 3, {"sinks": rows(2)}, r"sinks \(2,\) must be \(4,\): one logit per query head"),
     "sinks' dtype": ([Q] * 3, {"sinks": rows(4).int()}, r"sinks is torch\.int32; pass float32"),
     "sinks' device": ([Q] * 3, {"sinks": rows(4, device="meta")}, r"sinks is on meta.*\.to\(q\.device\)"),
-    "implementation": ([Q] * 3, {"implementation": "cuda"}, "implementation='cuda' is unknown; use auto, triton"),
+    "hopper": ([Q] * 3, {"implementation": "hopper"}, "need an NVIDIA GPU of compute capability 9.0; use implem"),
+    "implementation": (
+        [Q] * 3,
+        {"implementation": "cuda"},
+        "implementation='cuda' is unknown; use auto, triton, hopper",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime.errors import PTXASError
 
 from kernels import (
     FLASH_ATTENTION_OPS,
@@ -205,6 +207,91 @@ def test_old_gpus_and_other_devices_are_refused_by_name(monkeypatch):
     old_gpu = torch.device("cuda", 99)
     assert "compute capability 8.0 or newer; Tesla T4 has 7.5; use kernels.attention" in op.why_not_on(old_gpu)
     assert "not on mps tensors; use kernels.attention" in op.why_not_on(torch.device("mps"))
+
+
+@pytest.fixture
+def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every device is an H100, as far as the choice of kernels goes."""
+    monkeypatch.setattr(op, "why_not_hopper", lambda device, dtype: None)
+    monkeypatch.setattr(op, "_gluon_failed", [])
+    op.choose_implementation.cache_clear()
+    yield
+    op.choose_implementation.cache_clear()
+
+
+def test_hopper_kernels_serve_16_bit_inputs_on_an_h100_and_nothing_else(monkeypatch):
+    gpu = torch.device("cuda", 98)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert op.choose_implementation("auto", gpu, torch.bfloat16) == "triton"
+    with pytest.raises(ValueError, match=r"need compute capability 9.0; A100 has 8.0; use implementation='auto'"):
+        op.choose_implementation("hopper", gpu, torch.bfloat16)
+    op.choose_implementation.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert op.choose_implementation("auto", gpu, torch.float16) == "hopper"
+    assert op.choose_implementation("hopper", gpu, torch.bfloat16) == "hopper"
+    assert op.choose_implementation("triton", gpu, torch.bfloat16) == "triton"
+    assert op.choose_implementation("auto", gpu, torch.float32) == "triton"
+    with pytest.raises(ValueError, match=r"in float16 and bfloat16, not torch.float32"):
+        op.choose_implementation("hopper", gpu, torch.float32)
+    op.choose_implementation.cache_clear()
+
+
+class FailingKernels:
+    """A Triton whose Gluon is not the one that we wrote for."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.calls = error, 0
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        self.calls += 1
+        raise self.error
+
+    backward = forward
+
+
+@pytest.mark.usefixtures("_on_hopper")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("error", [AttributeError("no create_async_tma_reduce"), PTXASError("crashed")], ids=repr)
+def test_what_does_not_compile_is_said_once_and_the_portable_kernels_run(monkeypatch, error):
+    failing = FailingKernels(error)
+    kernels = op._kernels
+    monkeypatch.setattr(op, "_kernels", lambda name: failing if name == "hopper" else kernels(name))
+    q = torch.randn(1, 8, 1, 16, device=DEVICE, requires_grad=True)
+    with pytest.warns(UserWarning, match=r"do not compile with Triton .*; the portable kernels run instead"):
+        flash_attention(q, q, q).sum().backward()
+    flash_attention(q, q, q).sum().backward()  # silently: warnings are errors here
+    assert failing.calls == 1
+    with pytest.raises(type(error)):
+        flash_attention(q, q, q, implementation="hopper")
+
+
+@pytest.mark.usefixtures("_on_hopper")
+def test_an_error_of_the_gpu_is_not_taken_for_one_of_the_compiler(monkeypatch):
+    failing = FailingKernels(RuntimeError("CUDA error: out of memory"))
+    monkeypatch.setattr(op, "_kernels", lambda name: failing)
+    q = torch.randn(1, 8, 1, 16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        flash_attention(q, q, q)
+
+
+def test_pytorchs_switch_asks_for_deterministic_gradients(monkeypatch):
+    asked = []
+
+    def run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
+        if part == "backward":
+            asked.append(options["deterministic"])
+        return getattr(portable, part)(*tensors, **options)
+
+    monkeypatch.setattr(op, "_run", run)
+    q = torch.randn(1, 8, 1, 16, device=DEVICE, requires_grad=True)
+    for switch in (False, True):
+        torch.use_deterministic_algorithms(switch)
+        try:
+            flash_attention(q, q, q).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
 
 
 def test_both_names_of_the_package_work_in_one_process():

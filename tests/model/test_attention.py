@@ -166,7 +166,7 @@ def test_flash_is_one_graph_for_all_batches():
 # ---- what is refused, and what is chosen. Nothing here needs the GPU that it is about
 
 PLAIN = AttentionSpec(4, 2, 64, 64, "bfloat16")
-TURING, AMPERE, HOPPER = (replace(PLAIN, capability=capability) for capability in ((7, 5), (8, 0), (9, 0)))
+TURING, AMPERE, HOPPER, BLACKWELL = (replace(PLAIN, capability=c) for c in ((7, 5), (8, 0), (9, 0), (10, 0)))
 AUTO, FLASH = ATTENTIONS["auto"](name="auto"), FlashConfig()
 DOCUMENTS = {"max_documents": 9}
 
@@ -177,6 +177,16 @@ REFUSALS = {
     "flash-8": (FLASH, replace(HOPPER, head_dim=8), "not 8; use attention=auto"),
     "flash-264": (FLASH, replace(HOPPER, head_dim=264), "not 264; use attention=auto"),
     "flash-float64": (FLASH, replace(HOPPER, dtype="float64"), "float32, not float64; use attention=auto"),
+    "hopper-ampere": (
+        FlashConfig(implementation="hopper"),
+        AMPERE,
+        "computes in bfloat16 and float16 on sm_90, not in bfloat16 on sm_80; use attention.implementation=auto",
+    ),
+    "hopper-float32": (
+        FlashConfig(implementation="hopper"),
+        replace(HOPPER, dtype="float32"),
+        "not in float32 on sm_90; use attention.implementation=auto",
+    ),
     "softcap": (SdpaConfig(), replace(PLAIN, softcap=30.0), "no SDPA kernel caps scores (softcap=30); use attention"),
     "cudnn-cpu": (SdpaConfig(kernel="cudnn"), PLAIN, "attention.kernel=cudnn runs on CUDA only"),
     "efficient-cpu": (SdpaConfig(kernel="efficient"), PLAIN, "attention.kernel=efficient runs on CUDA only"),
@@ -233,6 +243,11 @@ def test_flash_refuses_what_its_kernels_refuse_and_nothing_else(head_dim, dtype)
         flash_attention(*qkv)
 
 
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match=r"attention.implementation='cuda' is unknown; use auto, hopper, triton"):
+        FlashConfig(implementation="cuda")
+
+
 def test_flash_without_triton_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"need Triton, which is not installed; use attention=auto"):
@@ -245,7 +260,10 @@ def test_flash_without_triton_is_refused(monkeypatch):
     [
         (PLAIN, "sdpa"),  # though Triton's interpreter may be on
         (replace(PLAIN, softcap=30.0), "flex"),
-        (HOPPER, "sdpa"),  # cuDNN's kernel
+        (HOPPER, "flash"),
+        (replace(HOPPER, head_dim=256), "sdpa"),  # cuDNN's kernel: ours for Hopper have no backward there
+        (replace(HOPPER, dtype="float32"), "sdpa"),
+        (BLACKWELL, "sdpa"),
         (AMPERE, "flash"),
         (replace(HOPPER, **DOCUMENTS), "flash"),
         (replace(HOPPER, window=9, softcap=30.0, **DOCUMENTS), "flash"),
@@ -295,10 +313,26 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         choose_attention(AttentionConfig("fast"), PLAIN)
 
 
-def test_flash_says_with_which_tiles_it_runs():
-    assert build_attention(FLASH, replace(HOPPER, head_dim=128)).describe() == (
-        "flash-gpt's Triton kernels; forward in tiles of 128 × 128 (queries × keys), dQ 128 × 64, dK/dV 64 × 64"
-    )
+@pytest.mark.parametrize(
+    ("config", "spec", "line"),
+    [
+        (FLASH, replace(HOPPER, head_dim=128), "flash-gpt's Hopper kernels"),
+        (
+            FLASH,
+            replace(HOPPER, head_dim=128, softcap=30.0),
+            "flash-gpt's Hopper kernels forward, and its portable ones backward (a soft cap); "
+            "tiles of queries × keys: dQ 128 × 64, dK/dV 32 × 64",
+        ),
+        (
+            FlashConfig(implementation="triton"),
+            replace(HOPPER, head_dim=128),
+            "flash-gpt's portable Triton kernels; "
+            "tiles of queries × keys: forward 128 × 128, dQ 128 × 64, dK/dV 64 × 64",
+        ),
+    ],
+)
+def test_flash_says_which_of_its_kernels_run(config, spec, line):
+    assert build_attention(config, spec).describe() == line
 
 
 @interpreted

@@ -16,9 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import portable
+from ..config import why_not_hopper_backward
 from .backward_pass import CONSUMERS, Backward, M, N, backward_kernel, finish_kernel, prepare_kernel
-from .common import Kind, padded, plain_rows, rows
+from .common import Kind, numbers, padded, plain_rows, rows
 from .forward_pass import Forward, forward_kernel
+
+SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32)
 
 
 def forward_config(kind: Kind, head_dim: int, S_k: int) -> tuple[Forward, int]:
@@ -73,7 +76,7 @@ def backward(
     Takes B · S · H · D float32 numbers of memory for dq's sums while it runs.
     """
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    if deterministic or D > 128 or softcap > 0:
+    if why_not_hopper_backward(D, softcap, deterministic) is not None:
         return portable.backward(
             dout, dlse, q, k, v, out, lse, starts, sinks,
             causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
@@ -98,12 +101,8 @@ def backward(
         )  # fmt: skip
         backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
             rows(q, M.value), rows(k, N.value), rows(v, N.value), rows(dout, M.value),
-            TensorDescriptor(
-                statistics, [statistics.numel()], [1], [2 * M.value], gl.NVMMASharedLayout(0, 32, rank=1)
-            ),
-            TensorDescriptor(
-                sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], gl.NVMMASharedLayout(128, 32)
-            ),
+            numbers(statistics, 2 * M.value), None if mask.starts is None else numbers(mask.starts, M.value),
+            TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
             rows(dk, N.value), rows(dv, N.value), mask.starts, taken,
             n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Compile the Hopper kernels without a GPU, and read what the assembler says of them.
+
+python tests/kernels/compile_hopper.py        every configuration, one line each
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from kernels.flash_attention import hopper
+from kernels.flash_attention.hopper import backward_pass, forward_pass
+from kernels.flash_attention.hopper.common import Kind
+
+TARGET = GPUTarget("cuda", 90, 32)
+ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+MASKS = {
+    "causal": (True, False, False),
+    "full": (False, False, False),
+    "documents": (True, False, True),
+    "everything": (False, True, True),
+}
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
+    """What the compiler made of a kernel: bytes of shared memory, of stack, instructions, and whether the products
+    wait for one another ("serialized")."""
+    signature = {p.name: "constexpr" if p.name in constants else types[p.name] for p in kernel.params}
+    pointers = [(i,) for i, p in enumerate(kernel.params) if signature[p.name].startswith("*")]
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel, signature, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in pointers}
+    )
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source_file = Path(folder, "kernel.ptx")
+        source_file.write_text(ptx)
+        command = [tool, "-v", "--gpu-name", "sm_90a", source_file, "-o", Path(folder, "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack = re.search(r"(\d+) bytes stack frame", said)
+    assert stack, said
+    names = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "setmaxnreg")
+    return {
+        "shared": compiled.metadata.shared,
+        "stack": int(stack[1]),
+        "serialized": "serialized" in said,
+        "instructions": [name for name in names if name in ptx],
+    }
+
+
+def rows(n_rows: int, head_dim: int, dtype: str, *, gluon: bool = True) -> str:
+    """The type of the descriptor that `rows` or `plain_rows` makes."""
+    block = [1, 1, n_rows, hopper.padded(head_dim)]
+    layout = "," + repr(gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[dtype])) if gluon else ""
+    return f"tensordesc<{dtype}{block}{layout}>"
+
+
+def compile_forward(kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: bool) -> dict[str, Any]:
+    config, n = hopper.forward_config(kind, head_dim, seq_len)
+    types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | {"cap": "fp32", "factor": "fp32"}
+    types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
+    types |= {name: rows(64, head_dim, dtype) for name in ("q_rows", "out_rows")}
+    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows")}
+    absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
+    if not sinks:
+        absent["sinks_ptr"] = None
+    return compile_kernel(forward_pass.forward_kernel, {"CONFIG": config} | absent, types)
+
+
+def compile_backward(kind: Kind, head_dim: int, dtype: str) -> dict[str, Any]:
+    m, n = backward_pass.M.value, backward_pass.N.value
+    scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
+    types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
+    types |= {"starts_ptr": "*i32", "taken_ptr": "*i32"}
+    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows")}
+    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
+    numbers = gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)
+    types |= {"stat_rows": f"tensordesc<fp32[{2 * m}],{numbers!r}>", "start_rows": f"tensordesc<i32[{m}],{numbers!r}>"}
+    sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
+    types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
+    absent = {} if kind.starts else {"starts_ptr": None, "start_rows": None}
+    config = hopper.backward_config(kind, head_dim)
+    return compile_kernel(backward_pass.backward_kernel, {"CONFIG": config} | absent, types)
+
+
+def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
+    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "DLSE": True}
+    pointers = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32") | {"taken_ptr": "*i32"}
+    tiles = dict.fromkeys(("out_rows", "dout_rows"), rows(constants["M"], head_dim, dtype, gluon=False))
+    return compile_kernel(backward_pass.prepare_kernel, constants, pointers | tiles | {"S": "i32", "n_tiles": "i32"})
+
+
+def compile_finish(head_dim: int, dtype: str) -> dict[str, Any]:
+    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "CONSUMERS": 2}
+    types = {"sum_ptr": "*fp32", "dq_rows": rows(constants["M"], head_dim, dtype, gluon=False)}
+    return compile_kernel(backward_pass.finish_kernel, constants, types | {"n_tiles": "i32", "scale": "fp32"})
+
+
+def configurations() -> Iterator[dict[str, Any]]:
+    """Everything that the Hopper kernels can be asked for, as far as the compiler can tell; with every mask in bf16."""
+    for head_dim, (mask, (causal, window, starts)), softcap in product((64, 128, 256), MASKS.items(), (False, True)):
+        if softcap and mask in ("full", "documents"):
+            continue
+        kind = Kind(8, 4, causal, window, starts, softcap)
+        row = {"head_dim": head_dim, "mask": mask, "softcap": softcap, "dtype": "bf16"}
+        for seq_len in (1024, 4096) if head_dim == 64 else (4096,):
+            yield row | {"kernel": "forward"} | compile_forward(kind, head_dim, seq_len, "bf16", sinks=softcap)
+        if head_dim <= 128 and not softcap:
+            yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "bf16")
+    for head_dim in (40, 96):
+        kind = Kind(8, 1, True, False, False, False)
+        row = {"head_dim": head_dim, "mask": "causal", "softcap": False, "dtype": "fp16"}
+        yield row | {"kernel": "forward"} | compile_forward(kind, head_dim, 4096, "fp16", sinks=True)
+        yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "fp16")
+        yield row | {"kernel": "prepare"} | compile_prepare(head_dim, "fp16")
+        yield row | {"kernel": "finish"} | compile_finish(head_dim, "fp16")
+
+
+if __name__ == "__main__":
+    for row in configurations():
+        print(json.dumps(row), flush=True)

@@ -1,0 +1,62 @@
+"""Every Hopper kernel that can be chosen compiles, fits, hardly spills, and keeps its products asynchronous.
+
+With the Triton that is installed, and with those in the folders that FLASH_GPT_TRITONS names (`.ci/run` installs one):
+Gluon is experimental, and another version of it another compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon")
+
+SHARED_MEMORY = 232_448
+PRODUCTS = {"wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"}
+INSTRUCTIONS = {
+    "forward": PRODUCTS,
+    "backward": PRODUCTS | {"cp.reduce.async.bulk.tensor"},
+    "prepare": {"cp.async.bulk.tensor"},
+    "finish": {"cp.async.bulk.tensor"},
+}
+# Bytes of stack per thread. With head_dim 128, dK and dV alone fill half of the backward's registers, and numbers that
+# only the ends of its loop need wait in memory; with documents a few of those that each masked step needs.
+STACK = {"forward": 32, "backward": 96, "prepare": 0, "finish": 0}
+STACK_LOCAL = 288
+TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What compile_hopper.py says with each Triton; about 90 s each."""
+    script = str(Path(__file__).with_name("compile_hopper.py"))
+
+    def compile_all(folder: str) -> list[dict[str, Any]]:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment |= {"PYTHONPATH": folder} if folder else {}
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(TRITONS, pool.map(compile_all, TRITONS), strict=True))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("triton", TRITONS)
+def test_hopper_kernels_fit_use_their_instructions_and_wait_for_no_product(triton, compiled):
+    rows = compiled[triton]
+    assert {row["kernel"] for row in rows} == INSTRUCTIONS.keys()
+    for row in rows:
+        assert row["shared"] <= SHARED_MEMORY, row
+        assert not row["serialized"], row
+        assert set(row["instructions"]) >= INSTRUCTIONS[row["kernel"]], row
+        is_local = row["kernel"] == "backward" and row["mask"] in ("documents", "everything")
+        assert row["stack"] <= (STACK_LOCAL if is_local else STACK[row["kernel"]]), row
