@@ -44,6 +44,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
         return 2.0
 
     monkeypatch.setattr(bench, "median_ms", median_ms)
+    monkeypatch.setattr(bench, "launch_us", lambda run: 50.0)
     return calls
 
 
@@ -284,6 +285,7 @@ def test_a_table_shows_speeds_and_ratios_to_flex_and_to_the_best_other():
     case = on_grid(64, 16384)
     rows = [
         measured(case, "flash", 400, 300),
+        measured(case, "flash-triton", 600, 600),  # no other: it is ours
         measured(case, "flex", 320, 200),
         measured(case, "fa3", 500, None),
         {"peer": "sdpa-math", **bench.asdict(case), "left_out": "too large"},
@@ -291,8 +293,9 @@ def test_a_table_shows_speeds_and_ratios_to_flex_and_to_the_best_other():
     ]
     text = "\n".join(bench.tables(rows))
     assert "## head_dim 64" in text
-    assert "| | flash | sdpa-flash | flex | fa3 | flash ÷ flex | flash ÷ best other |" in text
-    assert "| causal, S 16,384 | 400 / 300 | WRONG | 320 / 200 | 500 / – | 1.25 / 1.50 | 0.80 / 1.50 |" in text
+    assert "| | flash | flash-triton | sdpa-flash | flex | fa3 | flash ÷ flex | flash ÷ best other |" in text
+    assert "geometric mean 1.095, from 0.80 to 1.50; at least as fast in 1." in text
+    assert "| causal, S 16,384 | 400 / 300 | 600 / 600 | WRONG | 320 / 200 | 500 / – | 1.25 / 1.50 | 0.80 / 1.50 |" in text
     assert "- sdpa-math (D 64, causal, S 16,384): left out, too large" in text
     assert "- sdpa-flash (D 64, causal, S 16,384): wrong, dq is off" in text
 

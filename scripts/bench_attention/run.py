@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels import attention as reference
 from kernels import starts_from_cu_seqlens
+from kernels.flash_attention.op import choose_implementation
 from model.arithmetic import causal_keys
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.attention.config import FlashConfig, FlexConfig, SdpaConfig
@@ -184,9 +185,10 @@ def package(module: str) -> Build:
     return build
 
 
-OURS = "flash"
+OURS, PORTABLE = "flash", "flash-triton"
 PEERS: dict[str, Build] = {
     OURS: backend(FlashConfig()),
+    PORTABLE: backend(FlashConfig(implementation="triton")),
     "sdpa-flash": backend(SdpaConfig(kernel="flash")),
     "sdpa-cudnn": backend(SdpaConfig(kernel="cudnn")),
     "sdpa-efficient": backend(SdpaConfig(kernel="efficient")),
@@ -201,6 +203,8 @@ PACKAGES = ("flash-attn-4", "fa3-fwd")
 
 def why_left_out(peer: str, case: Case) -> str | None:
     """Measurements that would take seconds or more memory than there is, and tell nothing new."""
+    if peer == PORTABLE and choose_implementation("auto", torch.device("cuda"), getattr(torch, case.dtype)) == "triton":
+        return f"is {OURS} on this GPU"
     if peer != OURS and case in MILLION:
         return "the rows that show memory are ours alone"
     if peer == "sdpa-math" and case.batch * case.heads * case.seq_len**2 > 2**31:
@@ -332,11 +336,14 @@ def poison_free_memory(inputs: Inputs) -> None:
 # ---- how fast is it?
 
 
+AHEAD = 2_000_000  # cycles: about a millisecond, more than the host takes to launch any call here
+
+
 def median_ms(run: Callable[[], Any], budget_ms: float) -> float:
     """Median GPU time of a call in milliseconds, over repetitions that fill the budget.
 
-    The L2 cache is emptied before each. Events on the stream bound each call, so a gap in which the GPU waits for the
-    next launch counts; the launches before the call's first kernel do not, since the emptying hides them.
+    The L2 cache is emptied before each, and the GPU sleeps until the call's launches are queued, as they are in a
+    training step: what launching costs the host is `launch_us`.
     """
     cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
 
@@ -344,6 +351,7 @@ def median_ms(run: Callable[[], Any], budget_ms: float) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         for began, ended in events:
             cache.zero_()
+            torch.cuda._sleep(AHEAD)
             began.record()
             run()
             ended.record()
@@ -356,6 +364,19 @@ def median_ms(run: Callable[[], Any], budget_ms: float) -> float:
     repetitions = min(100, max(3, round(budget_ms / estimate)))
     times(repetitions // 4)  # warm up
     return statistics.median(times(repetitions))
+
+
+def launch_us(run: Callable[[], Any]) -> float:
+    """Microseconds of the host for a call that waits for nothing."""
+    repetitions = 10
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20 * AHEAD)
+    began = time.perf_counter()
+    for _ in range(repetitions):
+        run()
+    elapsed = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return elapsed / repetitions * 1e6
 
 
 class Memory:
@@ -432,11 +453,16 @@ def examine(
 
 
 def speeds(case: Case, peer: str, inputs: Inputs, attend: Attend, out: Tensor, budget_ms: float) -> Row:
-    ms = median_ms(partial(attend, *inputs.qkv), budget_ms)
-    row: Row = {"forward_ms": ms, "forward_tflops": case.flops / ms / 1e9}
+    calls: dict[str, tuple[Callable[[], Any], float]] = {"forward": (partial(attend, *inputs.qkv), 1.0)}
     if peer not in FORWARD_ONLY:
-        ms = median_ms(partial(torch.autograd.grad, out, inputs.qkv, inputs.dout, retain_graph=True), budget_ms)
-        row |= {"backward_ms": ms, "backward_tflops": 2.5 * case.flops / ms / 1e9}
+        backward = partial(torch.autograd.grad, out, inputs.qkv, inputs.dout, retain_graph=True)
+        calls["backward"] = backward, 2.5
+    row: Row = {}
+    for direction, (run, factor) in calls.items():
+        ms = median_ms(run, budget_ms)
+        row |= {f"{direction}_ms": ms, f"{direction}_tflops": factor * case.flops / ms / 1e9}
+        if case.seq_len <= 1024:
+            row[f"{direction}_launch_us"] = launch_us(run)
     return row
 
 
@@ -465,13 +491,46 @@ def pair(forward_backward: Sequence[float | None], form: str) -> str:
 
 def ratio(by_peer: dict[str, Row], peers: Sequence[str]) -> str:
     """Ours over the fastest of these, forward / backward."""
+    return pair(ratios(by_peer, peers), "{:.2f}")
 
+
+def ratios(by_peer: dict[str, Row], peers: Sequence[str]) -> tuple[float | None, float | None]:
     def of(key: str) -> float | None:
         ours = by_peer.get(OURS, {}).get(key)
-        theirs = [by_peer[peer][key] for peer in peers if key in by_peer.get(peer, {}) and peer != OURS]
+        others = (by_peer[peer] for peer in peers if peer in by_peer and peer not in (OURS, PORTABLE))
+        theirs = [row[key] for row in others if key in row]
         return ours / max(theirs) if ours and theirs else None
 
-    return pair((of("forward_tflops"), of("backward_tflops")), "{:.2f}")
+    return of("forward_tflops"), of("backward_tflops")
+
+
+def summary(table: dict[Case, dict[str, Row]]) -> list[str]:
+    """Ours against the field on the whole grid: the geometric mean, and the points where another is faster."""
+    lines = []
+    for against, peers in (("the best other", list(PEERS)), ("FlexAttention", ["flex"])):
+        found = [x for case, by_peer in table.items() if case.is_grid for x in ratios(by_peer, peers) if x]
+        if found:
+            faster = sum(x >= 1 for x in found)
+            lines.append(
+                f"Against {against}, over {len(found)} figures of the grid: geometric mean "
+                f"{statistics.geometric_mean(found):.3f}, from {min(found):.2f} to {max(found):.2f}; "
+                f"at least as fast in {faster}."
+            )
+    return [*lines, ""] if lines else []
+
+
+def launch_table(table: dict[Case, dict[str, Row]]) -> list[str]:
+    """What a call costs the host, where it might be more than the GPU's time."""
+    lines = []
+    for case, by_peer in table.items():
+        cells = [
+            f"{peer} {row['forward_launch_us']:.0f} / {row.get('backward_launch_us', float('nan')):.0f}"
+            for peer, row in by_peer.items()
+            if "forward_launch_us" in row
+        ]
+        if cells:
+            lines.append(f"- D {case.head_dim}, {case.label}: {', '.join(cells)}".replace("/ nan", ""))
+    return ["## Host time of a call, forward / backward, µs", "", *lines, ""] if lines else []
 
 
 def by_case(rows: Sequence[Row]) -> dict[Case, dict[str, Row]]:
@@ -579,7 +638,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
     special = {case: by_peer for case, by_peer in table.items() if not case.is_grid}
     if special:
         lines += speed_table("Documents, windows, grouped heads, long rows", special, with_head_dim=True)
-    lines += documents_lines(table) + memory_table(table)
+    lines += summary(table) + documents_lines(table) + memory_table(table) + launch_table(table)
     empty = reasons(rows)
     return lines + (["## Without a speed", "", *empty] if empty else [])
 
@@ -589,7 +648,9 @@ Forward / backward TFLOP/s. Forward counts 4 · B · H · D FLOPs per query-key 
 when causal, the exact number with documents or a window; backward 2.5 times that. bf16 unless said otherwise; B · S =
 16,384 tokens (B = 1 beyond) and H · D = 2,048 in the tables by head_dim. q, k and v are (B, S, H, D), as a projection
 writes them; forward is the training forward, which keeps what backward needs. Each time is the median over repeated
-calls between events on the stream, L2 emptied before each: what the GPU waits for launches is in it.
+calls between events on the stream, L2 emptied before each, with the call's launches queued before it begins, as they
+are in a training step; what they cost the host stands at the end. `flash` is what attention=flash runs on this GPU,
+`flash-triton` the portable kernels.
 
 Before it was timed each output and gradient was compared with float64, over the last row's last key/value head (all
 queries up to S 16,384, 256 of them beyond): an error above twice that of standard attention in the same dtype would
