@@ -116,7 +116,7 @@ def test_long_rows_are_right_wherever_one_looks(case, implementation):
     ids=["many rows", "one long row"],
 )
 def test_offsets_beyond_32_bits(shape, window, part, implementation):
-    """The last row, and the last heads of one row, give bitwise what they give alone. Views of one projection."""
+    """The last row, and the last heads of one row, give what they give alone. Views of one projection."""
     B, S, H, D = shape
     assert B * S * H * D > 2**31
     qkv = torch.empty(B, S, 3 * H, D, dtype=BF16, device="cuda").normal_()
@@ -127,8 +127,11 @@ def test_offsets_beyond_32_bits(shape, window, part, implementation):
         out, lse = flash_attention(q, k, v, window=window, return_lse=True, implementation=implementation)
         return [out, lse.transpose(1, 2), *torch.autograd.grad(out, (q, k, v), dout[part])]
 
-    for whole, alone in zip(outputs(...), outputs(part), strict=True):
-        assert torch.equal(whole[part], alone)
+    for name, whole, alone in zip(("out", "lse", "dq", "dk", "dv"), outputs(...), outputs(part), strict=True):
+        if (implementation, name) == ("hopper", "dq"):  # summed in any order
+            torch.testing.assert_close(whole[part], alone, rtol=2e-2, atol=2e-2)
+        else:
+            assert torch.equal(whole[part], alone), name
 
 
 @implementations
