@@ -91,11 +91,10 @@ def compile_backward(kind: Kind, head_dim: int, dtype: str) -> dict[str, Any]:
     types |= {"starts_ptr": "*i32", "taken_ptr": "*i32"}
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
-    numbers = gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)
-    types |= {"stat_rows": f"tensordesc<fp32[{2 * m}],{numbers!r}>", "start_rows": f"tensordesc<i32[{m}],{numbers!r}>"}
+    types["stat_rows"] = f"tensordesc<fp32[{2 * m}],{gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)!r}>"
     sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
     types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
-    absent = {} if kind.starts else {"starts_ptr": None, "start_rows": None}
+    absent = {} if kind.starts else {"starts_ptr": None}
     config = hopper.backward_config(kind, head_dim)
     return compile_kernel(backward_pass.backward_kernel, {"CONFIG": config} | absent, types)
 

@@ -29,7 +29,7 @@ INSTRUCTIONS = {
 # Bytes of stack per thread. With head_dim 128, dK and dV alone fill half of the backward's registers, and numbers that
 # only the ends of its loop need wait in memory; with documents a few of those that each masked step needs.
 STACK = {"forward": 32, "backward": 96, "prepare": 0, "finish": 0}
-STACK_LOCAL = 288
+STACK_LOCAL = 240
 TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]
 
 

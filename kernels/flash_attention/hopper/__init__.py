@@ -101,7 +101,7 @@ def backward(
         )  # fmt: skip
         backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
             rows(q, M.value), rows(k, N.value), rows(v, N.value), rows(dout, M.value),
-            numbers(statistics, 2 * M.value), None if mask.starts is None else numbers(mask.starts, M.value),
+            numbers(statistics, 2 * M.value),
             TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
             rows(dk, N.value), rows(dv, N.value), mask.starts, taken,
             n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,

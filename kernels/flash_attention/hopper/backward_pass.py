@@ -41,6 +41,7 @@ from .common import (
     make_queue,
     next_item,
     receive_item,
+    sees,
     tanh,
 )
 
@@ -75,12 +76,11 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Tiles of Q and dO, with LSE and delta of their rows, and with the first key that each sees, given documents."""
+    """Tiles of Q and dO, with LSE and delta of their rows."""
 
     q: Any
     dout: Any
     statistics: Any
-    starts: Any
     q_full: Any
     dout_full: Any
     empty: Any
@@ -144,10 +144,8 @@ def rows_by_starts(starts_ptr, n0, n1, S):
 
 
 @gluon.jit
-def producer(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, start_rows, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr
-):
-    descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows, start_rows)
+def producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+    descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
     n = 0
     step = 0
     if CONFIG.persistent:
@@ -163,7 +161,7 @@ def producer(
 @gluon.jit
 def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
     """The program's n-th item; returns the steps so far."""
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, start_rows = descriptors
+    q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
@@ -178,12 +176,10 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
             stage = step % CONFIG.stages
             mbarrier.wait(queries.empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.q_full.index(stage)
-            mbarrier.expect(full, M * D * BYTES + (3 if CONFIG.starts else 2) * M * 4)
+            mbarrier.expect(full, M * D * BYTES + 2 * M * 4)
             tma.async_copy_global_to_shared(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
             row = ((b * CONFIG.heads + h) * query_tiles + t) * (2 * M)
             tma.async_copy_global_to_shared(stat_rows, [row], full, queries.statistics.index(stage))
-            if CONFIG.starts:
-                tma.async_copy_global_to_shared(start_rows, [b * mask.S + t * M], full, queries.starts.index(stage))
             full = queries.dout_full.index(stage)
             mbarrier.expect(full, M * D * BYTES)
             tma.async_copy_global_to_shared(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
@@ -282,19 +278,9 @@ def consume(
         s = tanh(s * mask.cap)
     p = gl.exp2(s * mask.factor - gl.expand_dims(lse, 0))
     if masked:
-        # The same as `keys_seen`, without the ends of each query's interval in registers.
-        t = gl.expand_dims(m0 + (mask.S_k - mask.S) + gl.arange(0, M, query), 0)
+        m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + c * 64 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
-        seen = n < mask.S_k
-        if CONFIG.causal:
-            seen = n <= t
-        if CONFIG.window:
-            seen &= n > t - mask.window
-            if not CONFIG.causal:
-                seen &= n < t + mask.window
-        if CONFIG.starts:
-            seen &= n >= gl.expand_dims(queries.starts.index(stage).load(query), 0)
-        p = gl.where(seen, p, 0.0)
+        p = gl.where(sees(mask, m, n, b, CONFIG), p, 0.0)
     weight = gl.convert_layout(p.to(dtype), weights)
     delta = statistics.slice(M, M, 0).load(query)
     dp = warpgroup_mma_wait(0, deps=[dp])
@@ -394,7 +380,7 @@ def compute(
 
 @gluon.jit(do_not_specialize=["n_items", "n_tiles", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, start_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr,
     n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, and dQ before its scale; see `consumer`."""
@@ -407,12 +393,7 @@ def backward_kernel(
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     statistics = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
-    starts = statistics
-    if CONFIG.starts:
-        starts = gl.allocate_shared_memory(gl.int32, [STAGES] + start_rows.block_shape, start_rows.layout)
-    queries = Queries(
-        q, dout, statistics, starts, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
-    )
+    queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
     ds = gl.allocate_shared_memory(dtype, [EXCHANGED, N, M], ds_layout)
     dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_rows.block_shape, dq_rows.layout)
@@ -423,10 +404,7 @@ def backward_kernel(
         [
             (consumer, (0, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
             (consumer, (1, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
-            (
-                producer,
-                (q_rows, k_rows, v_rows, dout_rows, stat_rows, start_rows, queue, n_tiles, keys, queries, mask, CONFIG),
-            ),
+            (producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG)),
             (reducer, (dq_rows, queue, n_tiles, sums, mask, CONFIG)),
         ],
         [4, 1, 1],

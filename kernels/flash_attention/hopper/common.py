@@ -63,6 +63,22 @@ def seen_by(mask, m, b, CONFIG: gl.constexpr):
 
 
 @gluon.jit
+def sees(mask, m, n, b, CONFIG: gl.constexpr):
+    """Whether query m sees key n: what `seen_by` says, without the ends of m's interval in registers."""
+    t = m + (mask.S_k - mask.S)
+    seen = n < mask.S_k
+    if CONFIG.causal:
+        seen = n <= t
+    if CONFIG.window:
+        seen &= n > t - mask.window
+        if not CONFIG.causal:
+            seen &= n < t + mask.window
+    if CONFIG.starts:
+        seen &= n >= gl.load(mask.starts_ptr + b.to(gl.int64) * mask.S + m, mask=m < mask.S, other=0)
+    return seen
+
+
+@gluon.jit
 def barriers(N: gl.constexpr, COUNT: gl.constexpr):
     """N barriers that COUNT arrivals complete."""
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
@@ -135,8 +151,7 @@ def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
 
 
 def numbers(x: Tensor, n: int) -> TensorDescriptor:
-    """Tiles of n 32-bit numbers of x, wherever they begin."""
-    x = x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    """Tiles of n float32 numbers of x."""
     return TensorDescriptor(x, [x.numel()], [1], [n], gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1))
 
 
