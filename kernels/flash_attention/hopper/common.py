@@ -7,6 +7,7 @@ Values known when a kernel is compiled travel in one frozen dataclass, those kno
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -141,8 +142,7 @@ def async_add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
 def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
     """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
     shape, strides, block = _tiling(x_BSHD, n_rows)
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[x_BSHD.dtype])
-    return TensorDescriptor(x_BSHD, shape, strides, block, layout)
+    return TensorDescriptor(x_BSHD, shape, strides, block, _layout(*block, x_BSHD.dtype))
 
 
 def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
@@ -153,6 +153,12 @@ def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
 def numbers(x: Tensor, n: int) -> TensorDescriptor:
     """Tiles of n float32 numbers of x."""
     return TensorDescriptor(x, [x.numel()], [1], [n], gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1))
+
+
+@cache
+def _layout(b: int, h: int, n_rows: int, D: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Kept, because to compute it takes longer (6 µs) than the rest of a descriptor, and a training step makes ten."""
+    return gl.NVMMASharedLayout.get_default_for([b, h, n_rows, D], ELEMENT[dtype])
 
 
 def padded(D: int) -> int:
