@@ -72,8 +72,11 @@ class Panel(NamedTuple):
     """Points (x, y) by name; x above 0, drawn on a logarithmic axis."""
 
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#999999")
+COLOURS = (
+    "#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#999999", "#882255", "#bbaa00"
+)  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 200, 46, 34, 34
+MOST_STEPS = 8  # on the y axis
 
 
 def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: Sequence[str]) -> str:
@@ -99,12 +102,19 @@ def _stroke(i: int) -> str:
     return f'fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="{3 if i == 0 else 1.5}"'
 
 
+def _round_step(least: float) -> float:
+    """The smallest of … 1, 2, 5, 10, 20 … that is not less."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
+
+
 def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
     points = [point for series in panel.series.values() for point in series]
     ticks = sorted({x for x, _ in points})
     low, span = math.log2(ticks[0]), max(math.log2(ticks[-1] / ticks[0]), 1.0)
-    step = 10 ** math.floor(math.log10(max(y for _, y in points)))
-    steps = math.ceil(max(y for _, y in points) / step)
+    highest = max(y for _, y in points)
+    step = _round_step(highest / MOST_STEPS)
+    steps = math.ceil(highest / step)
 
     def at(x: float, y: float) -> str:
         return f"{8 + (WIDTH - 24) * (math.log2(x) - low) / span:.1f} {HEIGHT * (1 - y / (steps * step)):.1f}"

@@ -84,8 +84,7 @@ def flash_attention(
         window = None  # hides nothing; so no position plus window can pass 2³¹ either
     starts = None if starts is None else starts.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    # By name: where this package is imported as kernels and as flash_gpt, the operator is the last one's.
-    out, lse = torch.ops.flash_gpt.flash_attention(
+    out, lse = torch.ops.flash_gpt.flash_attention.default(
         q, k, v, starts, sinks, causal, window, softcap, scale, deterministic, implementation
     )
     return (out, lse) if return_lse else out

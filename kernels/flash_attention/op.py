@@ -3,6 +3,9 @@
 An operator with a fake (shapes without data), a gradient and a FLOP formula is one node to torch.compile, one entry in
 a selective-checkpointing policy and one line in FlopCounterMode. The kernels themselves are imported at the first call,
 and whether they run on this machine is asked there too: with real tensors, never while tracing.
+
+Registered by torch.library.Library and an autograd.Function, not by torch.library.custom_op: its wrappers take 65 µs
+more of the host for a forward and backward pass (docs/kernels/portable.md), and at 1k tokens the GPU waits for them.
 """
 
 from __future__ import annotations
@@ -23,44 +26,21 @@ IMPLEMENTATIONS = {"triton": ".portable", "hopper": ".hopper"}
 PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
 
 
-@torch.library.custom_op("flash_gpt::flash_attention", mutates_args=())
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    window: int | None,
-    softcap: float,
-    scale: float,
-    deterministic: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int | None, softcap: float, scale: float, deterministic: bool, implementation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of inputs that `flash_attention` has checked. Always both: backward, and a checkpoint, need both."""
     return _run(
         "forward", implementation, q, k, v, starts, sinks, causal=causal, window=window, softcap=softcap, scale=scale
     )
 
 
-@torch.library.custom_op("flash_gpt::flash_attention_backward", mutates_args=())
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    starts: Tensor | None,
-    sinks: Tensor | None,
-    causal: bool,
-    window: int | None,
-    softcap: float,
-    scale: float,
-    deterministic: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    starts: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int | None, softcap: float, scale: float, deterministic: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dsinks); dsinks has no elements where there are no sinks: an operator returns tensors only."""
     dq, dk, dv, dsinks = _run(
         "backward", implementation, dout, dlse, q, k, v, out, lse, starts, sinks,
@@ -70,13 +50,11 @@ def backward(
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@forward.register_fake
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, S, H, _D = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
 
 
-@backward.register_fake
 def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, starts: Tensor | None, sinks: Tensor | None, *_: Any,
@@ -85,37 +63,73 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, starts, sinks, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, starts, sinks)
-    # An output that the loss does not use gives None, not a tensor of zeros: backward is cheaper without dlse.
-    ctx.set_materialize_grads(False)
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.flash_gpt.flash_attention.default(q, k, v, *inputs)
+        starts, sinks, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, out, lse, starts, sinks)
+        # An output that the loss does not use gives None, not a tensor of zeros: backward is cheaper without dlse.
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, starts, sinks = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        backward_op = torch.ops.flash_gpt.flash_attention_backward.default
+        function = _DifferentiatedOnce.apply if torch.is_grad_enabled() else backward_op
+        dq, dk, dv, dsinks = function(dout, dlse, q, k, v, out, lse, starts, sinks, *ctx.options)
+        return dq, dk, dv, None, None if sinks is None else dsinks, *(None for _ in ctx.options)
 
 
-def _autograd(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, starts, sinks = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, starts, sinks, *ctx.options)
-    return dq, dk, dv, None, None if sinks is None else dsinks, *(None for _ in ctx.options)
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Backward where its own gradient may be asked for (create_graph=True), to refuse that in words."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return torch.ops.flash_gpt.flash_attention_backward.default(*inputs)
 
-forward.register_autograd(_autograd, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"flash_attention is differentiable once; for second derivatives use {PACKAGE}.attention")
 
 
 # PyTorch counts its own attention kernels so: every query with every key, 2 products forward and 5 backward (the
 # scores are computed again). Counting the pairs that a mask lets through would need the values of `starts`, and would
 # make the same model cheaper here than with SDPA.
-@register_flop_formula(torch.ops.flash_gpt.flash_attention)
 def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
     B, S, H, D = q_shape
     return 2 * 2 * B * H * S * k_shape[1] * D
 
 
-@register_flop_formula(torch.ops.flash_gpt.flash_attention_backward)
 def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
     B, S, H, D = q_shape
     return 5 * 2 * B * H * S * k_shape[1] * D
+
+
+MASK = (
+    "Tensor? starts, Tensor? sinks, bool causal, SymInt? window, float softcap, float scale, bool deterministic, "
+    "str implementation"
+)
+SCHEMAS = {
+    "flash_attention": f"(Tensor q, Tensor k, Tensor v, {MASK}) -> (Tensor, Tensor)",
+    "flash_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{MASK}) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+_library = torch.library.Library("flash_gpt", "FRAGMENT")
+if not hasattr(torch.ops.flash_gpt, "flash_attention"):  # imported as kernels and as flash_gpt: the first one's serve
+    for name, function, fake, flops in (
+        ("flash_attention", forward, _forward_fake, _forward_flops),
+        ("flash_attention_backward", backward, _backward_fake, _backward_flops),
+    ):
+        _library.define(name + SCHEMAS[name], tags=[torch.Tag.pt2_compliant_tag])
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flash_gpt::{name}", fake, lib=_library)
+        register_flop_formula(getattr(torch.ops.flash_gpt, name))(flops)
+    _library.impl("flash_attention", _FlashAttention.apply, "Autograd")
 
 
 FLASH_ATTENTION_OPS = [torch.ops.flash_gpt.flash_attention.default]

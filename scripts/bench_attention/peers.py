@@ -1,25 +1,33 @@
-"""Who is measured: each implementation of attention behind the same call."""
+"""What is measured beside what: every implementation of attention behind the same call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import accumulate
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.flash_attention.op import why_not_hopper
+from kernels.flash_attention.op import choose_implementation
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.attention.config import FlexConfig, SdpaConfig
 
 from .cases import MILLION, Case
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Build = Callable[[Case, Tensor | None, torch.device], Attend]
+
+
+class Implementation(NamedTuple):
+    attend: Attend
+    has_backward: bool = True
+
+
+Build = Callable[[Case, Tensor | None, torch.device], Implementation]
 
 
 class LeftOut(Exception):
@@ -27,15 +35,14 @@ class LeftOut(Exception):
 
 
 def ours(implementation: str) -> Build:
-    """One of this project's kernels."""
+    """This project's kernels; raises LeftOut for the portable ones where `auto` chooses them anyway."""
 
-    def build(case: Case, starts: Tensor | None, device: torch.device) -> Attend:
-        reason = why_not_hopper(device, getattr(torch, case.dtype)) if implementation == "hopper" else None
-        if reason is not None:
-            raise LeftOut(reason)
+    def build(case: Case, starts: Tensor | None, device: torch.device) -> Implementation:
+        if choose_implementation("auto", device, getattr(torch, case.dtype)) == implementation:
+            raise LeftOut(f"is what {OURS} runs on this GPU")
         options: dict[str, Any] = {"causal": case.causal, "window": case.window, "starts": starts}
         options |= {"deterministic": case.deterministic, "implementation": implementation}
-        return partial(flash_attention, **options)  # type: ignore[return-value]  # no LSE asked for: out alone
+        return Implementation(partial(flash_attention, **options))  # type: ignore[arg-type]  # no LSE asked for
 
     return build
 
@@ -43,7 +50,7 @@ def ours(implementation: str) -> Build:
 def backend(config: AttentionConfig) -> Build:
     """One of the trainer's backends from PyTorch; raises ValueError with the reason where it cannot."""
 
-    def build(case: Case, starts: Tensor | None, device: torch.device) -> Attend:
+    def build(case: Case, starts: Tensor | None, device: torch.device) -> Implementation:
         if case.deterministic:
             raise LeftOut("only kernels with a switch for it are asked to be deterministic")
         spec = AttentionSpec(
@@ -58,19 +65,17 @@ def backend(config: AttentionConfig) -> Build:
             max_documents=len(case.documents) or None,
         )
         attention = build_attention(config, spec)
-        return partial(attention, mask=attention.prepare(starts, case.seq_len))
+        return Implementation(partial(attention, mask=attention.prepare(starts, case.seq_len)))
 
     return build
 
 
-def package(module: str) -> Build:
-    """A module with the functions of the flash-attn packages, which FlashAttention-3 and -4 share."""
+def package(*modules: str) -> Build:
+    """The first of these modules that is installed, all with the functions of the flash-attn packages; raises LeftOut
+    where none is."""
 
-    def build(case: Case, starts: Tensor | None, device: torch.device) -> Attend:
-        try:
-            functions = import_module(module)
-        except ImportError as error:
-            raise LeftOut(f"not installed ({error})") from error
+    def build(case: Case, starts: Tensor | None, device: torch.device) -> Implementation:
+        name, functions = first_of(modules)
         options: dict[str, Any] = {"causal": case.causal}
         if case.window:
             options["window_size"] = (case.window - 1, 0)
@@ -78,46 +83,55 @@ def package(module: str) -> Build:
             options["deterministic"] = True
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return first(functions.flash_attn_func(q, k, v, **options))
+            return out_of(functions.flash_attn_func(q, k, v, **options))
 
         def attend_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            return first(functions.flash_attn_varlen_func(q, k, v, **options)).unflatten(0, (case.batch, case.seq_len))
+            out = out_of(functions.flash_attn_varlen_func(q, k, v, **options))
+            return out.unflatten(0, (case.batch, case.seq_len))
 
-        if not case.documents:
-            return attend
-        offsets = torch.tensor([0, *accumulate(case.documents * case.batch)], dtype=torch.int32, device=device)
-        longest = max(case.documents)
-        options |= {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        return attend_documents
+        if case.documents:
+            offsets = torch.tensor([0, *accumulate(case.documents * case.batch)], dtype=torch.int32, device=device)
+            longest = max(case.documents)
+            options |= {"cu_seqlens_q": offsets, "max_seqlen_q": longest}
+            options |= {"cu_seqlens_k": offsets, "max_seqlen_k": longest}
+        return Implementation(attend_documents if case.documents else attend, name not in FORWARD_ONLY)
 
-    def first(result: Any) -> Tensor:
+    def first_of(names: Sequence[str]) -> tuple[str, ModuleType]:
+        reasons = []
+        for name in names:
+            try:
+                return name, import_module(name)
+            except ImportError as error:
+                reasons.append(str(error))
+        raise LeftOut(f"not installed ({'; '.join(reasons)})")
+
+    def out_of(result: Any) -> Tensor:
         return result[0] if isinstance(result, tuple) else result
 
     return build
 
 
-OURS = ("hopper", "triton")
-"""In the order in which `implementation="auto"` prefers them."""
+OURS, PORTABLE = "flash", "flash-triton"
 PEERS: dict[str, Build] = {
-    "hopper": ours("hopper"),
-    "triton": ours("triton"),
+    OURS: ours("auto"),
+    PORTABLE: ours("triton"),
     "sdpa-flash": backend(SdpaConfig(kernel="flash")),
     "sdpa-cudnn": backend(SdpaConfig(kernel="cudnn")),
     "sdpa-efficient": backend(SdpaConfig(kernel="efficient")),
     "sdpa-math": backend(SdpaConfig(kernel="math")),
     "flex": backend(FlexConfig()),
-    "fa3": package("flash_attn_interface"),  # FlashAttention's hopper/ folder, and PyTorch's wheels flash-attn-3
-    "fa3-fwd": package("fa3_fwd_interface"),  # PyPI's fa3-fwd: the same without its backward
+    # FlashAttention's hopper/ folder (PyTorch's wheels flash-attn-3), or PyPI's fa3-fwd: the same without its backward
+    "fa3": package("flash_attn_interface", "fa3_fwd_interface"),
     "fa4": package("flash_attn.cute"),  # PyPI's flash-attn-4
 }
-FORWARD_ONLY = ("fa3-fwd",)
+FORWARD_ONLY = ("fa3_fwd_interface",)
 PACKAGES = ("flash-attn-3", "fa3-fwd", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 def why_left_out(peer: str, case: Case) -> str | None:
     """Measurements that would take seconds or more memory than there is, and tell nothing new."""
-    if peer not in OURS and case in MILLION:
+    if peer != OURS and case in MILLION:
         return "the rows that show memory are ours alone"
     if peer == "sdpa-math" and case.batch * case.heads * case.seq_len**2 > 2**31:
         return "S × S float32 scores of more than 8 GiB, several times over"
@@ -128,7 +142,7 @@ def why_left_out(peer: str, case: Case) -> str | None:
     return None
 
 
-def build(peer: str, case: Case, starts: Tensor | None, device: torch.device) -> Attend:
+def build(peer: str, case: Case, starts: Tensor | None, device: torch.device) -> Implementation:
     """The implementation, ready to be called.
 
     Raises:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FASTEST_CLOCK = 2.0e9  # Hz; no GPU of today spins faster, so a spin of that many cycles lasts at least a second
+FASTEST_CLOCK = 2.0e9  # Hz; hardly a GPU spins faster, so that many cycles last a second or more
+LONGEST_SPIN = 2**25  # cycles: about 20 ms
 RETRIES = 4
 
 
@@ -39,7 +40,7 @@ def gpu_time(run: Callable[[], Any], budget_ms: float) -> Timing:
     torch.cuda.synchronize()
     began = time.perf_counter()
     run()
-    spin = int(FASTEST_CLOCK * (time.perf_counter() - began))
+    spin = min(int(FASTEST_CLOCK * (time.perf_counter() - began)), LONGEST_SPIN)
     (first,) = _times(run, 1, spin)
     if first.ms > 1000:
         return first  # long enough to be steady
@@ -50,7 +51,7 @@ def gpu_time(run: Callable[[], Any], budget_ms: float) -> Timing:
         punctual = [timing.ms for timing in timings if not timing.waits]
         if len(punctual) > repetitions // 2:
             return Timing(statistics.median(punctual), waits=False)
-        spin *= 2
+        spin = min(2 * spin, LONGEST_SPIN)
     return Timing(statistics.median(timing.ms for timing in timings), waits=True)
 
 

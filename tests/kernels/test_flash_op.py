@@ -55,13 +55,16 @@ def test_operators_pass_opcheck(options):
     arguments = options()
     if arguments[1] is not None:
         arguments[1].requires_grad_()
-    torch.library.opcheck(op.forward, (*qkv(), *arguments))
+    for operator in (torch.ops.flash_gpt.flash_attention, torch.ops.flash_gpt.flash_attention_backward):
+        assert torch.Tag.pt2_compliant_tag in operator.default.tags
+    torch.library.opcheck(torch.ops.flash_gpt.flash_attention.default, (*qkv(), *arguments))
 
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     q, k, v = qkv(requires_grad=False)
     out, lse = op.forward(q, k, v, *arguments)
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(op.backward, (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments))
+        inputs = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
+        torch.library.opcheck(torch.ops.flash_gpt.flash_attention_backward.default, inputs)
 
 
 def test_shapes_are_known_without_data():
@@ -172,7 +175,7 @@ def test_flops_are_counted_as_for_pytorchs_own_attention():
 def test_a_second_derivative_is_refused():
     q, k, v = qkv()
     (gradient,) = torch.autograd.grad(flash_attention(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"flash_attention_backward.* but no autograd"):
+    with pytest.raises(RuntimeError, match=r"is differentiable once; for second derivatives use kernels\.attention"):
         gradient.sum().backward()
 
 
@@ -251,7 +254,7 @@ class FailingKernels:
 
 
 @pytest.mark.usefixtures("_on_hopper")
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:the Hopper kernels")
 @pytest.mark.parametrize("error", [AttributeError("no create_async_tma_reduce"), PTXASError("crashed")], ids=repr)
 def test_what_does_not_compile_is_said_once_and_the_portable_kernels_run(monkeypatch, error):
     failing = FailingKernels(error)
@@ -292,6 +295,23 @@ def test_pytorchs_switch_asks_for_deterministic_gradients(monkeypatch):
         finally:
             torch.use_deterministic_algorithms(False)
     assert asked == [False, True]
+
+
+def test_an_lse_that_the_loss_does_not_use_costs_backward_nothing(monkeypatch):
+    given = []
+
+    def run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
+        given.append(tensors[1])
+        return getattr(portable, part)(*tensors, **options)
+
+    q = torch.randn(1, 8, 1, 16, device=DEVICE, requires_grad=True)
+    out, lse = flash_attention(q, q, q, return_lse=True)
+    monkeypatch.setattr(op, "_run", run)
+    out.sum().backward(retain_graph=True)
+    (out.sum() + lse.sum()).backward()
+    without, used = given
+    assert without is None
+    assert torch.equal(used, torch.ones_like(lse))
 
 
 def test_both_names_of_the_package_work_in_one_process():

@@ -59,3 +59,13 @@ def test_the_chart_puts_points_where_they_belong():
     assert y0 <= record.HEIGHT
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert {"T < U", "a", "b", "one, TFLOP/s", "1k", "2k", "4k", "0", "400"} <= set(texts)
+
+
+@pytest.mark.parametrize(
+    ("highest", "labels"), [(1.13, ["0", "0.2", "1.2"]), (730, ["0", "100", "800"]), (9, ["0", "2", "10"])]
+)
+def test_the_y_axis_has_round_steps_and_not_too_many(highest: float, labels: list[str]):
+    root = ElementTree.fromstring(line_chart("T", "U", [[Panel("one", {"a": [(1024.0, highest)]})]], ["a"]))
+    shown = [text.text for text in root.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert [shown[0], shown[1], shown[-1]] == labels
+    assert len(shown) <= record.MOST_STEPS + 1
