@@ -6,7 +6,7 @@ the same algorithm in plain PyTorch; docs/flash-attention.md explains it.
 
 Three choices shape the code:
 
-- *Masks are intervals.* Query t sees the keys [first, end) that `_keys_seen` computes, and neither end ever moves back
+- *Masks are intervals.* Query t sees the keys [first, end) that `keys_seen` computes, and neither end ever moves back
   as t grows. So the ends of a tile's first and last row decide which tiles are visited at all and which need their
   elements masked.
 - *The backward is split* into a kernel for dK and dV and one for dQ. Each element has one owner and a fixed order of
@@ -92,7 +92,7 @@ def _pointers(x, b, h, row, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.co
 
 
 @triton.jit
-def _keys_seen(t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr):
+def keys_seen(t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr):
     """The interval [first, end) of keys that the query at position t sees; t and start are numbers or vectors."""
     first = t * 0
     end = first + S_k
@@ -120,14 +120,14 @@ def _keys_of_tile(
         starts_ptr += b.to(tl.int64) * S
         start, start0, start1 = tl.load(starts_ptr + m), tl.load(starts_ptr + m0), tl.load(starts_ptr + m1)
     shift = S_k - S
-    first, end = _keys_seen(m + shift, start, S_k, window, CAUSAL, WINDOW, STARTS)
-    some_from, full_to = _keys_seen(m0 + shift, start0, S_k, window, CAUSAL, WINDOW, STARTS)
-    full_from, some_to = _keys_seen(m1 + shift, start1, S_k, window, CAUSAL, WINDOW, STARTS)
+    first, end = keys_seen(m + shift, start, S_k, window, CAUSAL, WINDOW, STARTS)
+    some_from, full_to = keys_seen(m0 + shift, start0, S_k, window, CAUSAL, WINDOW, STARTS)
+    full_from, some_to = keys_seen(m1 + shift, start1, S_k, window, CAUSAL, WINDOW, STARTS)
     return first, end, tl.maximum(some_from, 0), some_to, full_from, full_to
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh x = 1 − 2 / (1 + e^2x); near 0 that difference would lose the digits that the series keeps."""
     x2 = x * x
     series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 - x2 * (17 / 315))))
@@ -166,7 +166,7 @@ def forward_kernel(
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
         if SOFTCAP:
-            s = _tanh(s * cap)
+            s = tanh(s * cap)
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             s = tl.where((n >= first[:, None]) & (n < end[:, None]), s, float("-inf"))
@@ -238,7 +238,7 @@ def dq_kernel(
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         if SOFTCAP:
-            s = _tanh(s * cap)
+            s = tanh(s * cap)
         p = tl.exp2(s * factor - lse[:, None])
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
@@ -321,13 +321,13 @@ def dkdv_kernel(
         # [N, M]: transposed, so that the sums over queries are plain products
         s = tl.dot(k, q.T, input_precision=PRECISION)
         if SOFTCAP:
-            s = _tanh(s * cap)
+            s = tanh(s * cap)
         p = tl.exp2(s * factor - lse[None, :])
         if (m0 < full_from) | (m0 + M > full_to):
             start = 0
             if STARTS:
                 start = tl.load(starts_ptr + m, mask=m < S, other=0)
-            first, end = _keys_seen(m + shift, start, S_k, window, CAUSAL, WINDOW, STARTS)
+            first, end = keys_seen(m + shift, start, S_k, window, CAUSAL, WINDOW, STARTS)
             p = tl.where((n[:, None] >= first[None, :]) & (n[:, None] < end[None, :]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - delta[None, :])
@@ -358,7 +358,7 @@ def forward(
         )
         return out.to(q.dtype), lse
     (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     mask = Mask(causal, window, starts, softcap, scale)
@@ -388,7 +388,7 @@ def backward(
         dout32, q32, k32, v32, out32 = (x.float() for x in (dout, q, k, v, out))
         dq32, dk32, dv32, dsinks = backward(dout32, dlse, q32, k32, v32, out32, lse, starts, sinks, **options)
         return dq32.to(q.dtype), dk32.to(q.dtype), dv32.to(q.dtype), dsinks
-    q, k, v, out, dout = _aligned(q), _aligned(k), _aligned(v), _aligned(out), _aligned(dout)
+    q, k, v, out, dout = aligned(q), aligned(k), aligned(v), aligned(out), aligned(dout)
     delta = _delta(out, dout, dlse)
     dk, dv = dkdv(dout, q, k, v, lse, delta, starts, **options)
     dsinks = None
@@ -406,7 +406,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     with torch.cuda.device_of(out):
         delta_kernel[(triton.cdiv(S, rows) * B * H,)](
             _rows(out, rows), _rows(dout, rows), delta, None if dlse is None else dlse.contiguous(), S,
-            H=H, M=rows, D=_padded(D), HEAD_DIM=D, DLSE=dlse is not None, TMA=_uses_descriptors(out),
+            H=H, M=rows, D=padded(D), HEAD_DIM=D, DLSE=dlse is not None, TMA=_uses_descriptors(out),
         )  # fmt: skip
     return delta
 
@@ -473,12 +473,12 @@ def _needs_upcast(q: Tensor) -> bool:
     return INTERPRETED and q.dtype == torch.bfloat16
 
 
-def _padded(D: int) -> int:
+def padded(D: int) -> int:
     """D as the kernels' tiles have it: the next power of 2. (Triton's own function takes 5 µs, five times a call.)"""
     return 1 << (D - 1).bit_length()
 
 
-def _aligned(x_BSHD: Tensor) -> Tensor:
+def aligned(x_BSHD: Tensor) -> Tensor:
     """x, or a copy where TMA could not read x: it wants 16-byte multiples, and rows without gaps in them."""
     *strides, last = x_BSHD.stride()
     fits = last == 1 and x_BSHD.data_ptr() % 16 == 0
@@ -493,7 +493,7 @@ def _rows(x_BSHD: Tensor, rows: int) -> Any:
     b, s, h, d = x_BSHD.stride()
     if not _uses_descriptors(x_BSHD):
         return x_BSHD, b, s, h, S
-    return TensorDescriptor(x_BSHD, [B, H, S, D], [b, h, s, d], [1, 1, rows, _padded(D)])
+    return TensorDescriptor(x_BSHD, [B, H, S, D], [b, h, s, d], [1, 1, rows, padded(D)])
 
 
 @cache
@@ -515,6 +515,6 @@ def _options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
     """float32 inputs are multiplied as IEEE float32, unless PyTorch's own switch allows TF32."""
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return {
-        "M": tiles.m, "N": tiles.n, "D": _padded(q.shape[3]), "HEAD_DIM": q.shape[3], "TMA": _uses_descriptors(q),
+        "M": tiles.m, "N": tiles.n, "D": padded(q.shape[3]), "HEAD_DIM": q.shape[3], "TMA": _uses_descriptors(q),
         "PRECISION": precision, "STAGES": tiles.num_stages, "num_warps": tiles.num_warps,
     }  # fmt: skip

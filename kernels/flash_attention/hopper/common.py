@@ -24,8 +24,8 @@ from .. import portable
 LOG2E = gl.constexpr(portable.LOG2E.value)
 LN2 = gl.constexpr(portable.LN2.value)
 
-keys_seen = gluon.jit(portable._keys_seen.fn)
-tanh = gluon.jit(portable._tanh.fn)
+keys_seen = gluon.jit(portable.keys_seen.fn)
+tanh = gluon.jit(portable.tanh.fn)
 
 ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -163,7 +163,7 @@ def _layout(b: int, h: int, n_rows: int, D: int, dtype: torch.dtype) -> gl.NVMMA
 
 def padded(D: int) -> int:
     """D as tiles have it: 64, 128 or 256."""
-    return max(64, portable._padded(D))
+    return max(64, portable.padded(D))
 
 
 def _tiling(x_BSHD: Tensor, n_rows: int) -> tuple[list[int], list[int], list[int]]:
