@@ -27,9 +27,9 @@ INSTRUCTIONS = {
     "finish": {"cp.async.bulk.tensor"},
 }
 # Bytes of stack per thread. With head_dim 128, dK and dV alone fill half of the backward's registers, and numbers that
-# only the ends of its loop need wait in memory; with documents a few of those that each masked step needs.
+# only the ends of its loop need wait in memory; with documents and a window, some that each masked step needs, too.
 STACK = {"forward": 32, "backward": 96, "prepare": 0, "finish": 0}
-STACK_LOCAL = 240
+STACK_LOCAL = 288
 TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]
 
 
