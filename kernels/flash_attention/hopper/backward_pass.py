@@ -9,8 +9,8 @@ A program owns a tile of keys: K and V stay in shared memory, dK and dV in the r
 Pᵀ and dSᵀ are operands straight from registers. dQ needs dS of all keys: the two consumers exchange it through shared
 memory, and use it one step later, so that neither waits for the other. What a step adds to dQ goes through shared
 memory too, where a reducer warp hands it to TMA to be added to a float32 array in global memory: in any order, so the
-last bits of dQ differ between runs. Two small kernels go before and after: `prepare_kernel` computes the rows'
-statistics and clears the array, `finish_kernel` scales and rounds it.
+last bits of dQ differ between runs, or, where they must not, in turns. Two small kernels go before and after:
+`prepare_kernel` computes the rows' statistics and clears the array, `finish_kernel` scales and rounds it.
 
 docs/kernels/hopper.md has the measurements, and what was tried besides.
 """

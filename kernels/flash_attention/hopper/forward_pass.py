@@ -9,6 +9,8 @@ Programs stay and take tile after tile from a queue, the longest first, so that 
 the one before. docs/kernels/hopper.md has the measurements.
 """
 
+# mypy: disable-error-code="assignment"
+# Triton's tuples grow where Python's types do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -154,39 +156,40 @@ def multiply_part(p, v, out):
 
 
 @gluon.jit
-def no_values(CONFIG: gl.constexpr):
-    outs = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        outs += (no_part(CONFIG.columns[i]),)
-    return outs
-
-
-@gluon.jit
-def no_part(COLUMNS: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    return gl.zeros([64, COLUMNS], gl.float32, layout)
-
-
-@gluon.jit
 def wait_values(outs):
-    """`outs`, complete."""
+    """What `multiply_values` started, complete."""
     outs = warpgroup_mma_wait(0, deps=outs)
     return outs if isinstance(outs, gl.tuple) else (outs,)
 
 
 @gluon.jit
-def store_parts(outs, tile, CONFIG: gl.constexpr):
+def zero_outputs(CONFIG: gl.constexpr):
+    """A tuple of [64, columns] for the parts of head_dim; the functions below take and return such tuples."""
+    outs = ()
     for i in gl.static_range(len(CONFIG.columns)):
-        part(tile, i, CONFIG).store(outs[i].to(tile.dtype))
+        outs += (zero_part(CONFIG.columns[i]),)
+    return outs
 
 
 @gluon.jit
-def scaled(outs, factor):
-    """The rows of all parts times their factor [64]."""
+def zero_part(COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    return gl.zeros([64, COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def scale_outputs(outs, factor):
+    """Each row times its factor [64]."""
     products = ()
     for i in gl.static_range(len(outs)):
         products += (outs[i] * along_rows(factor, outs[i]),)
     return products
+
+
+@gluon.jit
+def store_outputs(outs, tile, CONFIG: gl.constexpr):
+    for i in gl.static_range(len(CONFIG.columns)):
+        part(tile, i, CONFIG).store(outs[i].to(tile.dtype))
 
 
 @gluon.jit
@@ -265,7 +268,7 @@ def consumer(
         if sinks_ptr is not None:
             row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + h).to(gl.float32) * LOG2E
             row_sum += 0.25
-        outs = no_values(CONFIG)
+        outs = zero_outputs(CONFIG)
         step = pass_over(i0 - tile_i0, step, keys, values, CONFIG)
         mbarrier.wait(queries.full.index(c), n & 1)
         if i0 < i1:
@@ -286,7 +289,7 @@ def consumer(
                 )
                 outs = wait_values(outs)
                 mbarrier.arrive(values.empty.index(step % CONFIG.stages), count=1)
-                outs = scaled(outs, rescale)
+                outs = scale_outputs(outs, rescale)
                 p = p.to(dtype)
                 step += 1
             if CONFIG.own_out:
@@ -301,7 +304,7 @@ def consumer(
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
         if CONFIG.own_out:
             tma.store_wait(0)  # the tile before has left its memory
-        store_parts(scaled(outs, 1 / row_sum), queries.out.index(c).reshape([64, D]), CONFIG)
+        store_outputs(scale_outputs(outs, 1 / row_sum), queries.out.index(c).reshape([64, D]), CONFIG)
         fence_async_shared()
         tma.async_copy_shared_to_global(out_rows, [b, h, m0, 0], queries.out.index(c))
         lse = (row_max + gl.log2(row_sum)) * LN2
