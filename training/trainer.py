@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.corpus import Corpus, load_corpus
 from data.loader import Batch, Loader, eval_batches
-from data.packing import PackedRows
+from data.packing import pack
 from model.generate import generate
 from model.gpt import GPT
 
@@ -52,9 +52,10 @@ class Trainer:
             raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
 
         self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
+        config.check_vocab_size(self.corpus.tokenizer.vocab_size)
         mask = config.data.document_mask
-        self.train_rows = PackedRows(self.corpus.train, config.seq_len, mask)
-        val_rows = PackedRows(self.corpus.val, self.val_seq_len(), mask)
+        self.train_rows = pack(self.corpus, "train", config.seq_len, mask, config.data.packing)
+        val_rows = pack(self.corpus, "val", self.val_seq_len(), mask)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes().astype(np.int64))
 
@@ -81,7 +82,7 @@ class Trainer:
 
     def val_seq_len(self) -> int:
         """seq_len, or less where the held-out text does not fill one row of it."""
-        available = len(self.corpus.val.tokens) - 1
+        available = min(len(part.val.tokens) for part in self.corpus.parts) - 1
         if available < self.config.seq_len:
             self.notify(f"validation rows have {available:,} tokens, all the held-out text there is, not seq_len")
         return min(available, self.config.seq_len)
