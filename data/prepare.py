@@ -15,18 +15,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data.sources import Document, Source
-from data.split import choose_split, cuts_tails
+from data.sources import Source
+from data.split import Split, choose_split, cuts_tails
 from data.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 SPLITS = ("train", "val")
 LONG_DOCUMENT_TOKENS = 16_384
@@ -141,11 +144,11 @@ def _fill(
     try:
         with _bar(source.size) as advance:
             advance(resumed)
-            for part, documents, batch in _batches(source, done):
+            for part, documents, batch in ahead(_batches(source, split, done)):
                 for side, writer in writers.items():
-                    writer.write([text for document in batch for to, text in split(document) if to == side])
+                    writer.write([text for to, text in batch if to == side])
                 done.part, done.documents = part, documents
-                characters = sum(len(document.text) for document in batch)
+                characters = sum(len(text) for _, text in batch)
                 advance(characters)
                 unsaved += characters
                 if unsaved >= SAVE_CHARS:
@@ -183,9 +186,9 @@ def _fill(
         notify(f"           {new / 1e6:,.0f} MB in {seconds:,.0f} s, {new / 1e6 / seconds:.1f} MB/s")
 
 
-def _batches(source: Source, done: Progressed) -> Iterator[tuple[int, int, list[Document]]]:
-    """(part, documents of it so far, documents), from where `done` says."""
-    batch: list[Document] = []
+def _batches(source: Source, split: Split, done: Progressed) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
+    """(part, documents of it so far, (side, text) of some documents), from where `done` says."""
+    batch: list[tuple[str, str]] = []
     size, at, number = 0, done.part, 0
     skip = done.documents
     for part, document in source.documents(done.part):
@@ -194,13 +197,22 @@ def _batches(source: Source, done: Progressed) -> Iterator[tuple[int, int, list[
         number += 1
         if number <= skip:
             continue
-        batch.append(document)
+        batch.extend(split(document))
         size += len(document.text)
         if size >= BATCH_CHARS:
             yield at, number, batch
             batch, size = [], 0
     if batch:
         yield at, number, batch
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each made in a thread while the one before is used: reading then costs tokenizing no time."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 class StreamWriter:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -61,7 +60,7 @@ def gather(folder: Path, megabytes: int) -> int:
 
 
 def prepare(path: Path, cache: Path, tokenizer: Path, kill_after_s: float | None = None) -> dict[str, Any]:
-    """Prepare in a process of its own; its seconds and peak memory."""
+    """Prepare in a process of its own; its seconds, by the clock and of the processor, and its peak memory."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", PREPARE, str(path), str(cache), str(tokenizer)])
     if kill_after_s is not None:
@@ -71,7 +70,11 @@ def prepare(path: Path, cache: Path, tokenizer: Path, kill_after_s: float | None
     process.returncode = os.waitstatus_to_exitcode(status)
     if kill_after_s is None and process.returncode:
         raise SystemExit(f"error: preparation failed with {process.returncode}")
-    return {"seconds": time.perf_counter() - began, "peak_gib": usage.ru_maxrss / 2**20}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gib": usage.ru_maxrss / 2**20,
+    }
 
 
 def token_files(cache: Path) -> dict[str, bytes]:
@@ -101,7 +104,7 @@ def measure_preparation(folder: Path, megabytes: int) -> dict[str, Any]:
         "cores": cores,
         "seconds_with_a_new_tokenizer": with_training,
         **whole,
-        "mb_per_s_per_core": size / 1e6 / whole["seconds"] / cores,
+        "mb_per_cpu_second": size / 1e6 / whole["cpu_seconds"],
         "killed_after_bytes": saved["train"]["bytes"] + saved["val"]["bytes"],
         "resumed_seconds": resumed["seconds"],
     }
@@ -137,11 +140,13 @@ def measure_loader(folder: Path) -> list[dict[str, Any]]:
 def markdown(facts: dict[str, Any], made: dict[str, Any], batches: list[dict[str, Any]]) -> str:
     lines = heading("Preparing and reading data", facts)
     lines += [
-        f"Preparation of {made['files']:,} Python files, {made['bytes'] / 1e6:.0f} MB, on {made['cores']} cores, with a",
-        f"tokenizer of 32,768 ids learned from them: {made['seconds']:.1f} s, {made['mb_per_s_per_core']:.1f} MB/s per core, "
-        f"peak memory {made['peak_gib']:.2f} GiB; {made['seconds_with_a_new_tokenizer']:.1f} s when the",
-        f"tokenizer is learned first. Killed (SIGKILL) after {made['killed_after_bytes'] / 1e6:.0f} MB, it went on and ended "
-        f"after {made['resumed_seconds']:.1f} s more, with the same bytes.",
+        f"Preparation of {made['files']:,} Python files, {made['bytes'] / 1e6:.0f} MB, with 32,768 token ids:",
+        "",
+        f"- {made['seconds']:.1f} s on {made['cores']} cores, of which the process had {made['cpu_seconds']:.1f} s in all:",
+        f"  {made['mb_per_cpu_second']:.1f} MB/s for each core it had; peak memory {made['peak_gib']:.2f} GiB",
+        f"- {made['seconds_with_a_new_tokenizer']:.1f} s where the tokenizer is learned from them first",
+        f"- killed (SIGKILL) after {made['killed_after_bytes'] / 1e6:.0f} MB, it went on and ended after "
+        f"{made['resumed_seconds']:.1f} s more, with the same bytes in every file",
         "",
         "Batches from a loader, one process, reading, packing and moving to the device included:",
         "",
@@ -155,7 +160,7 @@ def markdown(facts: dict[str, Any], made: dict[str, Any], batches: list[dict[str
         )
     lines += [
         "",
-        "*Cut off*: of the tokens in documents that would fit into a row, those in another row than their document's beginning.",
+        "*Cut off*: of the tokens in documents that would fit into a row, those in another row than their beginning.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -38,8 +38,8 @@ def main(composed: DictConfig) -> None:
         for packing in PACKINGS:
             packed = PackedRows(part.train, config.seq_len, config.data.document_mask, packing)
             cli.say(
-                f"  {packing:10}  {len(packed):,} rows of {config.seq_len:,}; {packed.cut_fraction:.2%} of the tokens in "
-                f"documents that fit into a row are cut off from their beginning"
+                f"  {packing:10}  {len(packed):,} rows of {config.seq_len:,}; of the tokens in documents that fit into "
+                f"one, {packed.cut_fraction:.2%} are cut off from their beginning"
             )
     rows = pack(corpus, "train", config.seq_len, config.data.document_mask, config.data.packing)
     for position in range(ROWS):
