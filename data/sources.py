@@ -24,10 +24,11 @@ STDLIB_SKIPPED = frozenset(
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` says where it comes from."""
+    """One text. `name` says where it comes from; the split hangs on `key`, or on the text itself."""
 
     name: str
     text: str
+    key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _open_stdlib(config: StdlibData) -> Source:
 
     def read(path: Path) -> Iterator[Document]:
         try:
-            yield Document(relative_name(path, root), read_bytes(path).decode())
+            name = relative_name(path, root)
+            yield Document(name, read_bytes(path).decode(), key=name)  # held out under every version of Python alike
         except UnicodeDecodeError:
             return  # a few sources declare another encoding, on purpose
 

@@ -12,8 +12,8 @@ Split = Callable[[Document], Iterator[tuple[str, str]]]
 
 
 def choose_split(source: Source, val_fraction: float) -> Split:
-    """How a source is split: whole documents go to one side by a hash of their text, so that adding documents moves no
-    other, and copies of a text stay together.
+    """How a source is split: whole documents go to one side by a hash of their text (or key), so that adding documents
+    moves no other, and copies of a text stay together.
 
     With so few documents that a side would be empty, the last `val_fraction` of each document is held out instead.
 
@@ -22,10 +22,10 @@ def choose_split(source: Source, val_fraction: float) -> Split:
     """
     sides, documents = set(), 0
     for _, document in source.documents():
-        sides.add(_side(document.text, val_fraction))
+        sides.add(_side(document, val_fraction))
         documents += 1
         if len(sides) == 2:
-            return lambda document: iter([(_side(document.text, val_fraction), document.text)])
+            return lambda document: iter([(_side(document, val_fraction), document.text)])
     if not documents:
         raise ValueError(f"no text in {source.where}: every document is empty")
     return lambda document: cut_tail(document.text, val_fraction)
@@ -36,8 +36,9 @@ def cuts_tails(split: Split) -> bool:
     return len(list(split(Document("", "a line\n" * 100)))) == 2
 
 
-def _side(text: str, val_fraction: float) -> str:
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+def _side(document: Document, val_fraction: float) -> str:
+    key = document.text if document.key is None else document.key
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
     return "val" if number < val_fraction else "train"
 
 

@@ -193,7 +193,12 @@ def test_stdlib_reads_library_sources_and_no_tests(tmp_path, monkeypatch):
         (tmp_path / name).write_text("x = 1")
     (tmp_path / "latin.py").write_bytes(b"# \xe9")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert [document.name for document in documents(open_source(StdlibData()))] == ["json/decoder.py", "os.py"]
+    found = documents(open_source(StdlibData()))
+    assert [document.name for document in found] == ["json/decoder.py", "os.py"]
+    split = choose_split(open_source(StdlibData()), 0.5)
+    (before,) = split(found[1])
+    (after,) = split(Document("os.py", "x = 2", key="os.py"))  # another version of Python
+    assert before[0] == after[0]
 
 
 def test_the_standard_library_of_this_python_is_a_corpus_with_long_documents():
