@@ -264,6 +264,7 @@ def test_an_online_run_that_the_server_refuses_is_recorded_offline(
 
     class Run:
         dir = str(tmp_path / "wandb" / "offline-run-1" / "files")
+        step = 0
 
         def define_metric(self, *arguments: Any, **options: Any) -> None: ...
 
