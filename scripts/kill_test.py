@@ -19,19 +19,21 @@ import time
 from pathlib import Path
 
 from training.checkpoint import folder as checkpoints
+from training.hardware import git_commit, versions
 from training.loggers.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
 SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
+STEPS_PER_KILL = 60  # a process advances some 40 steps before it is killed
+SECONDS_OF_TRAINING = 1.0
 MEASURED_BY_CLOCK = ("throughput/", "time/", "checkpoint/", "memory/")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=2000, help="of the whole run")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
@@ -43,40 +45,49 @@ def main() -> None:
         lines = [f"{place} green bottles of {number} standing on the wall" for place in range(30)]
         (text / f"{number}.txt").write_text("\n".join(lines))
 
-    settings = [*SMALL, f"data.path={text}", f"data.cache_dir={options.out / 'cache'}", f"max_steps={options.steps}"]
+    steps = STEPS_PER_KILL * (options.kills + 1)
+    settings = [*SMALL, f"data.path={text}", f"data.cache_dir={options.out / 'cache'}", f"max_steps={steps}"]
     peaceful, killed = options.out / "peaceful", options.out / "killed"
     began = time.monotonic()
     process = start(peaceful, settings)
+    while process.poll() is None and not (peaceful / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    startup = time.monotonic() - began
     if process.wait() != 0:
         raise SystemExit("the undisturbed run failed")
-    lifetime = time.monotonic() - began
 
     chance = random.Random(options.seed)
-    inside = steps_seen = 0
-    for kill in range(options.kills):
+    kills = inside = reached = 0
+    while kills < options.kills:
+        before = set(half_written(killed))
         process = start(killed, settings)
-        if kill % 2:
+        if kills % 2:
             wait_for_a_save(process, killed, chance)
         else:
-            time.sleep(chance.uniform(0, min(lifetime, 8.0)))
+            time.sleep(chance.uniform(0, startup + SECONDS_OF_TRAINING))
         process.kill()
         code = process.wait()
-        if code not in (0, -9):
-            raise SystemExit(f"process {kill} ended with code {code}: a resume failed; {killed} is left as it is")
-        inside += bool(half_written(killed))
-        newest = checkpoints.candidates(killed)
-        steps_seen = checkpoints.verify(newest[0]).step if newest else 0  # what has the name is whole, at any instant
-        print(f"kill {kill + 1}/{options.kills}: last checkpoint step {steps_seen}", flush=True)
+        if code == 0:
+            break  # it came to the end before it was killed
+        if code != -9:
+            raise SystemExit(f"a resume failed with code {code} after {kills} kills; {killed} is left as it is")
+        kills += 1
+        inside += bool(set(half_written(killed)) - before)
+        for path in checkpoints.candidates(killed):
+            reached = max(reached, checkpoints.verify(path).step)  # what has the name is whole, at any instant
+        print(f"kill {kills}/{options.kills}: step {reached}/{steps} is saved", flush=True)
     if start(killed, settings).wait() != 0:
         raise SystemExit(f"the last resume failed; {killed} is left as it is")
 
     differences = compare(peaceful, killed)
     record = {
         "command": " ".join(["python -m scripts.kill_test", *sys.argv[1:]]),
-        "kills": options.kills,
+        "kills": kills,
         "kills_inside_a_save": inside,
-        "last_checkpoint_before_the_last_process": steps_seen,
-        "steps": options.steps,
+        "step_saved_at_the_last_kill": reached,
+        "steps": steps,
+        "versions": versions(),
+        "commit": git_commit(ROOT),
         "equal": not differences,
         "differences": differences,
     }
@@ -104,7 +115,7 @@ def wait_for_a_save(process: subprocess.Popen[bytes], run: Path, chance: random.
     while process.poll() is None:
         if new := set(half_written(run)) - stale:
             if skip == 0:
-                time.sleep(chance.uniform(0, 0.004))  # a save of this size takes 5 to 20 ms
+                time.sleep(chance.uniform(0, 0.004))  # a save of this size takes 8 ms and more
                 return
             skip -= 1
             stale |= new
