@@ -336,13 +336,14 @@ class Trainer:
         self.saved = self.step
 
     def save_weights(self) -> None:
-        """The trained weights alone, for whoever uses the model."""
+        """The trained weights alone, for whoever uses the model: whole or not there."""
+        target = self.folder / "model.safetensors"
         try:
-            part = self.folder / "model.safetensors.part"
-            save_model(self.model, str(part))
-            checkpoints.sync(part)
-            os.replace(part, self.folder / "model.safetensors")
+            # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
+            with checkpoints.part_of(checkpoints.checkpoints_of(self.folder) / "step-weights") as part:
+                save_model(self.model, str(part / target.name))
+                checkpoints.sync(part / target.name)
+                os.replace(part / target.name, target)
+                checkpoints.sync(self.folder)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            reason = save_problem(error, self.folder)
-            raise SaveFailed(f"{self.folder / 'model.safetensors'} was not written: {reason}") from error
+            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder)}") from error

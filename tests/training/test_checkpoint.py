@@ -496,6 +496,33 @@ def test_the_disk_may_fill_in_the_middle_of_a_save(
     assert not list((trainer.folder / "checkpoints").glob(".*"))
 
 
+def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
+    config: MakeConfig, small_disk: Path
+) -> None:
+    lines: list[str] = []
+    trainer = Trainer(config(f"run_dir={small_disk / 'run'}", "max_steps=6", "checkpoint.every=2"), lines.append)
+    check = trainer.guard.check
+
+    def remount(step: int, *rest: torch.Tensor) -> torch.Tensor:
+        if step == 3:
+            trainer.saver.finish()
+            for logger in list(trainer.loggers.loggers):
+                if logger.name == "jsonl":  # an open file would keep the file system writable
+                    logger.finish("interrupted")
+            trainer.run_folder.close()
+            subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        return check(step, *rest)
+
+    trainer.guard.check = remount  # type: ignore[method-assign]
+    with pytest.raises(SaveFailed, match="Read-only file system"):
+        trainer.fit()
+    assert trainer.step == 6
+    assert any("step-00000004 was not written" in line and "Read-only file system" in line for line in lines)
+    assert checkpoints.verify(checkpoints.path_of(trainer.folder, 2)).step == 2
+    with pytest.raises(ValueError, match=r"run_dir=.* cannot be written: Read-only file system; choose another"):
+        fit(config(f"run_dir={small_disk / 'run'}"))
+
+
 # ---- bad steps
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,7 @@ def write(
     Raises:
         OSError and whatever `tensors` raise; nothing is left behind then.
     """
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with part_of(folder) as part:
         for name, save in tensors.items():
             save(part / name)
             sync(part / name)
@@ -153,15 +150,24 @@ def write(
         write_synced(part / MANIFEST, manifest.to_json())
         sync(part)
         if folder.exists():
-            replaced = part.with_suffix(".replaced")
+            replaced = part.with_name(f"{part.name}-replaced")
             os.rename(folder, replaced)
             shutil.rmtree(replaced, ignore_errors=True)
         os.rename(part, folder)
         sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return manifest
+
+
+@contextmanager
+def part_of(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which `sweep` knows and which is gone afterwards, renamed or removed."""
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:
