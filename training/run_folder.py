@@ -80,11 +80,17 @@ class RunFolder:
         """The verified checkpoint to go on from; None: begin at step 0.
 
         Raises:
-            ValueError: resume names one, and it is damaged, or older than others of this very run folder.
+            ValueError: resume names one, and it is damaged, or older than others of this very run folder; or there
+                is something to lose, and beginning anew would overwrite it.
         """
         resume = self.config.resume
         if resume in ("auto", "none"):
-            return checkpoints.newest(self.path, notify)
+            newest = checkpoints.newest(self.path, notify)
+            damaged = checkpoints.candidates(self.path)
+            if newest is None and (damaged or (self.path / "model.safetensors").exists()):
+                what = f"{len(damaged)} checkpoints, none of them good" if damaged else "a finished run, no checkpoint"
+                raise ValueError(f"run_dir={self.path} holds {what}; choose another, or remove it to begin anew")
+            return newest
         inside = Path(resume).resolve().is_relative_to(self.path.resolve())
         if not inside and (own := checkpoints.newest(self.path, notify)):
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more

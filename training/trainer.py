@@ -57,7 +57,7 @@ class Trainer:
         self.runtime = runtime = resolve_runtime(config)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(config.deterministic)
         attention_for(config, runtime)  # a refusal comes now, not after the data is read
         check_run_folder(config)
         self.folder = Path(config.run_dir)
@@ -279,12 +279,18 @@ class Trainer:
                 f"max_steps={self.config.num_steps} is less than the {manifest.step} steps of {path}; raise it"
             )
         values = state.read(path)
-        loop = state.read_tensors(path / "loop.safetensors")
-        state.load_model_tensors(self.model, path / "model.safetensors")
-        state.load_optimizer_tensors(self.model, self.optimizer, path / "optimizer.safetensors")
-        state.set_random(loop, values["random"])
-        self.guard.load(loop)
-        self.losses.copy_(loop["losses"])
+        try:
+            loop = state.read_tensors(path / "loop.safetensors")
+            state.load_model_tensors(self.model, path / "model.safetensors")
+            state.load_optimizer_tensors(self.model, self.optimizer, path / "optimizer.safetensors")
+            state.set_random(loop, values["random"])
+            self.guard.load(loop)
+            self.losses.copy_(loop["losses"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{path} does not hold what this version saves ({why}); name another checkpoint"
+            ) from error
         self.step, self.reported, self.summary = manifest.step, values["reported"], values["summary"]
         source = path.resolve().parent.parent
         self.run_folder.cut_records(values["records"], source)

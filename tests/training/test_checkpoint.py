@@ -109,13 +109,14 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
 
 def test_what_was_recorded_after_the_checkpoint_is_recorded_once(config: MakeConfig, tmp_path: Path) -> None:
     whole = fit(config("max_steps=6", f"run_dir={tmp_path / 'whole'}"))
-    options = config("max_steps=6", "checkpoint.every=2", "eval_every=2")
+    options = config("max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "eval_every=2")
     folder = fit(options).folder
     lines = (folder / "metrics.jsonl").read_text()
     for step in (4, 6):
         shutil.rmtree(checkpoints.path_of(folder, step))  # as if it had been killed after step 5
     (folder / "metrics.jsonl").write_text(lines + '{"step": 7, "tok')
     resumed = fit(options)
+    assert resumed.summary["checkpoint/load_seconds"] > 0, "from step 2, not from the beginning"
     train = [record for record in exact(resumed) if "train/loss" in record]
     assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
     assert train == [record for record in exact(whole) if "train/loss" in record]
@@ -125,7 +126,23 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(config: MakeConfig
     folder = run()
     before = exact(Trainer(config(), silently))
     shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ValueError, match="holds a finished run, no checkpoint; choose another, or remove it"):
+        fit(config("max_steps=6", "eval_every=0"))
+    (folder / "model.safetensors").unlink()
     assert exact(fit(config("max_steps=6", "eval_every=0"))) == before
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_is_not_begun_anew(
+    config: MakeConfig, run: Callable[..., Path]
+) -> None:
+    folder = run()
+    (folder / "model.safetensors").unlink()
+    for path in checkpoints.candidates(folder):
+        (path / "state.json").write_text("{}")
+    record = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds 3 checkpoints, none of them good; choose another"):
+        fit(config("max_steps=6", "eval_every=0"))
+    assert (folder / "metrics.jsonl").read_bytes() == record
 
 
 def test_a_finished_run_is_left_as_it_is(config: MakeConfig, run: Callable[..., Path]) -> None:
@@ -317,6 +334,7 @@ def test_a_manifest_forged_with_a_right_digest_leads_nowhere(field: str, value: 
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(values={"random": {}, "data": "", "tokenizer": "", "records": {}, "summary": {}, "reported": 0, "events": 0})
 @given(values=st.dictionaries(st.sampled_from(["random", "data", "records", "events", "summary"]), JSON_VALUES))
 def test_a_forged_state_is_one_line(
     config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
@@ -327,6 +345,21 @@ def test_a_forged_state_is_one_line(
     with pytest.raises(ValueError, match="step-00000002") as refused:
         Trainer(config(f"run_dir={run}"), silently).fit()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["random", "python"])
+def test_a_checkpoint_of_another_program_that_fits_by_its_config_is_one_line(
+    config: MakeConfig, run: Callable[..., Path], key: str
+) -> None:
+    path = checkpoints.path_of(run(), 6)
+    texts = {name: json.loads((path / name).read_text()) for name in checkpoints.JSON}
+    texts["state.json"]["random"] = {} if key == "random" else {"python": [1], "numpy": []}
+    facts = {"step": 6, "tokens": 1, "world_size": 1, "val_loss": None, "versions": {}}
+    data = {name: (path / name).read_bytes() for name in checkpoints.TENSORS}
+    writers = {name: lambda file, name=name: file.write_bytes(data[name]) for name in data}
+    checkpoints.write(path, writers, texts, facts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step-00000006 does not hold what this version saves"):
+        fit(config("max_steps=6"))
 
 
 # ---- whole or not there
