@@ -112,17 +112,17 @@ def verify(folder: Path) -> Manifest:
             found = path.stat().st_size
             if found != size:
                 raise DamagedCheckpoint(f"{name} has {found:,} bytes, not {size:,}")
-            if sha256(path) != digest:
+            if sha256(path, from_disk=True) != digest:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (SHA-256)")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
     return manifest
 
 
-def sha256(path: Path) -> str:
-    """Of a file as the disk has it: what the page cache holds is dropped first, as far as the system does that."""
+def sha256(path: Path, from_disk: bool) -> str:
+    """Of a file as it was written, which the page cache still holds; or, that dropped, of what the disk gives back."""
     with open(path, "rb") as file:
-        if hasattr(os, "posix_fadvise"):
+        if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -145,7 +145,7 @@ def write(
             sync(part / name)
         for name, value in texts.items():
             write_synced(part / name, _spell(value))
-        files = {name: [(part / name).stat().st_size, sha256(part / name)] for name in FILES}
+        files = {name: [(part / name).stat().st_size, sha256(part / name, from_disk=False)] for name in FILES}
         manifest = Manifest(format=FORMAT, config_sha256=str(files["config.json"][1]), files=files, **facts)
         write_synced(part / MANIFEST, manifest.to_json())
         sync(part)
