@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+PACKINGS = ("end_to_end", "best_fit")
+TASKS = ("copy", "needle")
 
 
 @dataclass
 class TokenizerConfig:
-    """`configs/tokenizer`: how text becomes token ids."""
+    """`tokenizer=bpe`: byte-level byte-pair encoding, trained on the corpus itself."""
 
     name: str = "bpe"
-    """"bpe": byte-level byte-pair encoding, trained on the corpus itself."""
-    vocab_size: int = 4096
+    """A key of TOKENIZERS."""
+    vocab_size: int | None = 4096
     """Number of token ids, the document separator included. A small text may yield fewer."""
 
     def __post_init__(self) -> None:
-        if self.name != "bpe":
-            raise ValueError(f"tokenizer.name={self.name} is unknown: use tokenizer=bpe")
-        if self.vocab_size < 257:
+        if self.vocab_size is not None and self.vocab_size < 257:
             raise ValueError(
                 f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257"
             )
+
+
+@dataclass
+class BytesTokenizer(TokenizerConfig):
+    """`tokenizer=bytes`: UTF-8 bytes and a separator, nothing learned."""
+
+    name: str = "bytes"
+    vocab_size: int | None = 257
+
+    def __post_init__(self) -> None:
+        if self.vocab_size != 257:
+            raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer=bytes has 257 ids")
+
+
+@dataclass
+class FileTokenizer(TokenizerConfig):
+    """`tokenizer=file`: a tokenizer.json of the `tokenizers` library."""
+
+    name: str = "file"
+    vocab_size: int | None = None
+    path: str = ""
+    """The file. Required."""
+    separator: str | None = None
+    """The token between documents; null: one of the usual ones that the file has."""
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError(f"tokenizer.path is empty: tokenizer={self.name} needs tokenizer.path={self._example}")
+        if self.vocab_size is not None:
+            raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer.path has its own")
+
+    @property
+    def _example(self) -> str:
+        return "tokenizer.json"
+
+
+@dataclass
+class HubTokenizer(FileTokenizer):
+    """`tokenizer=hub`: the tokenizer.json of a repository on the Hugging Face Hub."""
+
+    name: str = "hub"
+    revision: str = "main"
+
+    @property
+    def _example(self) -> str:
+        return "gpt2"
+
+
+TOKENIZERS: dict[str, type[TokenizerConfig]] = {
+    "bpe": TokenizerConfig,
+    "bytes": BytesTokenizer,
+    "file": FileTokenizer,
+    "hub": HubTokenizer,
+}
 
 
 @dataclass
@@ -31,12 +88,16 @@ class DataConfig:
     """The source: a key of SOURCES."""
     document_mask: bool = True
     """True: attention and positions stay within a document. False: rows are read as one continuous text."""
+    packing: str = "end_to_end"
+    """How documents fill rows: "end_to_end" cuts them wherever a row ends, "best_fit" as few as possible."""
     val_fraction: float = 0.05
     """Share of the text held out for validation, in whole documents where there are enough of them."""
     cache_dir: str = "~/.cache/flash-gpt"
     """Folder for trained tokenizers and token files; "~" is the home folder."""
 
     def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise ValueError(f"data.packing={self.packing} is unknown; use {' or '.join(PACKINGS)}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1, for example 0.05")
         if not self.cache_dir:
@@ -56,9 +117,9 @@ class TextData(DataConfig):
 
     name: str = "text"
     path: str = ""
-    """A file, a folder (searched recursively) or a glob. Suffixes: .txt .py .md .jsonl. Required."""
+    """A file, a folder (searched recursively) or a glob; see `data.files` for what it may hold. Required."""
     field: str = "text"
-    """The key of a .jsonl line that holds its text."""
+    """The key of a .jsonl line, or the column of a .parquet file, that holds its text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,4 +129,97 @@ class TextData(DataConfig):
             raise ValueError("data.field is empty: name the key of a .jsonl line that holds its text")
 
 
-SOURCES: dict[str, type[DataConfig]] = {"stdlib": StdlibData, "text": TextData}
+@dataclass
+class HubData(DataConfig):
+    """`data=hf`: a dataset of the Hugging Face Hub, or a folder that `datasets` can load."""
+
+    name: str = "hf"
+    path: str = ""
+    """The dataset's name on the Hub, or a folder: of `save_to_disk`, or of parquet, json or text files. Required."""
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    """The column that holds the text."""
+    revision: str = "main"
+    streaming: bool = False
+    """True: read over the network while preparing, keeping no copy of the dataset itself."""
+    max_bytes: int | None = None
+    """Take documents until they have this many bytes; null: all of them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path.strip():
+            raise ValueError("data.path is empty: data=hf needs data.path=NAME of a dataset, or a folder")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"data.max_bytes={self.max_bytes} is not possible; use 1 or more, or null for everything")
+
+
+@dataclass
+class SyntheticData(DataConfig):
+    """`data=synthetic`: tasks that measure whether a model uses its context, of any length."""
+
+    name: str = "synthetic"
+    task: str = "needle"
+    """"copy": random letters, then the same again. "needle": facts, filler, then questions about the facts."""
+    documents: int = 1000
+    length: int = 4096
+    """Characters of a document."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task not in TASKS:
+            raise ValueError(f"data.task={self.task} is unknown; use {' or '.join(TASKS)}")
+        if self.documents < 2:
+            raise ValueError(f"data.documents={self.documents} is too few: one to train on and one held out")
+        if self.length < 256:
+            raise ValueError(f"data.length={self.length} is too short for a task; use 256 or more")
+
+
+@dataclass
+class MixData(DataConfig):
+    """`data=mix`: several sources, each with its share of the tokens."""
+
+    name: str = "mix"
+    parts: Any = None
+    """{name: {weight: …, name: …, the source's own settings}}; weights are relative. Required."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.parts, Mapping) or not self.parts:
+            raise ValueError("data.parts is empty: data=mix needs data.parts={NAME: {weight: 1, name: stdlib}, …}")
+        self.sources()  # for what it refuses
+
+    def sources(self) -> dict[str, tuple[float, DataConfig]]:
+        """Weight and checked configuration of each part; what all have in common is the mixture's."""
+        shared = {f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "name"}
+        result = {}
+        for key, part in self.parts.items():
+            where = f"data.parts.{key}"
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{where}={part} is not possible; write {{weight: 1, name: stdlib}}")
+            settings = dict(part)
+            weight, name = settings.pop("weight", 1), settings.pop("name", None)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"{where}.weight={weight} is not possible; use a number above 0")
+            if name not in SOURCES or name == "mix":
+                known = ", ".join(source for source in SOURCES if source != "mix")
+                raise ValueError(f"{where}.name={name} is unknown; use {known}")
+            own = {f.name for f in fields(SOURCES[name])} - set(shared) - {"name"}
+            if unknown := settings.keys() - own:
+                known = ", ".join(sorted(own | {"name", "weight"}))
+                raise ValueError(f"{where}.{min(unknown)} is not a setting; {name} has {known}")
+            try:
+                result[key] = float(weight), SOURCES[name](**shared, **settings)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {error}") from error
+        return result
+
+
+SOURCES: dict[str, type[DataConfig]] = {
+    "stdlib": StdlibData,
+    "text": TextData,
+    "hf": HubData,
+    "mix": MixData,
+    "synthetic": SyntheticData,
+}

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, TokenizerConfig
-from data.sources import Document, read_documents, train_val_split
+from data.config import DataConfig, FileTokenizer, HubTokenizer, MixData, TokenizerConfig
+from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare
+from data.sources import Source, open_source
+from data.split import choose_split
 from data.tokenizer import Tokenizer
 
 # Raise this when the same inputs come to give other tokens: caches made before are then made anew.
-CACHE_FORMAT = 1
-LONG_DOCUMENT_TOKENS = 16_384
+CACHE_FORMAT = 2
+TRAINING_BYTES = 2**26  # of text to learn a tokenizer from: 20 s on two cores; more changes little
 
 
 @dataclass(frozen=True)
@@ -41,149 +39,146 @@ class TokenStream:
         assert self.document_starts[0] == 0
         assert self.document_starts[-1] < len(self.tokens)
 
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """(documents,) int64: tokens of each, its separator included."""
+        return np.diff(self.document_starts, append=len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source's tokens, where they lie, and its share of what is trained on."""
+
+    name: str
+    folder: Path
+    weight: float
+    train: TokenStream
+    val: TokenStream
+
 
 @dataclass(frozen=True)
 class Corpus:
     """A tokenizer, the token streams it made, and the manifest that says what they were made from."""
 
-    train: TokenStream
-    val: TokenStream
+    parts: tuple[Part, ...]
     tokenizer: Tokenizer
     manifest: dict[str, Any]
 
 
 def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[str], None] = print) -> Corpus:
-    """Read the source, and take its tokens from the cache or make them (tokenizer trained on train documents only).
+    """Take the tokens of a source from the cache, or make them.
 
-    The cache folder is `<cache_dir>/<source>-<hash>`. It appears complete or not at all, and any number of processes
-    may ask for it at once. `notify` receives a line for each thing a user should know.
+    `data.cache_dir` has a folder `<source>-<hash>` for each source, and a file for each tokenizer that was trained.
+    Each appears complete or not at all, and any number of processes may ask for it at once. `notify` receives a line
+    for each thing a user should know.
 
     Raises:
-        ValueError: the source cannot be read (see `read_documents`) or data.cache_dir cannot be written.
+        ValueError: the source or the tokenizer cannot be read, or data.cache_dir cannot be written.
     """
-    documents = read_documents(data)
-    corpus_hash = _corpus_hash(documents, data, tokenizer)
-    folder = Path(data.cache_dir).expanduser() / f"{data.name}-{corpus_hash[:16]}"
-    if _read_manifest(folder) is None:
-        notify(f"data       tokenizing {len(documents):,} documents, once, into {folder}")
-        try:
-            _build(folder, documents, corpus_hash, data, tokenizer)
-        except OSError as error:
-            raise ValueError(
-                f"data.cache_dir={data.cache_dir} cannot be written ({error.strerror}): "
-                "set data.cache_dir to a folder you can write, with space left"
-            ) from error
-    corpus = _open(folder)
-    notify(_summary(corpus.manifest))
-    if corpus.manifest["note"]:
-        notify(f"           {corpus.manifest['note']}")
-    if corpus.tokenizer.vocab_size < tokenizer.vocab_size:
-        notify(f"           the text yields only {corpus.tokenizer.vocab_size:,} of {tokenizer.vocab_size:,} tokens")
-    return corpus
-
-
-def _corpus_hash(documents: list[Document], data: DataConfig, tokenizer: TokenizerConfig) -> str:
-    settings = [CACHE_FORMAT, data.val_fraction, tokenizer.name, tokenizer.vocab_size]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for document in documents:
-        digest.update(hashlib.sha256(document.name.encode()).digest())
-        digest.update(hashlib.sha256(document.text.encode()).digest())
-    return digest.hexdigest()
-
-
-def _build(
-    folder: Path, documents: list[Document], corpus_hash: str, data: DataConfig, config: TokenizerConfig
-) -> None:
-    """Write the cache folder beside its place, then move it there."""
-    # First of all, so that a folder that cannot be written is known before the slow part.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    configs = data.sources() if isinstance(data, MixData) else {data.name: (1.0, data)}
+    sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
+    cache = Path(data.cache_dir).expanduser()
     try:
-        train, val, note = train_val_split(documents, data.val_fraction)
-        tokenizer = Tokenizer.train((document.text for document in train), config.vocab_size)
-        streams = {"train": _tokenize(tokenizer, train), "val": _tokenize(tokenizer, val)}
-
-        tokenizer.save(part / "tokenizer.json")
-        for split, stream in streams.items():
-            np.save(part / f"{split}.npy", stream.tokens)
-            np.save(part / f"{split}_starts.npy", stream.document_starts)
-        splits = {"train": _counts(train, streams["train"]), "val": _counts(val, streams["val"])}
-        manifest = {
-            "source": data.name,
-            "hash": corpus_hash,
-            **{count: splits["train"][count] + splits["val"][count] for count in splits["train"]},
-            "long_document_tokens": LONG_DOCUMENT_TOKENS,
-            **splits,
-            "val_fraction": data.val_fraction,
-            "note": note,
-            "tokenizer": {
-                "name": config.name,
-                "vocab_size": tokenizer.vocab_size,
-                "sha256": hashlib.sha256((part / "tokenizer.json").read_bytes()).hexdigest(),
-            },
-            "files": {file.name: file.stat().st_size for file in sorted(part.iterdir())},
+        cache.mkdir(parents=True, exist_ok=True)  # first of all: known before the slow part
+        trained = load_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
+        folders = {
+            name: _prepare(config, source, trained, tokenizer, cache, notify)
+            for name, (config, source) in sources.items()
         }
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        part.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        _publish(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={data.cache_dir} cannot be written ({error.strerror}): "
+            "set data.cache_dir to a folder you can write, with space left"
+        ) from error
+    parts, manifests = [], {}
+    for name, folder in folders.items():
+        streams, manifests[name] = open_prepared(folder)
+        train, val = (TokenStream(*streams[split]) for split in ("train", "val"))
+        parts.append(Part(name, folder, configs[name][0], train, val))
+        notify(_summary(manifests[name]))
+        if manifests[name]["note"]:
+            notify(f"           {manifests[name]['note']}")
+    if tokenizer.vocab_size is not None and trained.vocab_size < tokenizer.vocab_size:
+        notify(f"           the text yields only {trained.vocab_size:,} of {tokenizer.vocab_size:,} tokens")
+    manifest = manifests[data.name] if len(configs) == 1 and data.name in manifests else _mixture(configs, manifests)
+    return Corpus(tuple(parts), trained, manifest)
 
 
-def _tokenize(tokenizer: Tokenizer, documents: list[Document]) -> TokenStream:
-    separator = np.array([tokenizer.separator_id], tokenizer.dtype)
-    texts = tokenizer.encode_batch([document.text for document in documents])
-    lengths = np.array([1 + len(text) for text in texts], np.int64)
-    return TokenStream(
-        tokens=np.concatenate([part for text in texts for part in (separator, text)]),
-        document_starts=np.cumsum(lengths) - lengths,
-    )
+def load_tokenizer(
+    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, notify: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer that was named; "bpe" is trained on the train documents of the sources, once.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if config.name == "bytes":
+        return Tokenizer.of_bytes()
+    if isinstance(config, HubTokenizer):
+        from data.hub import fetch_tokenizer
+
+        return Tokenizer.wrap(fetch_tokenizer(config), f"tokenizer.path={config.path}", config.separator)
+    if isinstance(config, FileTokenizer):
+        return Tokenizer.load(config.path, config.separator)
+    assert config.vocab_size is not None
+    settings = [CACHE_FORMAT, config.vocab_size, TRAINING_BYTES, data.val_fraction, *(s.fingerprint for s in sources)]
+    file = cache / f"tokenizer-{_hash(settings)[:16]}.json"
+    if not file.is_file():
+        with alone(file, notify):
+            if not file.is_file():
+                notify(f"tokenizer  learning {config.vocab_size:,} tokens from the text, once")
+                Tokenizer.train(training_texts(sources, data.val_fraction), config.vocab_size).save(file)
+    return Tokenizer.load(file)
 
 
-def _counts(documents: list[Document], stream: TokenStream) -> dict[str, int]:
-    lengths = np.diff(stream.document_starts, append=len(stream.tokens))
+def training_texts(sources: list[Source], val_fraction: float) -> Iterator[str]:
+    """Train documents of all sources, TRAINING_BYTES of them: the same share of each, from its beginning."""
+    for source in sources:
+        split, taken = choose_split(source, val_fraction), 0
+        for _, document in source.documents():
+            for side, text in split(document):
+                if side == "train":
+                    taken += len(text.encode())
+                    yield text
+            if taken >= TRAINING_BYTES // len(sources):
+                break
+
+
+def _prepare(
+    data: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    config: TokenizerConfig,
+    cache: Path,
+    notify: Callable[[str], None],
+) -> Path:
+    corpus_hash = _hash([CACHE_FORMAT, source.fingerprint, data.val_fraction, tokenizer.sha256])
+    folder = cache / f"{data.name}-{corpus_hash[:16]}"
+    facts = {
+        "source": data.name,
+        "hash": corpus_hash,
+        "val_fraction": data.val_fraction,
+        "tokenizer": {"name": config.name, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
+    }
+    prepare(folder, source, tokenizer, data.val_fraction, facts, notify)
+    return folder
+
+
+def _mixture(configs: dict[str, tuple[float, DataConfig]], manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    weights = {name: weight for name, (weight, _) in configs.items()}
+    total = sum(weights.values())
     return {
-        "documents": len(documents),
-        "bytes": sum(len(document.text.encode()) for document in documents),
-        "tokens": len(stream.tokens),
-        "long_documents": int((lengths > LONG_DOCUMENT_TOKENS).sum()),
+        "source": "mix",
+        "hash": _hash([[name, weights[name], manifest["hash"]] for name, manifest in manifests.items()]),
+        **{count: sum(m[count] for m in manifests.values()) for count in ("documents", "bytes", "tokens")},
+        "tokenizer": next(iter(manifests.values()))["tokenizer"],
+        "shares": {name: weight / total for name, weight in weights.items()},
+        "parts": manifests,
     }
 
 
-def _publish(part: Path, folder: Path) -> None:
-    """Move a complete folder to its place. A process that comes second keeps what the first put there."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if _read_manifest(folder) is not None:
-            return
-        damaged = part.with_suffix(".damaged")
-        with suppress(OSError):
-            folder.rename(damaged)
-        part.rename(folder)
-        shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete cache folder; None where any of its files is missing or of another size."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        complete = all(os.path.getsize(folder / name) == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return manifest if complete else None
-
-
-def _open(folder: Path) -> Corpus:
-    manifest = _read_manifest(folder)
-    assert manifest is not None
-    train, val = (
-        TokenStream(
-            np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}_starts.npy", mmap_mode="r")
-        )
-        for split in ("train", "val")
-    )
-    return Corpus(train, val, Tokenizer.load(folder / "tokenizer.json"), manifest)
+def _hash(settings: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import PackedRows, Row, row_index
+from data.packing import Row, Rows
 
 PREFETCHED_BATCHES = 4
 
@@ -41,6 +41,12 @@ class Batch:
         """The batch in page-locked host memory (needs CUDA)."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that a stream uses the batch, which another one brought."""
+        for tensor in (self.tokens_BS, self.targets_BS, self.starts_BS):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         starts_BS = None if self.starts_BS is None else function(self.starts_BS)
         return replace(
@@ -67,16 +73,17 @@ def collate(rows: Iterable[Row], window: int | None = None) -> Batch:
 class Loader:
     """Endless training batches on `device`, in an order that is a pure function of the seed.
 
-    Batch number n of a rank holds the rows at global positions [n·B·world_size + rank·B, ... + B) of `row_index`: the
-    ranks together read what one process with a batch of B·world_size reads, epoch after epoch. To resume, pass the
-    number of batches already taken as `first`.
+    A rank's n-th batch holds the rows at positions [first + (n·world_size + rank)·B, ... + B) of `Rows.at`: the ranks
+    together read what one process with a batch of B·world_size reads, epoch after epoch. The whole state is two
+    integers, the seed and the rows that all ranks have taken: to resume, on any number of ranks, pass that as `first`.
 
-    A thread prepares batches ahead, in pinned memory for CUDA; what it raises, `next` raises. Call `close` at the end.
+    A thread prepares batches ahead and, for CUDA, copies them from pinned memory on a stream of its own; what it
+    raises, `next` raises. Call `close` at the end.
     """
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: Rows,
         batch_size: int,
         *,
         seed: int,
@@ -94,7 +101,8 @@ class Loader:
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._closed = Event()
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCHED_BATCHES)
+        self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException]
+        self._queue = queue.Queue(PREFETCHED_BATCHES)
         self._thread = Thread(target=self._prefetch, args=(first,), name="loader", daemon=True)
         self._thread.start()
 
@@ -108,7 +116,12 @@ class Loader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item.to(self.device)
+        batch, copied = item
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            batch.record_stream(stream)
+        return batch
 
     def close(self) -> None:
         """Stop the thread. Iteration then ends; closing twice is fine."""
@@ -121,21 +134,25 @@ class Loader:
         try:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # pinning would otherwise open a context on GPU 0
-            for number in count(first):
-                batch = self._batch(number)
-                self._queue.put(batch.pin_memory() if self.device.type == "cuda" else batch)
+                stream = torch.cuda.Stream()
+            for number in count():
+                batch, copied = self._batch(first, number), None
+                if self.device.type == "cuda":
+                    with torch.cuda.stream(stream):
+                        batch = batch.pin_memory().to(self.device)
+                        copied = stream.record_event()
+                self._queue.put((batch, copied))
                 if self._closed.is_set():
                     return
         except BaseException as error:
             self._queue.put(error)
 
-    def _batch(self, number: int) -> Batch:
-        begin = (number * self.world_size + self.rank) * self.batch_size
-        positions = range(begin, begin + self.batch_size)
-        return collate((self.rows[row_index(self.seed, len(self.rows), n)] for n in positions), self.window)
+    def _batch(self, first: int, number: int) -> Batch:
+        begin = first + (number * self.world_size + self.rank) * self.batch_size
+        return collate((self.rows.at(self.seed, n) for n in range(begin, begin + self.batch_size)), self.window)
 
 
-def eval_batches(rows: PackedRows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+def eval_batches(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
     """The first rows in their own order, on the host, as batches of one shape, so that nothing recompiles.
 
     Takes as many full batches as fit into `max_tokens`, at least one, and leaves out rows that fill none. With fewer

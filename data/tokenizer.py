@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +16,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SEPARATOR = "<|endoftext|>"
+SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+"""How the end of a text is called in the tokenizers there are: ours, Llama 3's, Llama 2's and Mistral's, Gemma's."""
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 # How text is cut before merging, in the manner of GPT-4: contractions, words with one leading mark or space, numbers
 # of up to three digits, punctuation with the line ends after it, line ends with the blanks before them, other blanks.
@@ -36,24 +42,18 @@ BATCH_PIECES = 256
 class Tokenizer:
     """Text ↔ token ids. Id `separator_id` marks the beginning of a document and is never produced from text."""
 
-    separator_id = 0
-
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, separator: str = SEPARATOR) -> None:
         # Not part of the saved file: without it "<|endoftext|>" inside a document would become the separator.
         backend.encode_special_tokens = True
-        self._backend = backend
+        backend.no_padding()
+        backend.no_truncation()
+        separator_id = backend.token_to_id(separator)
+        assert separator_id is not None
+        self._backend, self.separator, self.separator_id = backend, separator, separator_id
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn at most `vocab_size` tokens (fewer where the text is small). The same texts give the same tokenizer."""
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -61,13 +61,26 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
+        backend = _byte_level(models.BPE(), split=True)
         backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
         return cls(backend)
+
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """Ids 1 to 256 are the bytes, and 0 is the separator."""
+        backend = _byte_level(models.BPE(byte_vocabulary(), []), split=False)
+        backend.add_special_tokens([SEPARATOR])
+        return BytesTokenizer(backend)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, the separator included."""
-        return self._backend.get_vocab_size()
+        return max(self._backend.get_vocab().values()) + 1  # some files leave ids out
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that decides which ids a text has."""
+        return hashlib.sha256(f"{self.separator}\n{self._backend.to_str()}".encode()).hexdigest()
 
     @property
     def dtype(self) -> np.dtype:
@@ -81,15 +94,22 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of many texts, in parallel: one array (tokens,) of `dtype` each, without separators.
 
-        Memory beyond the texts and the result is bounded, however long a text is.
+        Memory beyond the texts and the result is bounded, however long a text is, where text can be cut without
+        changing its tokens: with a tokenizer that was trained here.
         """
-        ids: list[list[np.ndarray]] = [[np.empty(0, self.dtype)] for _ in texts]
-        pieces = ((index, piece) for index, text in enumerate(texts) for piece in _pieces(text))
+        dtype = self.dtype
+        ids: list[list[np.ndarray]] = [[np.empty(0, dtype)] for _ in texts]
+        cut = _pieces if self._can_be_cut else _whole
+        pieces = ((index, piece) for index, text in enumerate(texts) for piece in cut(text))
         while batch := list(islice(pieces, BATCH_PIECES)):
             encodings = self._backend.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
             for (index, _), encoding in zip(batch, encodings, strict=True):
-                ids[index].append(np.array(encoding.ids, self.dtype))
+                ids[index].append(np.array(encoding.ids, dtype))
         return [np.concatenate(parts) for parts in ids]
+
+    @cached_property
+    def _can_be_cut(self) -> bool:
+        return json.dumps(SPLIT_PATTERN) in self._backend.to_str()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; separators show as <|endoftext|>, and bytes that are not UTF-8 as U+FFFD."""
@@ -98,9 +118,15 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: UTF-8 bytes each token stands for, 0 for the separator. For exact bits per byte."""
         bytes_V = np.zeros(self.vocab_size, np.int32)
+        # A byte-level token is written with one character per byte; SentencePiece's with "▁" for a space and <0x0A>.
+        is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         for token, token_id in self._backend.get_vocab().items():
-            bytes_V[token_id] = len(token)  # a byte-level token is written with one character per byte
-        bytes_V[self.separator_id] = 0
+            if is_byte_level:
+                bytes_V[token_id] = len(token)
+            else:
+                bytes_V[token_id] = 1 if BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode())
+        for token_id, added in self._backend.get_added_tokens_decoder().items():
+            bytes_V[token_id] = 0 if added.special else len(added.content.encode())
         return bytes_V
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -111,19 +137,66 @@ class Tokenizer:
         part.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read what `save` wrote.
+    def load(cls, path: str | os.PathLike[str], separator: str | None = None) -> Tokenizer:
+        """Read a tokenizer.json: what `save` wrote, or another of the `tokenizers` library.
 
+        Args:
+            separator: the token between documents; None: one of `SEPARATORS` that the file has.
         Raises:
-            ValueError: the file is missing or is no tokenizer of ours.
+            ValueError: the file is missing, is no tokenizer, or has no such token.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(Path(path).expanduser().read_text(encoding="utf-8"))
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
-        if backend.token_to_id(SEPARATOR) != cls.separator_id:
-            raise ValueError(f"the tokenizer {path} is not ours: {SEPARATOR} must be token {cls.separator_id}")
-        return cls(backend)
+        return cls.wrap(backend, str(path), separator)
+
+    @classmethod
+    def wrap(cls, backend: tokenizers.Tokenizer, where: str, separator: str | None) -> Tokenizer:
+        """A tokenizer of the library's; see `load`."""
+        known = [token for token in SEPARATORS if backend.token_to_id(token) is not None]
+        if separator is None and not known:
+            raise ValueError(
+                f"{where} has none of {', '.join(SEPARATORS)}: name its end of text, tokenizer.separator=…"
+            )
+        separator = separator or known[0]
+        if backend.token_to_id(separator) is None:
+            hint = f", for example {known[0]}" if known else ""
+            raise ValueError(f"{where} has no token {separator!r}: set tokenizer.separator to one that it has{hint}")
+        kind = BytesTokenizer if backend.get_vocab() == byte_vocabulary() else cls
+        return kind(backend, separator)
+
+
+class BytesTokenizer(Tokenizer):
+    """`Tokenizer.of_bytes`, without asking the backend, which would look for merges."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + byte for byte in text.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) + self.dtype.type(1) for text in texts]
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """The separator, and after it the 256 bytes as ByteLevel writes them."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)}
+    return {SEPARATOR: 0, **{characters[byte]: 1 + byte for byte in range(256)}}
+
+
+def _byte_level(model: models.Model, split: bool) -> tokenizers.Tokenizer:
+    """A tokenizer whose alphabet is bytes."""
+    backend = tokenizers.Tokenizer(model)
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, by_byte]) if split else by_byte
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _whole(text: str) -> Iterator[str]:
+    yield text
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data.config import SOURCES, TokenizerConfig
+from data.config import SOURCES, TOKENIZERS, HubData
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
 from training import cli
@@ -58,10 +58,14 @@ def text(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_is_a_configuration_that_loads(composed: Callable[..., DictConfig], option: str) -> None:
     raw = composed(option)
-    config = load_config(OmegaConf.merge(raw, {"data": {"path": "somewhere"}}) if option == "data=text" else raw)
     group, _, name = option.partition("=")
+    required = {"text": {"path": "x"}, "hf": {"path": "x"}, "file": {"path": "x"}, "hub": {"path": "x"}}
+    required["mix"] = {"parts": {"a": {"name": "stdlib"}}}
+    config = load_config(OmegaConf.merge(raw, {group: required[name]}) if name in required else raw)
     # A preset's name is where the table of a sweep, the run folder and W&B get it from.
-    if group not in ("experiment", "logger"):
+    if group == "data" and name not in SOURCES:
+        assert config.data.name == "hf"  # a dataset by name
+    elif group not in ("experiment", "logger"):
         assert getattr(config, group).name == name
 
 
@@ -76,7 +80,7 @@ def test_a_logger_is_what_its_name_says(composed: Callable[..., DictConfig], nam
 def test_every_setting_is_written_down(composed: Callable[..., DictConfig], option: str) -> None:
     group, _, name = option.partition("=")
     typed = {"attention": ATTENTIONS, "data": SOURCES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.get(group, {})
-    one = {"model": ModelConfig, "tokenizer": TokenizerConfig, "logger": LoggerConfig}
+    one = {"model": ModelConfig, "tokenizer": TOKENIZERS.get(name), "data": HubData, "logger": LoggerConfig}
     written = OmegaConf.to_container(composed(option), resolve=False)[group]  # type: ignore[index, call-overload]
     missing = {field.name for field in fields(typed.get(name) or one[group])} - set(written)
     assert missing <= ({"rotary"} if written.get("position") == "learned" else set())

@@ -41,7 +41,7 @@ _results: list[tuple[list[str], dict[str, float]]] = []  # of a sweep's jobs: ov
 _failures: list[int] = []  # exit codes
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], interrupted: str = "the run folder holds what was measured until now") -> None:
     """Run a Hydra application and end the process with the right exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
@@ -56,11 +56,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         _error(explain(error))
         _failures.append(2)
-    except Interrupted as interrupted:
-        _error(str(interrupted))
-        _failures.insert(0, interrupted.code)
+    except Interrupted as stopped:
+        _error(str(stopped))
+        _failures.insert(0, stopped.code)
     except KeyboardInterrupt:  # before the first step or after the last
-        _error("interrupted; the run folder holds what was saved until now")
+        _error(f"interrupted; {interrupted}")
         _failures.insert(0, 130)
     if len(_results) > 1:
         _print_comparison()

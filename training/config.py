@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from data.config import SOURCES, DataConfig, TokenizerConfig
+from data.config import SOURCES, TOKENIZERS, DataConfig, TokenizerConfig
 from model.attention.config import ATTENTIONS, AttentionConfig
 from model.config import ModelConfig
 
@@ -146,10 +146,15 @@ class TrainConfig:
                 f"use {nearest}, or null for one micro-batch"
             )
         self.model.check_seq_len(self.seq_len)
-        if self.tokenizer.vocab_size > self.model.vocab_size:
+        if self.tokenizer.vocab_size is not None:
+            self.check_vocab_size(self.tokenizer.vocab_size)
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Raises ValueError where the tokenizer has ids that the model does not."""
+        if vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"tokenizer.vocab_size={self.tokenizer.vocab_size} is larger than "
-                f"model.vocab_size={self.model.vocab_size}; lower the first or raise the second"
+                f"tokenizer.vocab_size={vocab_size} is larger than model.vocab_size={self.model.vocab_size}; "
+                f"lower the first or raise the second"
             )
 
     @property
@@ -187,6 +192,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
     groups: dict[str, Mapping[str, type[Any]]] = {
         "attention": ATTENTIONS,
         "data": SOURCES,
+        "tokenizer": TOKENIZERS,
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
     }
@@ -200,7 +206,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
         loaded = OmegaConf.to_object(OmegaConf.merge(schema, raw))
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        schema.model, schema.tokenizer, schema.logger = ModelConfig, TokenizerConfig, LoggerConfig  # for their keys
+        schema.model, schema.logger = ModelConfig, LoggerConfig  # for their keys
         schema.checkpoint, schema.bad_step = CheckpointConfig, BadStepConfig
         raise ValueError(unknown_key(key, dotted_keys(schema))) from error
     except OmegaConfBaseException as error:

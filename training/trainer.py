@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.corpus import Corpus, load_corpus
 from data.loader import Batch, Loader, eval_batches
-from data.packing import PackedRows, row_index
+from data.packing import pack
 from model.generate import generate
 from model.gpt import GPT
 
@@ -63,9 +63,10 @@ class Trainer:
         self.folder = Path(config.run_dir)
 
         self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
+        config.check_vocab_size(self.corpus.tokenizer.vocab_size)
         mask = config.data.document_mask
-        self.train_rows = PackedRows(self.corpus.train, config.seq_len, mask)
-        val_rows = PackedRows(self.corpus.val, self.val_seq_len(), mask)
+        self.train_rows = pack(self.corpus, "train", config.seq_len, mask, config.data.packing)
+        val_rows = pack(self.corpus, "val", self.val_seq_len(), mask)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes().astype(np.int64))
 
@@ -98,7 +99,7 @@ class Trainer:
 
     def val_seq_len(self) -> int:
         """seq_len, or less where the held-out text does not fill one row of it."""
-        available = len(self.corpus.val.tokens) - 1
+        available = min(len(part.val.tokens) for part in self.corpus.parts) - 1
         if available < self.config.seq_len:
             self.notify(f"validation rows have {available:,} tokens, all the held-out text there is, not seq_len")
         return min(available, self.config.seq_len)
@@ -126,7 +127,7 @@ class Trainer:
                 config.batch_size,
                 seed=config.seed,
                 device=device,
-                first=(first - 1) * config.accumulation,
+                first=(first - 1) * config.step_tokens // config.seq_len,
                 window=config.model.window,
             )
             with self.interrupt, closing(batches):
@@ -200,9 +201,9 @@ class Trainer:
         self.log(metrics)
 
     def rows_of(self, step: int) -> list[int]:
-        """Indices of the training rows that a step read."""
+        """Positions of the rows that a step read: `train_rows.at(seed, position)` is each of them."""
         rows = self.config.step_tokens // self.config.seq_len
-        return [row_index(self.config.seed, len(self.train_rows), n) for n in range((step - 1) * rows, step * rows)]
+        return list(range((step - 1) * rows, step * rows))
 
     def report(self) -> None:
         """Evaluation and sample, where due and not done yet. What an interruption cuts, the resumed run does."""

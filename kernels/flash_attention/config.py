@@ -131,10 +131,8 @@ def choose_tiles(
     return HOPPER[key]
 
 
-def why_not_hopper_backward(head_dim: int, softcap: float, deterministic: bool) -> str | None:
+def why_not_hopper_backward(head_dim: int, softcap: float) -> str | None:
     """Why the portable kernels compute the gradients of such inputs on Hopper; None when the Hopper kernels do."""
-    if deterministic:
-        return "deterministic"  # they sum dQ in any order
     if head_dim > 128:
         return f"head_dim {head_dim} > 128"  # at 128, dK and dV fill half of the registers
     if softcap > 0:

@@ -1,30 +1,44 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from data import corpus as corpus_module
-from data.config import TextData, TokenizerConfig
+from data import prepare as prepare_module
+from data.config import BytesTokenizer, FileTokenizer, HubTokenizer, MixData, TextData, TokenizerConfig
 from data.corpus import load_corpus
-from data.sources import read_documents, train_val_split
+from data.prepare import damaged_files
+from data.sources import open_source
+from data.split import choose_split
 from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_files(folder, count, seed=0):
+    """Generated files, a few hundred words each."""
+    rng = np.random.default_rng(seed)
+    words = [f"word{i}" for i in range(200)]
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        lines = (" ".join(rng.choice(words, 8)) + "\n" for _ in range(30))
+        (folder / f"{number:02d}.txt").write_text(f"document {number}\n" + "".join(lines))
 
 
 @pytest.fixture
 def config(tmp_path):
-    """Forty generated files, a few hundred words each."""
-    rng = np.random.default_rng(0)
-    words = [f"word{i}" for i in range(200)]
-    for number in range(40):
-        lines = (" ".join(rng.choice(words, 8)) + "\n" for _ in range(30))
-        path = tmp_path / "text" / f"{number:02d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"document {number}\n" + "".join(lines))
+    write_files(tmp_path / "text", 40)
     return TextData(path=str(tmp_path / "text"), val_fraction=0.2, cache_dir=str(tmp_path / "cache"))
 
 
@@ -42,24 +56,33 @@ def texts(corpus, stream):
     ]
 
 
+def expected(config):
+    """The texts of each side, straight from the source."""
+    source = open_source(config)
+    split = choose_split(source, config.val_fraction)
+    pairs = [pair for _, document in source.documents() for pair in split(document)]
+    return [text for side, text in pairs if side == "train"], [text for side, text in pairs if side == "val"]
+
+
 def files(config):
-    (folder,) = Path(config.cache_dir).iterdir()
+    """The one folder that the cache holds, and what is in it."""
+    (folder,) = (path for path in Path(config.cache_dir).iterdir() if path.is_dir())
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def assert_same(a, b):
-    for left, right in ((a.train, b.train), (a.val, b.val)):
-        np.testing.assert_array_equal(left.tokens, right.tokens)
-        np.testing.assert_array_equal(left.document_starts, right.document_starts)
+    for left, right in zip(a.parts, b.parts, strict=True):
+        for split in ("train", "val"):
+            np.testing.assert_array_equal(getattr(left, split).tokens, getattr(right, split).tokens)
+            np.testing.assert_array_equal(getattr(left, split).document_starts, getattr(right, split).document_starts)
     assert a.manifest == b.manifest
 
 
 def test_streams_hold_every_document_once_each_behind_a_separator(config):
     corpus = load(config)
-    train, val, _ = train_val_split(read_documents(config), config.val_fraction)
-    assert texts(corpus, corpus.train) == [document.text for document in train]
-    assert texts(corpus, corpus.val) == [document.text for document in val]
-    for stream in (corpus.train, corpus.val):
+    (part,) = corpus.parts
+    assert (texts(corpus, part.train), texts(corpus, part.val)) == expected(config)
+    for stream in (part.train, part.val):
         separators = np.flatnonzero(stream.tokens == corpus.tokenizer.separator_id)
         np.testing.assert_array_equal(separators, stream.document_starts)
         assert stream.tokens.dtype == np.uint16
@@ -73,29 +96,39 @@ def test_the_tokenizer_is_trained_on_train_documents_only(config, monkeypatch):
     monkeypatch.setattr(
         Tokenizer, "train", classmethod(lambda cls, texts, size: train(cls, seen.extend(texts) or seen, size))
     )
-    corpus = load(config)
-    assert seen == texts(corpus, corpus.train)
-    assert not set(seen) & set(texts(corpus, corpus.val))
+    load(config)
+    assert seen == expected(config)[0]
+
+
+def test_the_tokenizer_reads_no_more_than_it_needs(config, monkeypatch):
+    monkeypatch.setattr(corpus_module, "TRAINING_BYTES", 5000)
+    some = list(corpus_module.training_texts([open_source(config)] * 2, 0.2))
+    assert 5000 < sum(map(len, some)) < 9000
 
 
 def test_manifest_counts(config):
-    manifest = load(config).manifest
-    documents = read_documents(config)
+    corpus = load(config)
+    manifest = corpus.manifest
+    train, val = expected(config)
     folder, content = files(config)
     assert manifest["source"] == "text"
     assert len(manifest["hash"]) == 64
     assert manifest["documents"] == 40 == manifest["train"]["documents"] + manifest["val"]["documents"]
-    assert manifest["bytes"] == sum(len(document.text.encode()) for document in documents)
-    corpus = load(config)
-    assert manifest["tokens"] == len(corpus.train.tokens) + len(corpus.val.tokens)
+    assert manifest["val"]["documents"] == len(val)
+    assert manifest["bytes"] == sum(len(text.encode()) for text in train + val)
+    assert manifest["tokens"] == len(corpus.parts[0].train.tokens) + len(corpus.parts[0].val.tokens)
     assert manifest["long_documents"] == 0
     assert json.loads(content["manifest.json"]) == manifest
     assert folder.name == f"text-{manifest['hash'][:16]}"
-    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(content["tokenizer.json"]).hexdigest()
+    assert manifest["tokenizer"]["sha256"] == corpus.tokenizer.sha256
+    assert manifest["sha256"]["train.bin"] == hashlib.sha256(content["train.bin"]).hexdigest()
+    assert damaged_files(folder) == []
+    (folder / "val.bin").write_bytes(content["val.bin"][:-1] + b"\xff")
+    assert damaged_files(folder) == ["val.bin"]
 
 
 def test_long_documents_are_counted(config, monkeypatch):
-    monkeypatch.setattr(corpus_module, "LONG_DOCUMENT_TOKENS", 10)
+    monkeypatch.setattr(prepare_module, "LONG_DOCUMENT_TOKENS", 10)
     assert load(config).manifest["long_documents"] == 40
 
 
@@ -110,9 +143,10 @@ def test_a_second_load_takes_the_cache_and_trains_nothing(config, monkeypatch):
     assert_same(load(config), first)
 
 
-def test_building_twice_gives_the_same_bytes(config, tmp_path):
+def test_building_twice_gives_the_same_bytes_in_batches_of_any_size(config, tmp_path, monkeypatch):
     load(config)
     config_again = TextData(**{**vars(config), "cache_dir": str(tmp_path / "elsewhere")})
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 1)
     load(config_again)
     assert files(config)[1] == files(config_again)[1]
 
@@ -141,56 +175,135 @@ def test_the_mask_and_the_place_of_the_files_do_not_change_the_hash(config, tmp_
 
 @pytest.mark.parametrize("damage", ["no manifest", "broken manifest", "missing file", "truncated file"])
 def test_a_damaged_cache_is_made_anew(config, damage):
-    first = load(config)
-    tokens = np.array(first.train.tokens)
+    tokens = np.array(load(config).parts[0].train.tokens)
     folder, _ = files(config)
     if damage == "no manifest":
         (folder / "manifest.json").unlink()
     elif damage == "broken manifest":
         (folder / "manifest.json").write_text("{")
     elif damage == "missing file":
-        (folder / "val.npy").unlink()
+        (folder / "val.bin").unlink()
     else:
-        (folder / "train.npy").write_bytes((folder / "train.npy").read_bytes()[:-2])
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
     again = load(config)
-    np.testing.assert_array_equal(again.train.tokens, tokens)
+    np.testing.assert_array_equal(again.parts[0].train.tokens, tokens)
     assert files(config)[0] == folder  # and nothing else is left in the cache
 
 
-def test_a_writer_that_dies_leaves_nothing_that_is_read(config, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 11])
+def test_a_preparation_that_was_killed_goes_on_where_it_was(config, tmp_path, monkeypatch, after):
+    whole = TextData(**{**vars(config), "cache_dir": str(tmp_path / "whole")})
+    load(whole)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 4000)
+    monkeypatch.setattr(prepare_module, "SAVE_CHARS", 8000)
+    write, written = prepare_module.StreamWriter.write, []
+
+    def write_or_die(self, texts):
+        if len(written) == 2 * after:
+            self.files[0].write(b"half a word")  # beyond what progress.json knows
+            raise Killed
+        written.append(texts)
+        write(self, texts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(corpus_module, "_publish", die)
-        patched.setattr(corpus_module.shutil, "rmtree", lambda *_, **__: None)  # as if killed
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(prepare_module.StreamWriter, "write", write_or_die)
+        with pytest.raises(Killed):
             load(config)
-    (part,) = Path(config.cache_dir).iterdir()
-    assert part.name.endswith(".part")
-    (part / "train.npy").write_bytes(b"half")
-    assert len(load(config).train.tokens) > 1000
+    part, _ = files(config)
+    assert part.suffix == ".part"
+    again = []
+    monkeypatch.setattr(
+        prepare_module.StreamWriter, "write", lambda self, texts: again.append(texts) or write(self, texts)
+    )
+    lines: list[str] = []
+    load_corpus(config, TOKENIZER, lines.append)
+    assert any("going on after" in line for line in lines) == (after >= 5)
+    assert files(config)[1] == files(whole)[1]
+    if after == 11:
+        assert sum(map(len, again)) < 30
 
 
-def test_two_writers_at_once_both_succeed(config, monkeypatch):
-    both_built = threading.Barrier(2, timeout=30)
-    publish = corpus_module._publish
-    published = []
+def test_a_real_kill_leaves_nothing_that_is_read(tmp_path):
+    write_files(tmp_path / "text", 99)
+    whole = TextData(path=str(tmp_path / "text"), cache_dir=str(tmp_path / "whole"))
+    load(whole, BytesTokenizer())
+    code = """
+import sys, data.prepare as prepare
+from data.config import BytesTokenizer, TextData
+from data.corpus import load_corpus
+prepare.BATCH_CHARS = prepare.SAVE_CHARS = 1
+save = prepare.Progressed.save
+def slow(self, file):
+    save(self, file)
+    print(self.documents, flush=True)
+    sys.stdin.read(1)
+prepare.Progressed.save = slow
+load_corpus(TextData(path=sys.argv[1], cache_dir=sys.argv[2]), BytesTokenizer(), lambda line: None)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "text"), str(tmp_path / "cache")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"x" * 30)
+        process.stdin.flush()
+        for _ in range(20):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    config = TextData(path=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache"))
+    assert files(config)[0].suffix == ".part"
+    load(config, BytesTokenizer())
+    assert files(config)[1] == files(whole)[1]
 
-    def publish_together(part, folder):
-        both_built.wait()
-        published.append(part)
-        publish(part, folder)
 
-    monkeypatch.setattr(corpus_module, "_publish", publish_together)
+@pytest.mark.parametrize("fault", ["disk full", "bad bytes"])
+def test_a_fault_is_one_line_and_nothing_half_written_is_left(config, tmp_path, monkeypatch, fault):
+    if fault == "disk full":
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(prepare_module.os, "fsync", full)
+        message = r"data\.cache_dir=.* cannot be written \(No space left on device\)"
+    else:
+        (tmp_path / "text" / "39.txt").write_bytes(b"\xff")
+        message = r"39\.txt is not UTF-8"
+    with pytest.raises(ValueError, match=message) as error:
+        load(config)
+    assert "\n" not in str(error.value)
+    assert [path for path in Path(config.cache_dir).iterdir() if path.is_dir()] == []
+
+
+def test_too_little_text_to_hold_any_out_is_an_error(config, tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    config.path = str(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"too little text in data\.path=.*a\.txt to hold out data\.val_fraction=0\.2"):
+        load(config)
+
+
+def test_processes_that_ask_at_once_build_once(config, monkeypatch):
+    fill, filled = prepare_module._fill, []
+    began = threading.Event()
+
+    def slow_fill(*arguments):
+        filled.append(arguments)
+        began.set()
+        fill(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_fill", slow_fill)
     loaded = []
-    threads = [threading.Thread(target=lambda: loaded.append(load(config))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: loaded.append(load(config))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(published)) == 2
-    assert_same(*loaded)
+    assert began.is_set()
+    assert len(filled) == 1
+    assert_same(loaded[0], loaded[1])
+    assert_same(loaded[0], loaded[2])
     files(config)  # exactly one folder remains
 
 
@@ -211,4 +324,69 @@ def test_notes_tell_what_happened(config, tmp_path):
     assert any("of 4,096 tokens" in line for line in lines)
     again: list[str] = []
     load_corpus(config, TokenizerConfig(vocab_size=4096), again.append)
-    assert again == lines[1:]
+    assert again == lines[2:]  # without what was done once
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+
+def test_bytes_need_no_training(config):
+    corpus = load(config, BytesTokenizer())
+    assert texts(corpus, corpus.parts[0].train) == expected(config)[0]
+    assert corpus.parts[0].train.tokens.max() <= 256
+
+
+def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
+    trained = Tokenizer.train(expected(config)[0], 300)
+    trained.save(tmp_path / "t.json")
+    corpus = load(config, FileTokenizer(path=str(tmp_path / "t.json")))
+    assert corpus.tokenizer.vocab_size == 300
+    assert texts(corpus, corpus.parts[0].val) == expected(config)[1]
+    Tokenizer.train(["other text " * 99], 290).save(tmp_path / "t.json")
+    other = load(config, FileTokenizer(path=str(tmp_path / "t.json")))
+    assert other.manifest["hash"] != corpus.manifest["hash"]
+
+
+def test_a_tokenizer_of_the_hub_comes_from_its_cache_or_in_one_line(config, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    Tokenizer.train(["some text " * 99], 264).save(tmp_path / "t.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "t.json"))
+        assert load(config, HubTokenizer(path="gpt2")).tokenizer.vocab_size == 264
+    for name in ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"tokenizer\.path=no/such: cannot reach 127\.0\.0\.1"):
+        load(config, HubTokenizer(path="no/such"))
+
+
+def test_a_tokenizer_without_a_separator_asks_for_one(config, tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend.save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match=r"t\.json has none of .*: name its end of text, tokenizer\.separator="):
+        load(config, FileTokenizer(path=str(tmp_path / "t.json")))
+    with pytest.raises(ValueError, match=r"t\.json has no token 'c': set tokenizer\.separator"):
+        load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="c"))
+    assert load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b")).tokenizer.separator_id == 1
+
+
+# ------------------------------------------------------------------------------------------------------- mix
+
+
+def test_a_mixture_has_its_parts_tokens_and_one_tokenizer(config, tmp_path):
+    write_files(tmp_path / "more", 20, seed=1)
+    parts = {
+        "a": {"weight": 3, "name": "text", "path": config.path},
+        "b": {"name": "text", "path": str(tmp_path / "more")},
+    }
+    mix = MixData(parts=parts, val_fraction=0.2, cache_dir=config.cache_dir)
+    corpus = load(mix)
+    for part, (weight, source) in zip(corpus.parts, mix.sources().values(), strict=True):
+        assert part.weight == weight
+        assert (texts(corpus, part.train), texts(corpus, part.val)) == expected(source)
+    assert corpus.manifest["documents"] == 60
+    assert corpus.manifest["shares"] == {"a": 0.75, "b": 0.25}
+    assert load(mix).manifest == corpus.manifest
+    heavier = MixData(**{**vars(mix), "parts": {**parts, "b": {**parts["b"], "weight": 2}}})
+    assert load(heavier).manifest["hash"] != corpus.manifest["hash"]

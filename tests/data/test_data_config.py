@@ -4,20 +4,55 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from data.config import SOURCES, StdlibData, TextData, TokenizerConfig
+from data.config import (
+    SOURCES,
+    TOKENIZERS,
+    BytesTokenizer,
+    FileTokenizer,
+    HubData,
+    HubTokenizer,
+    MixData,
+    StdlibData,
+    SyntheticData,
+    TextData,
+    TokenizerConfig,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+REQUIRED = {"text": {"path": "x"}, "hf": {"path": "x"}, "mix": {"parts": {"a": {"name": "stdlib"}}}}
+PRESETS = ["codeparrot", "fineweb_edu", "pg19", "tiny_shakespeare", "wikitext"]
+
+
+def composed(group, option):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose(f"{group}/{option}")[group])
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_yaml_lists_every_field_with_its_default(source):
-    given = OmegaConf.to_container(OmegaConf.load(CONFIGS / "data" / f"{source}.yaml"))
-    defaults = asdict(SOURCES[source](**({"path": "x"} if source == "text" else {}))) | (
-        {"path": ""} if source == "text" else {}
-    )
-    assert given == defaults
+    required = REQUIRED.get(source, {})
+    defaults = asdict(SOURCES[source](**required)) | dict.fromkeys(required, None if source == "mix" else "")
+    assert composed("data", source) == defaults
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_a_dataset_of_the_hub(preset):
+    config = HubData(**composed("data", preset))
+    assert config.name == "hf"
+    assert "/" in config.path
+    assert config.streaming == (config.max_bytes is not None)
+
+
+@pytest.mark.parametrize("name", ["bytes", "file", "hub"])
+def test_tokenizer_yaml_lists_every_field_with_its_default(name):
+    required = {} if name == "bytes" else {"path": "x"}
+    defaults = asdict(TOKENIZERS[name](**required)) | dict.fromkeys(required, "")
+    assert composed("tokenizer", name) == defaults
 
 
 def test_tokenizer_yaml_takes_the_vocabulary_of_the_model():
@@ -36,7 +71,6 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: TokenizerConfig(name="wordpiece"), r"tokenizer\.name=wordpiece.*tokenizer=bpe"),
         (lambda: TokenizerConfig(vocab_size=256), r"tokenizer\.vocab_size=256.*257"),
         (lambda: StdlibData(val_fraction=0.0), r"data\.val_fraction=0\.0"),
         (lambda: StdlibData(val_fraction=1.0), r"data\.val_fraction=1\.0"),
@@ -44,6 +78,30 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
         (lambda: StdlibData(cache_dir=""), r"data\.cache_dir is empty"),
         (lambda: TextData(path=" "), r"data\.path is empty"),
         (lambda: TextData(path="x", field=""), r"data\.field is empty"),
+        (lambda: StdlibData(packing="tight"), r"data\.packing=tight is unknown; use end_to_end or best_fit"),
+        (lambda: HubData(path=""), r"data\.path is empty: data=hf needs"),
+        (lambda: HubData(path="x", max_bytes=0), r"data\.max_bytes=0 is not possible"),
+        (lambda: SyntheticData(task="sort"), r"data\.task=sort is unknown; use copy or needle"),
+        (lambda: SyntheticData(documents=1), r"data\.documents=1 is too few"),
+        (lambda: SyntheticData(length=9), r"data\.length=9 is too short"),
+        (lambda: BytesTokenizer(vocab_size=300), r"tokenizer\.vocab_size=300 is not possible"),
+        (lambda: FileTokenizer(), r"tokenizer\.path is empty: tokenizer=file needs tokenizer\.path=tokenizer\.json"),
+        (lambda: HubTokenizer(), r"tokenizer\.path is empty: tokenizer=hub needs tokenizer\.path=gpt2"),
+        (lambda: FileTokenizer(path="x", vocab_size=9), r"tokenizer\.vocab_size=9 is not possible"),
+        (lambda: MixData(), r"data\.parts is empty: data=mix needs"),
+        (lambda: MixData(parts={"a": 3}), r"data\.parts\.a=3 is not possible"),
+        (lambda: MixData(parts={"a": {"name": "x"}}), r"data\.parts\.a\.name=x is unknown; use stdlib, text, hf"),
+        (lambda: MixData(parts={"a": {"name": "mix"}}), r"data\.parts\.a\.name=mix is unknown"),
+        (lambda: MixData(parts={"a": {"name": "stdlib", "weight": 0}}), r"data\.parts\.a\.weight=0 is not possible"),
+        (
+            lambda: MixData(parts={"a": {"name": "stdlib", "seed": 0}}),
+            r"data\.parts\.a\.seed is not a setting; stdlib has",
+        ),
+        (
+            lambda: MixData(parts={"a": {"name": "stdlib", "cache_dir": "x"}}),
+            r"data\.parts\.a\.cache_dir is not a setting",
+        ),
+        (lambda: MixData(parts={"a": {"name": "text"}}), r"data\.parts\.a: data\.path is empty"),
     ],
 )
 def test_a_bad_value_is_one_line_naming_the_key(build, message):

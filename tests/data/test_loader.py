@@ -82,15 +82,23 @@ def test_ranks_together_read_the_single_process_order(load, world_size):
     assert together == single
 
 
-def test_a_loader_resumes_at_the_batch_it_is_told(load):
+def test_a_loader_resumes_after_the_rows_that_were_taken(load):
     whole = [row_ids(batch) for batch in islice(load(packed(7), 2), 10)]
-    assert [row_ids(batch) for batch in islice(load(packed(7), 2, first=6), 4)] == whole[6:]
+    assert [row_ids(batch) for batch in islice(load(packed(7), 2, first=12), 4)] == whole[6:]
 
 
-def test_a_resumed_loader_may_change_the_number_of_ranks(load):
-    whole = [row_ids(batch) for batch in islice(load(packed(21), 4), 10)]
-    ranks = [load(packed(21), 2, rank=rank, world_size=2, first=6) for rank in range(2)]
-    assert [[row for loader in ranks for row in row_ids(next(loader))] for _ in range(4)] == whole[6:]
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_thousand_batches_put_back_together_also_after_a_stop_on_other_ranks(load, world_size):
+    """1,000 batches of 8 rows by so many ranks; stopped at batch 137, they go on with batches of another size."""
+    whole = [row_ids(batch) for batch in islice(load(packed(300), 8), 1000)]
+    ranks = [load(packed(300), 8 // world_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [[row for loader in ranks for row in row_ids(next(loader))] for _ in range(137)]
+    for loader in ranks:
+        loader.close()
+    assert together == whole[:137]
+    others = [load(packed(300), 4, rank=rank, world_size=3, first=137 * 8) for rank in range(3)]
+    rest = [row for _ in range(575) for loader in others for row in row_ids(next(loader))]
+    assert rest == [row for batch in whole[137:] for row in batch][: 575 * 12]
 
 
 @pytest.mark.timeout(20)

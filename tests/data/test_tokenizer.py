@@ -94,10 +94,58 @@ def test_a_missing_or_broken_file_is_named(tmp_path, content):
         Tokenizer.load(path)
 
 
-def test_a_foreign_tokenizer_is_refused(tmp_path):
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.models import BPE
+# ----------------------------------------------------------------------------------- bytes, and other people's
 
-    Backend(BPE()).save(str(tmp_path / "t.json"))
-    with pytest.raises(ValueError, match="not ours"):
-        Tokenizer.load(tmp_path / "t.json")
+BYTES = Tokenizer.of_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_TEXT)
+def test_bytes_are_the_text_and_what_the_saved_file_gives(text):
+    ids = BYTES.encode(text)
+    assert ids == [1 + byte for byte in text.encode()]
+    assert BYTES.encode_batch([text])[0].tolist() == ids
+    assert BYTES._backend.encode(text, add_special_tokens=False).ids == ids
+    assert BYTES.decode(ids) == text
+
+
+def test_bytes_have_257_ids_and_load_as_bytes(tmp_path):
+    assert (BYTES.vocab_size, BYTES.separator_id, BYTES.dtype) == (257, 0, np.dtype(np.uint16))
+    assert BYTES.token_bytes().tolist() == [0] + [1] * 256
+    BYTES.save(tmp_path / "t.json")
+    assert type(Tokenizer.load(tmp_path / "t.json")) is type(BYTES)
+
+
+def sentencepiece_like():
+    """In the manner of Llama 2: "▁" for spaces, bytes for what has no token."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(["▁", "a", "é", "▁a"])}
+    backend = Backend(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend
+
+
+def test_a_tokenizer_of_another_kind_keeps_texts_and_bytes(tmp_path):
+    sentencepiece_like().save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert (tokenizer.separator, tokenizer.separator_id) == ("</s>", 2)
+    text = "a aé 漢</s>\n" * 3
+    ids = tokenizer.encode(text)
+    assert tokenizer.separator_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.encode_batch([text])[0].tolist() == ids
+    assert Tokenizer.load(tmp_path / "t.json", "<s>").separator_id == 1
+
+
+def test_truncation_and_padding_in_a_file_are_ignored(tmp_path):
+    backend = sentencepiece_like()
+    backend.enable_truncation(4)
+    backend.enable_padding()
+    backend.save(str(tmp_path / "t.json"))
+    assert len(Tokenizer.load(tmp_path / "t.json").encode("a" * 50)) == 50

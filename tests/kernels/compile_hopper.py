@@ -72,8 +72,10 @@ def rows(n_rows: int, head_dim: int, dtype: str, *, gluon: bool = True) -> str:
     return f"tensordesc<{dtype}{block}{layout}>"
 
 
-def compile_forward(kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: bool) -> dict[str, Any]:
-    config, n = hopper.forward_config(kind, head_dim, seq_len)
+def compile_forward(
+    kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: bool, window: int | None = None
+) -> dict[str, Any]:
+    config, n = hopper.forward_config(kind, head_dim, seq_len, window)
     types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
     types |= {name: rows(64, head_dim, dtype) for name in ("q_rows", "out_rows")}
@@ -84,24 +86,27 @@ def compile_forward(kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: 
     return compile_kernel(forward_pass.forward_kernel, {"CONFIG": config} | absent, types)
 
 
-def compile_backward(kind: Kind, head_dim: int, dtype: str) -> dict[str, Any]:
+def compile_backward(kind: Kind, head_dim: int, dtype: str, *, deterministic: bool) -> dict[str, Any]:
     m, n = backward_pass.M.value, backward_pass.N.value
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
-    types |= {"starts_ptr": "*i32", "taken_ptr": "*i32"}
+    types |= dict.fromkeys(("starts_ptr", "taken_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
-    types["stat_rows"] = f"tensordesc<fp32[{2 * m}],{gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)!r}>"
     sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
     types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
     absent = {} if kind.starts else {"starts_ptr": None}
-    config = hopper.backward_config(kind, head_dim)
+    if not deterministic:
+        absent["turns_ptr"] = None
+    config = hopper.backward_config(kind, head_dim, deterministic)
+    types["stat_rows"] = f"tensordesc<fp32[{config.numbers}],{gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)!r}>"
     return compile_kernel(backward_pass.backward_kernel, {"CONFIG": config} | absent, types)
 
 
 def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
-    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "DLSE": True}
-    pointers = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32") | {"taken_ptr": "*i32"}
+    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "NUMBERS": 4 * backward_pass.M.value}
+    pointers = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("starts_ptr", "taken_ptr", "turns_ptr"), "*i32")
     tiles = dict.fromkeys(("out_rows", "dout_rows"), rows(constants["M"], head_dim, dtype, gluon=False))
     return compile_kernel(backward_pass.prepare_kernel, constants, pointers | tiles | {"S": "i32", "n_tiles": "i32"})
 
@@ -121,13 +126,20 @@ def configurations() -> Iterator[dict[str, Any]]:
         row = {"head_dim": head_dim, "mask": mask, "softcap": softcap, "dtype": "bf16"}
         for seq_len in (1024, 4096) if head_dim == 64 else (4096,):
             yield row | {"kernel": "forward"} | compile_forward(kind, head_dim, seq_len, "bf16", sinks=softcap)
+        if head_dim == 64 and window:
+            yield (
+                row | {"kernel": "forward"} | compile_forward(kind, head_dim, 4096, "bf16", sinks=softcap, window=1024)
+            )
         if head_dim <= 128 and not softcap:
-            yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "bf16")
-    for head_dim in (40, 96):
+            yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "bf16", deterministic=False)
+            yield row | {"kernel": "turns"} | compile_backward(kind, head_dim, "bf16", deterministic=True)
+    for head_dim in (40, 96, 192):
         kind = Kind(8, 1, True, False, False, False)
         row = {"head_dim": head_dim, "mask": "causal", "softcap": False, "dtype": "fp16"}
         yield row | {"kernel": "forward"} | compile_forward(kind, head_dim, 4096, "fp16", sinks=True)
-        yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "fp16")
+        if head_dim > 128:
+            continue
+        yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "fp16", deterministic=False)
         yield row | {"kernel": "prepare"} | compile_prepare(head_dim, "fp16")
         yield row | {"kernel": "finish"} | compile_finish(head_dim, "fp16")
 

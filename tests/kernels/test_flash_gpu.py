@@ -135,8 +135,20 @@ def test_offsets_beyond_32_bits(shape, window, part, implementation):
 
 
 @implementations
-def test_ten_runs_are_bitwise_the_same(implementation):
-    inputs = make(replace(PLAIN, S=8192, documents="long"), "cuda")
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(PLAIN, S=4000, documents="long"),
+        replace(PLAIN, S=4096, D=128, heads=(8, 8)),
+        replace(PLAIN, S=2000, D=128, causal=False),
+        replace(PLAIN, S=3000, causal=False, window=200),
+        replace(PLAIN, S=500, D=128, extra_keys=1500, window=300, documents="gaps", heads=(4, 1)),
+    ],
+    ids=str,
+)
+def test_ten_runs_are_right_and_bitwise_the_same(case, implementation):
+    inputs = make(case, "cuda")
+    check(flash_attention, inputs, deterministic=True, implementation=implementation)
     first, *others = (
         run(flash_attention, inputs, deterministic=True, implementation=implementation) for _ in range(10)
     )

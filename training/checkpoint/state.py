@@ -17,7 +17,16 @@ from training.optimizer import Optimizer
 from training.run_folder import find
 
 # A run that goes on with another value of one of these would be neither the old run nor a new one.
-MUST_AGREE = ("model", "tokenizer", "optimizer.name", "seq_len", "tokens_per_step", "seed", "data.document_mask")
+MUST_AGREE = (
+    "model",
+    "tokenizer",
+    "optimizer.name",
+    "seq_len",
+    "tokens_per_step",
+    "seed",
+    "data.document_mask",
+    "data.packing",
+)
 MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
 
 

@@ -1,8 +1,8 @@
 """Flash attention for Hopper (sm_90) in Gluon: the contract of portable.py, for 16-bit inputs, at the card's speed.
 
 `forward` and `backward` launch the kernels of forward_pass.py and backward_pass.py. Where there is no Hopper kernel (a
-backward with head_dim above 128 or with a soft cap, or a deterministic one), the portable kernel does that part: both
-produce and take the same out and LSE.
+backward with head_dim above 128 or with a soft cap), the portable kernel does that part: both produce and take the same
+out and LSE.
 """
 
 from __future__ import annotations
@@ -24,26 +24,39 @@ from .forward_pass import Forward, forward_kernel
 SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32)
 
 
-def forward_config(kind: Kind, head_dim: int, S_k: int) -> tuple[Forward, int]:
+def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> tuple[Forward, int]:
     """How to cut the forward pass: the kernel's constants, and the keys in a tile.
 
     The figures are TFLOP/s on an H100 (bf16, causal, 16k tokens, heads · head_dim = 2048); docs/kernels/hopper.md has
     them all.
     """
+    consumers, stages, n = 2, 2, 128
     if head_dim <= 64:
-        # Three consumers hide more of the softmax: 489 against 455 at 16k. Rows of 1k waste too much of their tiles of
-        # 192 queries: 236 against 328.
-        consumers = 2 if S_k <= 2048 else 3
-        return Forward(**vars(kind), consumers=consumers, stages=4, own_out=True), 128
-    if head_dim <= 128:
-        return Forward(**vars(kind), consumers=2, stages=2, own_out=True), 128
-    return Forward(**vars(kind), consumers=2, stages=2, own_out=False), 64
+        stages = 4
+        # Three consumers hide more of the softmax: 541 against 495 at 16k. Rows of 1k waste too much of their tiles of
+        # 192 queries: 215 against 321.
+        if S_k > 2048:
+            consumers = 3
+            # Half as many keys in a block waste less at the ends of a window: 372 against 317 where it is 1k.
+            if window is not None and window <= 2048:
+                stages, n = 8, 64
+    elif head_dim > 128:
+        n = 64
+    columns = columns_of(head_dim)
+    return Forward(**vars(kind), consumers=consumers, stages=stages, columns=columns, own_out=head_dim <= 128), n
 
 
-def backward_config(kind: Kind, head_dim: int) -> Backward:
+def columns_of(head_dim: int) -> tuple[int, ...]:
+    """The tile's columns in powers of two, without what is beyond head_dim."""
+    whole = padded(head_dim)
+    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
+    return (whole // 2, rest) if head_dim > 64 and rest < whole // 2 else (whole,)
+
+
+def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     """How to cut the backward pass: see the fields of `Backward`."""
     small = head_dim <= 64
-    return Backward(**vars(kind), stages=2, keys_in_registers=small, persistent=small)
+    return Backward(**vars(kind), stages=2, keys_in_registers=small, persistent=small, deterministic=deterministic)
 
 
 def forward(
@@ -56,7 +69,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     mask = portable.Mask(causal, window, starts, softcap, scale)
-    config, n = forward_config(_kind(mask, H, G), D, S_k)
+    config, n = forward_config(_kind(mask, H, G), D, S_k, window)
     n_tiles = triton.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -78,34 +91,36 @@ def backward(
     Takes B · S · H · D float32 numbers of memory for dq's sums while it runs.
     """
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    if why_not_hopper_backward(D, softcap, deterministic) is not None:
+    if why_not_hopper_backward(D, softcap) is not None:
         return portable.backward(
             dout, dlse, q, k, v, out, lse, starts, sinks,
             causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
         )  # fmt: skip
     q, k, v, dout = (portable.aligned(x) for x in (q, k, v, dout))
     mask = portable.Mask(causal, window, starts, softcap, scale)
-    config = backward_config(_kind(mask, H, G), D)
+    config = backward_config(_kind(mask, H, G), D, deterministic)
     D_tile = padded(D)
     query_tiles, n_tiles = triton.cdiv(S, M.value), triton.cdiv(S_k, N.value)
     n_items = n_tiles * B * G
-    # Tile after tile: LSE and delta of its rows; the sums of its dQ, in the kernel's own order.
-    statistics = torch.empty(B, H, query_tiles, 2, M.value, dtype=torch.float32, device=q.device)
+    # Tile after tile: numbers of its rows; the sums of its dQ, in the kernel's own order; how many have added to them.
+    per_query = config.numbers // M.value
+    statistics = torch.empty(B, H, query_tiles, per_query, M.value, dtype=torch.float32, device=q.device)
     sums = torch.empty(B * H * query_tiles * M.value * D_tile, dtype=torch.float32, device=q.device)
     taken = torch.empty(1, dtype=torch.int32, device=q.device)
+    turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if deterministic else None
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     per_consumer = M.value * D_tile // 32 // CONSUMERS.value
     with torch.cuda.device_of(q):
         prepare_kernel[(B * H * query_tiles,)](
             plain_rows(out, M.value), plain_rows(dout, M.value), lse,
-            None if dlse is None else dlse.contiguous(), statistics, sums, taken, S, query_tiles,
-            H=H, M=M.value, D=D_tile, DLSE=dlse is not None,
+            None if dlse is None else dlse.contiguous(), mask.starts, statistics, sums, taken, turns, S, query_tiles,
+            H=H, M=M.value, D=D_tile, NUMBERS=config.numbers,
         )  # fmt: skip
         backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
             rows(q, M.value), rows(k, N.value), rows(v, N.value), rows(dout, M.value),
-            numbers(statistics, 2 * M.value),
+            numbers(statistics, config.numbers),
             TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
-            rows(dk, N.value), rows(dv, N.value), mask.starts, taken,
+            rows(dk, N.value), rows(dv, N.value), mask.starts, taken, turns,
             n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
         )  # fmt: skip
         finish_kernel[(B * H * query_tiles,)](

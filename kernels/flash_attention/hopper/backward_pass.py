@@ -9,8 +9,8 @@ A program owns a tile of keys: K and V stay in shared memory, dK and dV in the r
 Pᵀ and dSᵀ are operands straight from registers. dQ needs dS of all keys: the two consumers exchange it through shared
 memory, and use it one step later, so that neither waits for the other. What a step adds to dQ goes through shared
 memory too, where a reducer warp hands it to TMA to be added to a float32 array in global memory: in any order, so the
-last bits of dQ differ between runs. Two small kernels go before and after: `prepare_kernel` computes the rows'
-statistics and clears the array, `finish_kernel` scales and rounds it.
+last bits of dQ differ between runs, or, where they must not, in turns. Two small kernels go before and after:
+`prepare_kernel` computes the rows' statistics and clears the array, `finish_kernel` scales and rounds it.
 
 docs/kernels/hopper.md has the measurements, and what was tried besides.
 """
@@ -43,6 +43,7 @@ from .common import (
     receive_item,
     sees,
     tanh,
+    wait_until_added,
 )
 
 M = gl.constexpr(64)  # queries in a tile: more would need more registers than there are
@@ -65,6 +66,14 @@ class Backward(Kind):
     before: 541 instead of 514 at head_dim 64. At head_dim 128 it takes registers that the loop cannot spare (144 bytes
     of stack, and 40 without)."""
 
+    deterministic: bool
+    """Programs take turns to add to a tile of dQ."""
+
+    @property
+    def numbers(self) -> int:
+        """float32 numbers that `prepare_kernel` writes for a tile of queries: two for each, or three and one unused."""
+        return (4 if self.starts else 2) * M.value
+
 
 class Keys(NamedTuple):
     """K and V of the program's tile, and where dK and dV leave."""
@@ -78,7 +87,7 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Tiles of Q and dO, with LSE and delta of their rows."""
+    """Tiles of Q and dO, with what `prepare_kernel` says of their rows."""
 
     q: Any
     dout: Any
@@ -102,12 +111,15 @@ class Sums(NamedTuple):
 def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
     """(b, g, n0) of an item; the tiles of queries [t0, t3) that see some of its keys, [t1, t2) that see all of them.
 
-    Head after head; the first keys first: with a causal mask the most queries see them.
+    Head after head; the first keys first: with a causal mask the most queries see them. Where programs take turns, the
+    last keys first: nobody then waits for a program that has not begun.
     """
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     head = item // n_tiles
     b = head // HEADS_KV
     n0 = item % n_tiles * N
+    if CONFIG.deterministic:
+        n0 = (n_tiles - 1) * N - n0
     n1 = gl.minimum(n0 + N, mask.S_k) - 1
     shift = mask.S_k - mask.S
     some_from, full_from, some_to, full_to = 0, 0, mask.S, gl.cdiv(mask.S, M) * M
@@ -165,6 +177,7 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
     """The program's n-th item; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
+    NUMBERS: gl.constexpr = stat_rows.block_shape[0]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
@@ -178,9 +191,9 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
             stage = step % CONFIG.stages
             mbarrier.wait(queries.empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.q_full.index(stage)
-            mbarrier.expect(full, M * D * BYTES + 2 * M * 4)
+            mbarrier.expect(full, M * D * BYTES + NUMBERS * 4)
             tma.async_copy_global_to_shared(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
-            row = ((b * CONFIG.heads + h) * query_tiles + t) * (2 * M)
+            row = ((b * CONFIG.heads + h) * query_tiles + t) * NUMBERS
             tma.async_copy_global_to_shared(stat_rows, [row], full, queries.statistics.index(stage))
             full = queries.dout_full.index(stage)
             mbarrier.expect(full, M * D * BYTES)
@@ -190,37 +203,53 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
 
 
 @gluon.jit
-def reducer(dq_rows, queue, n_tiles, sums, mask, CONFIG: gl.constexpr):
+def turn_of(n0, t, n_tiles, mask, CONFIG: gl.constexpr):
+    """How many tiles of keys after n0 add to the dQ of query tile t: all up to the last one that it sees."""
+    end = (t + 1) * M + (mask.S_k - mask.S)
+    if not CONFIG.causal:
+        end = end + mask.window - 1 if CONFIG.window else mask.S_k
+    return gl.minimum(gl.cdiv(end, N), n_tiles) - 1 - n0 // N
+
+
+@gluon.jit
+def reducer(dq_rows, turns_ptr, queue, n_tiles, sums, mask, CONFIG: gl.constexpr):
     """Adds what the consumers put into `sums.dq` to the array in global memory."""
     n = 0
     step = 0
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            step = add(item, step, dq_rows, n_tiles, sums, mask, CONFIG)
+            step = add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
     else:
-        add(gl.program_id(0), step, dq_rows, n_tiles, sums, mask, CONFIG)
+        add(gl.program_id(0), step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG)
     tma.store_wait(0)
 
 
 @gluon.jit
-def add(item, step, dq_rows, n_tiles, sums, mask, CONFIG: gl.constexpr):
+def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexpr):
     """What an item adds to dQ; returns the steps so far."""
     ROWS: gl.constexpr = dq_rows.block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
-    b, g, _, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         for t in range(t0, t3):
-            row = ((b * CONFIG.heads + h) * query_tiles + t) * (CONSUMERS * ROWS)
+            tile = (b * CONFIG.heads + h) * query_tiles + t
+            if CONFIG.deterministic:
+                turn = turn_of(n0, t, n_tiles, mask, CONFIG)
+                while gl.atomic_add(turns_ptr + tile, 0) < turn:
+                    pass
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(sums.dq_full.index(c), step & 1)
-                async_add_shared_to_global(dq_rows, [row + c * ROWS, 0], sums.dq.index(c))
+                async_add_shared_to_global(dq_rows, [(tile * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
             for c in gl.static_range(CONSUMERS):
                 tma.store_wait(CONSUMERS - 1 - c)
                 mbarrier.arrive(sums.dq_empty.index(c), count=1)
+            if CONFIG.deterministic:
+                wait_until_added()
+                gl.atomic_add(turns_ptr + tile, 1)
             step += 1
     return step
 
@@ -252,7 +281,7 @@ def send_dq(c: gl.constexpr, step, dq, sums):
 
 @gluon.jit
 def consume(
-    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask,
+    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
@@ -282,7 +311,10 @@ def consume(
     if masked:
         m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + c * 64 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
-        p = gl.where(sees(mask, m, n, b, CONFIG), p, 0.0)
+        start = 0
+        if CONFIG.starts:
+            start = gl.expand_dims(statistics.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
+        p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
     weight = gl.convert_layout(p.to(dtype), weights)
     delta = statistics.slice(M, M, 0).load(query)
     dp = warpgroup_mma_wait(0, deps=[dp])
@@ -347,9 +379,7 @@ def compute(
             v_operand = v_own.load(gl.DotOperandLayout(0, scores, 2))
         t = t0
         masked = (t < t1) | (t >= t2)
-        dk, dv = consume(
-            c, True, step, t * M, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
-        )
+        dk, dv = consume(c, True, step, t * M, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG)
         step += 1
         for _ in range(1, CONFIG.group * (t3 - t0)):
             t += 1
@@ -357,7 +387,7 @@ def compute(
                 t = gl.where(t == t3, t0, t)  # the next head
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(
-                c, False, step, t * M, n0, masked, b, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
+                c, False, step, t * M, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
             )
             step += 1
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
@@ -382,7 +412,7 @@ def compute(
 
 @gluon.jit(do_not_specialize=["n_items", "n_tiles", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr, turns_ptr,
     n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV, and dQ before its scale; see `consumer`."""
@@ -407,7 +437,7 @@ def backward_kernel(
             (consumer, (0, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
             (consumer, (1, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
             (producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG)),
-            (reducer, (dq_rows, queue, n_tiles, sums, mask, CONFIG)),
+            (reducer, (dq_rows, turns_ptr, queue, n_tiles, sums, mask, CONFIG)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -416,10 +446,11 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["S", "n_tiles"])
 def prepare_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, stat_ptr, sum_ptr, taken_ptr, S, n_tiles,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DLSE: tl.constexpr,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, sum_ptr, taken_ptr, turns_ptr, S, n_tiles,
+    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """LSE in base 2 and delta = Σ out · dout − dlse of M queries, one after the other; their dQ and the queue at 0."""
+    """Of M queries, one after the other: LSE in base 2; delta = Σ out · dout − dlse; the starts of their documents, as
+    bits. Their dQ, the turns to add to it, and the queue begin at 0."""
     program = tl.program_id(0)
     head = program // n_tiles
     b, h = head // H, head % H
@@ -429,15 +460,20 @@ def prepare_kernel(
     dout = dout_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     row = head.to(tl.int64) * S + m
-    if DLSE:
+    if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=m < S, other=0.0)
     # exp2(s − ∞) = 0 for rows past the end, and for rows that see nothing
     lse = tl.load(lse_ptr + row, mask=m < S, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    stat_ptr += program.to(tl.int64) * (2 * M)
+    stat_ptr += program.to(tl.int64) * NUMBERS
     tl.store(stat_ptr + tl.arange(0, M), lse)
     tl.store(stat_ptr + M + tl.arange(0, M), delta)
+    if starts_ptr is not None:
+        starts = tl.load(starts_ptr + b.to(tl.int64) * S + m, mask=m < S, other=0)
+        tl.store(stat_ptr + 2 * M + tl.arange(0, M), starts.to(tl.float32, bitcast=True))
     tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+    if turns_ptr is not None:
+        tl.store(turns_ptr + program, 0)
     if program == 0:
         tl.store(taken_ptr, 0)
 

@@ -55,17 +55,25 @@ class Kind:
 
 
 @gluon.jit
-def seen_by(mask, m, b, CONFIG: gl.constexpr):
-    """The keys [first, end) that query m (a number or a vector) of batch b sees."""
+def start_of(mask, m, b, CONFIG: gl.constexpr):
+    """The first key of query m's document, where there are documents; m is a number or a vector."""
     start = 0
     if CONFIG.starts:
         start = gl.load(mask.starts_ptr + b.to(gl.int64) * mask.S + m, mask=m < mask.S, other=0)
+    return start
+
+
+@gluon.jit
+def seen_by(mask, m, b, CONFIG: gl.constexpr):
+    """The keys [first, end) that query m of batch b sees."""
+    start = start_of(mask, m, b, CONFIG)
     return keys_seen(m + (mask.S_k - mask.S), start, mask.S_k, mask.window, CONFIG.causal, CONFIG.window, CONFIG.starts)
 
 
 @gluon.jit
-def sees(mask, m, n, b, CONFIG: gl.constexpr):
-    """Whether query m sees key n: what `seen_by` says, without the ends of m's interval in registers."""
+def sees(mask, m, start, n, CONFIG: gl.constexpr):
+    """Whether query m, of a document that begins at `start`, sees key n: what `seen_by` says, without the ends of m's
+    interval in registers."""
     t = m + (mask.S_k - mask.S)
     seen = n < mask.S_k
     if CONFIG.causal:
@@ -75,7 +83,7 @@ def sees(mask, m, n, b, CONFIG: gl.constexpr):
         if not CONFIG.causal:
             seen &= n < t + mask.window
     if CONFIG.starts:
-        seen &= n >= gl.load(mask.starts_ptr + b.to(gl.int64) * mask.S + m, mask=m < mask.S, other=0)
+        seen &= n >= start
     return seen
 
 
@@ -139,6 +147,15 @@ def async_add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
     )
 
 
+@gluon.jit
+def wait_until_added():
+    """Wait until what this warp adds has been added; `tma.store_wait` waits until it has left shared memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
     """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
     shape, strides, block = _tiling(x_BSHD, n_rows)
@@ -151,7 +168,7 @@ def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
 
 
 def numbers(x: Tensor, n: int) -> TensorDescriptor:
-    """Tiles of n float32 numbers of x."""
+    """Tiles of n float32 numbers of x. They must begin at 16 bytes: elsewhere TMA is an illegal instruction."""
     return TensorDescriptor(x, [x.numel()], [1], [n], gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1))
 
 

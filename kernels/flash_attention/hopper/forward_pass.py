@@ -9,6 +9,8 @@ Programs stay and take tile after tile from a queue, the longest first, so that 
 the one before. docs/kernels/hopper.md has the measurements.
 """
 
+# mypy: disable-error-code="assignment"
+# Triton's tuples grow where Python's types do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import LN2, LOG2E, Kind, Mask, barriers, make_queue, next_item, receive_item, seen_by, tanh
+from .common import LN2, LOG2E, Kind, Mask, barriers, make_queue, next_item, receive_item, seen_by, sees, start_of, tanh
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Forward(Kind):
     """Warp groups with 64 queries each."""
     stages: int
     """Tiles of keys, and of values, in shared memory."""
+    columns: tuple[int, ...]
+    """How head_dim is cut into powers of two, which is what a product can have: 96 is 64 + 32. Tiles in shared memory
+    have the next power of two, and what is beyond these columns is left alone."""
     own_out: bool
     """The outputs have shared memory of their own; otherwise they replace the queries, and the next must wait."""
 
@@ -57,21 +62,24 @@ class Queries(NamedTuple):
 
 
 @gluon.jit
-def locate(item, n_tiles, mask, N: gl.constexpr, CONFIG: gl.constexpr):
-    """(b, h, m0) of an item; the blocks of N keys [i0, i1) that its queries see; the keys [from, to) all of them see.
+def locate(item, n_tiles, CONFIG: gl.constexpr):
+    """(b, h, m0) of an item.
 
     Head after head, or group after group that shares keys, so that they stay in the L2 cache; the last tile first.
     """
-    M: gl.constexpr = 64 * CONFIG.consumers
     in_group = item % (n_tiles * CONFIG.group)
     head = item // (n_tiles * CONFIG.group) * CONFIG.group + in_group % CONFIG.group
-    m0 = (n_tiles - 1 - in_group // CONFIG.group) * M
-    b = head // CONFIG.heads
+    m0 = (n_tiles - 1 - in_group // CONFIG.group) * (64 * CONFIG.consumers)
+    return head // CONFIG.heads, head % CONFIG.heads, m0
+
+
+@gluon.jit
+def blocks_seen(m0, M: gl.constexpr, b, mask, N: gl.constexpr, CONFIG: gl.constexpr):
+    """The blocks of N keys [i0, i1) that some of M queries see, and the keys [from, to) that all of them see."""
     some_from, full_to = seen_by(mask, m0, b, CONFIG)
     full_from, some_to = seen_by(mask, gl.minimum(m0 + M, mask.S) - 1, b, CONFIG)
     i0 = gl.maximum(some_from, 0) // N
-    i1 = gl.maximum(gl.cdiv(some_to, N), i0)
-    return b, head % CONFIG.heads, m0, i0, i1, full_from, full_to
+    return i0, gl.maximum(gl.cdiv(some_to, N), i0), full_from, full_to
 
 
 @gluon.jit
@@ -84,7 +92,8 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
     step = 0
     item = next_item(queue, n)
     while item < queue.n_items:
-        b, h, m0, i0, i1, _, _ = locate(item, n_tiles, mask, N, CONFIG)
+        b, h, m0 = locate(item, n_tiles, CONFIG)
+        i0, i1, _, _ = blocks_seen(m0, 64 * CONSUMERS, b, mask, N, CONFIG)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(queries.empty.index(c), (n & 1) ^ 1)
             mbarrier.expect(queries.full.index(c), 64 * D * BYTES)
@@ -105,6 +114,13 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
 
 
 @gluon.jit
+def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
+    """The i-th part of the columns of a tile in shared memory."""
+    FIRST: gl.constexpr = CONFIG.columns[0] * i
+    return tile.slice(FIRST, CONFIG.columns[i], 1)
+
+
+@gluon.jit
 def multiply_scores(q, keys, step, scores: gl.constexpr, CONFIG: gl.constexpr):
     """Start q kᵀ of the step's keys, once they are there."""
     N: gl.constexpr = keys.tiles.shape[3]
@@ -112,18 +128,82 @@ def multiply_scores(q, keys, step, scores: gl.constexpr, CONFIG: gl.constexpr):
     stage = step % CONFIG.stages
     mbarrier.wait(keys.full.index(stage), step // CONFIG.stages & 1)
     k = keys.tiles.index(stage).reshape([N, D])
-    zeros = gl.zeros([64, N], gl.float32, scores)
-    return warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = gl.zeros([64, N], gl.float32, scores)
+    s = warpgroup_mma(part(q, 0, CONFIG), part(k, 0, CONFIG).permute((1, 0)), s, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(CONFIG.columns)):
+        s = warpgroup_mma(part(q, i, CONFIG), part(k, i, CONFIG).permute((1, 0)), s, is_async=True)
+    return s
 
 
 @gluon.jit
-def multiply_values(p, values, step, out, CONFIG: gl.constexpr):
+def multiply_values(p, values, step, outs, CONFIG: gl.constexpr):
     """Start out + p v of the step's values, once they are there."""
     N: gl.constexpr = values.tiles.shape[3]
     D: gl.constexpr = values.tiles.shape[4]
     stage = step % CONFIG.stages
     mbarrier.wait(values.full.index(stage), step // CONFIG.stages & 1)
-    return warpgroup_mma(p, values.tiles.index(stage).reshape([N, D]), out, is_async=True)
+    v = values.tiles.index(stage).reshape([N, D])
+    sums = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        sums += (multiply_part(p, part(v, i, CONFIG), outs[i]),)
+    return sums
+
+
+@gluon.jit
+def multiply_part(p, v, out):
+    weights: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
+    return warpgroup_mma(gl.convert_layout(p, weights), v, out, is_async=True)
+
+
+@gluon.jit
+def wait_values(outs):
+    """What `multiply_values` started, complete."""
+    outs = warpgroup_mma_wait(0, deps=outs)
+    return outs if isinstance(outs, gl.tuple) else (outs,)
+
+
+@gluon.jit
+def zero_outputs(CONFIG: gl.constexpr):
+    """A tuple of [64, columns] for the parts of head_dim; the functions below take and return such tuples."""
+    outs = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        outs += (zero_part(CONFIG.columns[i]),)
+    return outs
+
+
+@gluon.jit
+def zero_part(COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    return gl.zeros([64, COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def scale_outputs(outs, factor):
+    """Each row times its factor [64]."""
+    products = ()
+    for i in gl.static_range(len(outs)):
+        products += (outs[i] * along_rows(factor, outs[i]),)
+    return products
+
+
+@gluon.jit
+def store_outputs(outs, tile, CONFIG: gl.constexpr):
+    for i in gl.static_range(len(CONFIG.columns)):
+        part(tile, i, CONFIG).store(outs[i].to(tile.dtype))
+
+
+@gluon.jit
+def pass_over(n_blocks, step, keys, values, CONFIG: gl.constexpr):
+    """Leave blocks to the other consumers; returns the steps so far."""
+    for _ in range(n_blocks):
+        stage = step % CONFIG.stages
+        phase = step // CONFIG.stages & 1
+        mbarrier.wait(keys.full.index(stage), phase)
+        mbarrier.arrive(keys.empty.index(stage), count=1)
+        mbarrier.wait(values.full.index(stage), phase)
+        mbarrier.arrive(values.empty.index(stage), count=1)
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -133,15 +213,16 @@ def by_thread(x):
 
 
 @gluon.jit
-def softmax(s, row_max, row_sum, n0, first, end, full_from, full_to, mask, CONFIG: gl.constexpr):
+def softmax(s, row_max, row_sum, m0, start, n0, full_from, full_to, mask, CONFIG: gl.constexpr):
     """One block of the online softmax: p, the new maximum and sum, and the factor for everything before."""
     scores: gl.constexpr = s.type.layout
     N: gl.constexpr = s.shape[1]
     if CONFIG.softcap:
         s = tanh(s * mask.cap)
     if (n0 < full_from) | (n0 + N > full_to):
+        m = gl.expand_dims(m0 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, scores)), 0)
-        s = gl.where((n >= gl.expand_dims(first, 1)) & (n < gl.expand_dims(end, 1)), s, float("-inf"))
+        s = gl.where(sees(mask, m, start, n, CONFIG), s, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(s, 1) * mask.factor)
     # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
     pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -167,47 +248,53 @@ def consumer(
     D: gl.constexpr = keys.tiles.shape[4]
     dtype: gl.constexpr = keys.tiles.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    outputs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(0, outputs, 2)
     row: gl.constexpr = gl.SliceLayout(1, scores)
     q = queries.q.index(c).reshape([64, D])
     n = 0
     step = 0
     item = receive_item(queue, n)
     while item < queue.n_items:
-        b, h, m0, i0, i1, full_from, full_to = locate(item, n_tiles, mask, N, CONFIG)
-        m = m0 + c * 64 + gl.arange(0, 64, row)
-        first, end = seen_by(mask, m, b, CONFIG)
+        b, h, m0 = locate(item, n_tiles, CONFIG)
+        tile_i0, tile_i1, _, _ = blocks_seen(m0, 64 * CONFIG.consumers, b, mask, N, CONFIG)
+        m0 += c * 64
+        # Its own queries see fewer blocks than the tile's, and have fewer edges in them.
+        i0, i1, full_from, full_to = blocks_seen(gl.minimum(m0, mask.S - 1), 64, b, mask, N, CONFIG)
+        i0 = gl.maximum(gl.minimum(i0, tile_i1), tile_i0)
+        i1 = gl.maximum(gl.minimum(i1, tile_i1), i0)
+        m = m0 + gl.arange(0, 64, row)
+        start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
         row_max = gl.full([64], float("-inf"), gl.float32, row)
         row_sum = by_thread(gl.zeros([64, N], gl.float32, scores))
         if sinks_ptr is not None:
             row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + h).to(gl.float32) * LOG2E
             row_sum += 0.25
-        out = gl.zeros([64, D], gl.float32, outputs)
+        outs = zero_outputs(CONFIG)
+        step = pass_over(i0 - tile_i0, step, keys, values, CONFIG)
         mbarrier.wait(queries.full.index(c), n & 1)
         if i0 < i1:
             s = multiply_scores(q, keys, step, scores, CONFIG)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(keys.empty.index(step % CONFIG.stages), count=1)
-            p, row_max, row_sum, _ = softmax(s, row_max, row_sum, i0 * N, first, end, full_from, full_to, mask, CONFIG)
-            p = gl.convert_layout(p.to(dtype), weights)
+            p, row_max, row_sum, rescale = softmax(
+                s, row_max, row_sum, m0, start, i0 * N, full_from, full_to, mask, CONFIG
+            )
+            p = p.to(dtype)
             for i in range(i0 + 1, i1):
                 s = multiply_scores(q, keys, step + 1, scores, CONFIG)
-                out = multiply_values(p, values, step, out, CONFIG)
+                outs = multiply_values(p, values, step, outs, CONFIG)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(keys.empty.index((step + 1) % CONFIG.stages), count=1)
                 p, row_max, row_sum, rescale = softmax(
-                    s, row_max, row_sum, i * N, first, end, full_from, full_to, mask, CONFIG
+                    s, row_max, row_sum, m0, start, i * N, full_from, full_to, mask, CONFIG
                 )
-                out = warpgroup_mma_wait(0, deps=[out])
+                outs = wait_values(outs)
                 mbarrier.arrive(values.empty.index(step % CONFIG.stages), count=1)
-                out *= along_rows(rescale, out)
-                p = gl.convert_layout(p.to(dtype), weights)
+                outs = scale_outputs(outs, rescale)
+                p = p.to(dtype)
                 step += 1
             if CONFIG.own_out:
                 mbarrier.arrive(queries.empty.index(c), count=1)
-            out = multiply_values(p, values, step, out, CONFIG)
-            out = warpgroup_mma_wait(0, deps=[out])
+            outs = wait_values(multiply_values(p, values, step, outs, CONFIG))
             mbarrier.arrive(values.empty.index(step % CONFIG.stages), count=1)
             step += 1
         elif CONFIG.own_out:
@@ -217,14 +304,15 @@ def consumer(
         row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
         if CONFIG.own_out:
             tma.store_wait(0)  # the tile before has left its memory
-        queries.out.index(c).reshape([64, D]).store((out * along_rows(1 / row_sum, out)).to(dtype))
+        store_outputs(scale_outputs(outs, 1 / row_sum), queries.out.index(c).reshape([64, D]), CONFIG)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_rows, [b, h, m0 + c * 64, 0], queries.out.index(c))
+        tma.async_copy_shared_to_global(out_rows, [b, h, m0, 0], queries.out.index(c))
         lse = (row_max + gl.log2(row_sum)) * LN2
         gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
         if not CONFIG.own_out:
             tma.store_wait(0)
             mbarrier.arrive(queries.empty.index(c), count=1)
+        step = pass_over(tile_i1 - i1, step, keys, values, CONFIG)
         n += 1
         item = receive_item(queue, n)
     tma.store_wait(0)

@@ -1,0 +1,27 @@
+"""Make the token files before training: python -m scripts.prepare_data data=text data.path=~/corpus tokenizer=bpe
+
+Takes the settings of train.py and makes what it would make first. A preparation that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from training import cli
+from training.config import load_config
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+def main(composed: DictConfig) -> None:
+    config = load_config(composed)
+
+    from data.corpus import load_corpus
+
+    corpus = load_corpus(config.data, config.tokenizer, cli.say)
+    for part in corpus.parts:
+        cli.say(str(part.folder))
+
+
+if __name__ == "__main__":
+    cli.run(main, interrupted="the same command goes on from here")
