@@ -142,8 +142,8 @@ def markdown(facts: dict[str, Any], made: dict[str, Any], batches: list[dict[str
     lines += [
         f"Preparation of {made['files']:,} Python files, {made['bytes'] / 1e6:.0f} MB, with 32,768 token ids:",
         "",
-        f"- {made['seconds']:.1f} s on {made['cores']} cores, of which the process had {made['cpu_seconds']:.1f} s in all:",
-        f"  {made['mb_per_cpu_second']:.1f} MB/s for each core it had; peak memory {made['peak_gib']:.2f} GiB",
+        f"- {made['seconds']:.1f} s on {made['cores']} cores, {made['cpu_seconds']:.1f} s of them busy:",
+        f"  {made['mb_per_cpu_second']:.1f} MB for each busy second of a core; peak memory {made['peak_gib']:.2f} GiB",
         f"- {made['seconds_with_a_new_tokenizer']:.1f} s where the tokenizer is learned from them first",
         f"- killed (SIGKILL) after {made['killed_after_bytes'] / 1e6:.0f} MB, it went on and ended after "
         f"{made['resumed_seconds']:.1f} s more, with the same bytes in every file",

@@ -257,7 +257,7 @@ def test_held_out_text_shorter_than_a_row_is_read_whole_with_a_notice(config: Ma
     lines: list[str] = []
     options = [f"data.path={tmp_path / 'one.txt'}", "data.val_fraction=0.02", "seq_len=512", "batch_size=1"]
     trainer = Trainer(config(*options, "max_steps=2"), lines.append)
-    held_out = len(trainer.corpus.val.tokens) - 1
+    held_out = len(trainer.corpus.parts[0].val.tokens) - 1
     assert 0 < held_out < 512
     assert f"validation rows have {held_out:,} tokens, all the held-out text there is, not seq_len" in lines
     summary = trainer.fit()
