@@ -8,7 +8,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from training import cli
+from training import cli, run_folder
 from training.config import load_config
 from training.runtime import resolve_runtime
 
@@ -22,6 +22,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
     resolve_runtime(config)  # what this machine cannot do is refused here, the rest is the trainer's
+    run_folder.check(config)
 
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer

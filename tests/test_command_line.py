@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,12 @@ MISTAKES = {
     "+logger.wandb.api_key=sesame": ["logger.wandb.api_key", "WANDB_API_KEY"],
     "run_dir=${nowhere}": ["run_dir", "nowhere"],
     "--nope": ["--nope", "write settings as key=value"],
+    "resume=nowhere": ["resume=nowhere", "does not exist", "name a run folder or a checkpoint"],
+    "init_from=nowhere": ["init_from=nowhere", "does not exist"],
+    "checkpoint.keep_last=0": ["checkpoint.keep_last=0", "use 1 or more"],
+    "checkpoint.evry=5": ["checkpoint.evry", "did you mean checkpoint.every?"],
+    "bad_step.action=hope": ["bad_step.action=hope", "use stop or skip"],
+    "max_time=soon": ["max_time", "'soon'", "use a number"],
     # What depends on the machine.
     "device=cuda": ["device=cuda", "use device=cpu"],
     "precision=tf32": ["precision=tf32", "use precision=fp32"],
@@ -224,10 +231,9 @@ def test_a_sweep_ends_with_a_table_of_the_jobs_that_worked(ran: dict[str, Done])
     assert "flash" not in "".join(done.out[header:])
 
 
-def test_ctrl_c_ends_a_run_in_one_line_and_keeps_its_record(home: Path) -> None:
-    arguments = [*SMALL, "max_steps=1_000_000", "eval_every=0", "run_dir=long"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+def begin(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *SMALL, *arguments],
         cwd=home,
         env=environment(home),
         stdout=subprocess.PIPE,
@@ -236,21 +242,78 @@ def test_ctrl_c_ends_a_run_in_one_line_and_keeps_its_record(home: Path) -> None:
         # A shell that runs the tests in the background has switched SIGINT off for all its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type, return-value]
     )
-    record = home / "long" / "metrics.jsonl"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines_of(folder: Path) -> int:
+    record = folder / "metrics.jsonl"
+    return record.read_text().count("\n") if record.exists() else 0
+
+
+ENDLESS = ["max_steps=1_000_000", "eval_every=0", "log_every=1"]
+REQUESTS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "STOP": 75}
+
+
+def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(home: Path) -> None:
+    folder = home / "long"
+    for name, code in REQUESTS.items():
+        before = lines_of(folder)
+        process = begin(home, *ENDLESS, "run_dir=long")
+        try:
+            wait_for(lambda before=before: lines_of(folder) > before + 3, process)  # type: ignore[misc]
+            second = run(home, *SMALL, *ENDLESS, "run_dir=long") if name == "STOP" else None
+            if name == "STOP":
+                (folder / "STOP").touch()
+            else:
+                process.send_signal(getattr(signal, name))
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == code
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: interrupted by {'the STOP file' if name == 'STOP' else name}; saved long/")
+        assert "run interrupted" in out.splitlines()
+        assert ("resume     step" in out) == (before > 0)
+        if second is not None:
+            check_refusal(second, "run_dir=long", f"is being trained by process {process.pid}", "choose another")
+    assert not (folder / "STOP").exists()
+    steps = [line["step"] for line in metrics(folder)]
+    assert steps == list(range(len(steps))), "each step once, over all processes"
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_a_run_ends_after_max_time_and_at_once_at_a_second_ctrl_c(home: Path) -> None:
+    done = run(home, *SMALL, *ENDLESS, "run_dir=timed", "max_time=0.001")
+    assert done.code == 75
+    assert done.err == ["error: interrupted by max_time; saved timed/checkpoints/step-00000000"]
+
+    process = begin(home, *ENDLESS, "run_dir=twice", "tokens_per_step=1_280_000")  # a step takes most of a minute
     try:
-        deadline = time.monotonic() + 60
-        while not (record.exists() and record.read_text().count("\n") > 3):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: lines_of(home / "twice") > 0, process)
+        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        time.sleep(0.5)
+        assert process.poll() is None, "asked once, it finishes its step"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=5)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("error: interrupted")
-    assert "run interrupted" in out.splitlines()
-    steps = [line["step"] for line in metrics(home / "long")]
-    assert steps[:3] == [0, 1, 2]
-    assert not (home / "long" / "model.safetensors").exists()
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(home: Path) -> None:
+    """Five kills, alternately at any instant and inside a save; scripts/kill_test.py does two hundred."""
+    command = [sys.executable, "-m", "scripts.kill_test", "--kills", "5", "--out", str(home / "kills")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((home / "kills" / "record.json").read_text())
+    assert record["kills"] == 5
+    assert record["kills_inside_a_save"] >= 2
+    assert record["equal"]

@@ -1,7 +1,9 @@
 """The command line's manners: one line for each mistake, an exit code for each ending, a table after a sweep.
 
 Exit codes: 0 finished; 1 a bug, with its traceback; 2 the command or configuration cannot work; 3 out of memory;
-4 the loss or a gradient was not finite; 130 interrupted. A sweep goes on after a failed job and ends with its code.
+4 the loss or a gradient was not finite, or spiked; 5 what was trained could not be saved; 75 stopped on request and
+saved: the same command goes on; 130 stopped by Ctrl-C, saved too. A sweep goes on after a failed job and ends with its
+code; an interruption ends it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import dotted_keys, unknown_key
-from .errors import NonFiniteError, OutOfMemory
+from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .machine import find_gpu
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -54,9 +56,12 @@ def run(main: Callable[[], None], interrupted: str = "the run folder holds what 
             raise
         _error(explain(error))
         _failures.append(2)
-    except KeyboardInterrupt:
+    except Interrupted as stopped:
+        _error(str(stopped))
+        _failures.insert(0, stopped.code)
+    except KeyboardInterrupt:  # before the first step or after the last
         _error(f"interrupted; {interrupted}")
-        _failures.append(130)
+        _failures.insert(0, 130)
     if len(_results) > 1:
         _print_comparison()
     sys.exit(_failures[0] if _failures else 0)
@@ -69,11 +74,12 @@ def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) ->
     try:
         summary = task(composed)
         _results.append((list(HydraConfig.get().overrides.task), summary))
-    except (ValueError, OutOfMemory, NonFiniteError) as error:
+    except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:
             raise
         _error(str(error))
-        _failures.append(3 if isinstance(error, OutOfMemory) else 4 if isinstance(error, NonFiniteError) else 2)
+        codes: dict[type[Exception], int] = {OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
+        _failures.append(codes.get(type(error), 2))
 
 
 def register_resolvers() -> None:

@@ -51,6 +51,36 @@ class MuonConfig(OptimizerConfig):
             raise ValueError(f"optimizer.momentum={self.momentum} must lie in [0, 1)")
 
 
+@dataclass
+class CheckpointConfig:
+    every: int = 250
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep_last: int = 2
+    keep_every: int = 0
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_every"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "use 0 or more")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "use 1 or more")
+
+
+@dataclass
+class BadStepConfig:
+    """What happens to a step whose loss or gradients are not finite, or whose loss is a spike."""
+
+    action: str = "stop"
+    most_in_a_row: int = 10
+    spike_sigma: float = 0.0
+    spike_window: int = 128
+
+    def __post_init__(self) -> None:
+        _require(self.action in ("stop", "skip"), "bad_step.action", self.action, "use stop or skip")
+        _require(self.most_in_a_row >= 1, "bad_step.most_in_a_row", self.most_in_a_row, "use 1 or more")
+        _require(self.spike_sigma >= 0, "bad_step.spike_sigma", self.spike_sigma, "use 0 for none, or such as 6")
+        _require(self.spike_window >= 2, "bad_step.spike_window", self.spike_window, "use 2 or more")
+
+
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}
 
 
@@ -65,6 +95,8 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     logger: LoggerConfig
+    checkpoint: CheckpointConfig
+    bad_step: BadStepConfig
     seq_len: int
     batch_size: int
     tokens_per_step: int | None
@@ -76,6 +108,7 @@ class TrainConfig:
     device: str
     precision: str
     compile: Any
+    deterministic: bool
     log_every: int
     eval_every: int
     eval_tokens: int
@@ -83,6 +116,9 @@ class TrainConfig:
     sample_prompt: str
     sample_tokens: int
     run_dir: str
+    resume: str
+    init_from: str | None
+    max_time: float | None
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "log_every", "eval_tokens"):
@@ -95,6 +131,10 @@ class TrainConfig:
         _require(self.device in ("auto", "cuda", "cpu"), "device", self.device, "use auto, cuda or cpu")
         _require(self.precision in PRECISIONS, "precision", self.precision, f"use {', '.join(PRECISIONS)}")
         _require(self.compile in ("auto", True, False), "compile", self.compile, "use auto, true or false")
+        _require(bool(self.resume), "resume", repr(self.resume), "use auto, none or the path of a run or a checkpoint")
+        _require(self.max_time is None or self.max_time > 0, "max_time", self.max_time, "use minutes, or null")
+        for name in ("run_dir", "resume", "init_from"):
+            _require("\0" not in (getattr(self, name) or ""), name, repr(getattr(self, name)), "name a folder")
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "name a folder")
         micro_batch = self.batch_size * self.seq_len
         if self.tokens_per_step is None:
@@ -167,6 +207,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         schema.model, schema.logger = ModelConfig, LoggerConfig  # for their keys
+        schema.checkpoint, schema.bad_step = CheckpointConfig, BadStepConfig
         raise ValueError(unknown_key(key, dotted_keys(schema))) from error
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor
 
@@ -21,13 +25,21 @@ from data.packing import pack
 from model.generate import generate
 from model.gpt import GPT
 
+from .checkpoint import folder as checkpoints
+from .checkpoint import state
+from .checkpoint.saver import Saver, Tensors, save_problem
 from .config import TrainConfig
-from .errors import NonFiniteError
+from .errors import SaveFailed
 from .facts import matmul_peak, run_facts, start_up_lines
+from .guard import Guard
+from .hardware import versions
+from .interrupt import Interrupt
 from .loggers import build_loggers
 from .loggers.base import RunInfo
 from .memory import memory_metrics
 from .optimizer import Optimizer
+from .run_folder import RunFolder
+from .run_folder import check as check_run_folder
 from .runtime import attention_for, resolve_runtime
 from .schedule import learning_rate
 from .throughput import Throughput
@@ -43,13 +55,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, notify: Callable[[str], None] = print) -> None:
         self.config, self.notify = config, notify
         self.runtime = runtime = resolve_runtime(config)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(config.deterministic)
         attention_for(config, runtime)  # a refusal comes now, not after the data is read
+        check_run_folder(config)
         self.folder = Path(config.run_dir)
-        try:
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another folder or remove it")
-        except OSError as error:  # a file, a name that is too long, a folder that may not be read
-            raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
 
         self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
         config.check_vocab_size(self.corpus.tokenizer.vocab_size)
@@ -76,7 +87,13 @@ class Trainer:
             matmul_peak(runtime),
             synchronize=torch.cuda.synchronize if runtime.device.type == "cuda" else lambda: None,
         )
-        self.step = self.last_logged = 0
+        self.step = 0
+        self.reported = self.saved = -1  # the last step with its evaluation and sample done; with a checkpoint
+        self.val_loss = -1, math.nan  # the step of the last evaluation, and its loss
+        self.losses = torch.zeros(2, device=runtime.device)  # sum and number since the last log line
+        self.guard = Guard(config.bad_step, runtime.device, notify, self.folder / "bad-steps.jsonl")
+        self.interrupt = Interrupt(self.folder, config.max_time)
+        self.saver = Saver(self.folder, config.checkpoint, notify)
         self.loggers = build_loggers(config.logger, max_steps=config.num_steps, notify=notify)
         self.summary: dict[str, float] = {}
 
@@ -93,54 +110,67 @@ class Trainer:
         return self.step * self.config.step_tokens
 
     def fit(self) -> dict[str, float]:
-        """Train to the last step; returns the last value of every metric."""
+        """Train to the last step; returns the last value of every metric.
+
+        Raises:
+            ValueError: the run folder cannot be written, or resume and init_from name what does not fit.
+            NonFiniteError, SaveFailed, Interrupted: see `training.errors`.
+        """
         config, device = self.config, self.runtime.device
-        self.start()
-        batches = Loader(
-            self.train_rows, config.batch_size, seed=config.seed, device=device, window=config.model.window
-        )
-        losses = torch.zeros((), device=device)  # sum over the steps since the last log line
-        bad_step = torch.zeros((), device=device)  # first step whose loss or gradients were not finite
+        self.run_folder = RunFolder(config)
         status = "failed"
         try:
-            self.evaluate()
-            for self.step in range(1, config.num_steps + 1):
-                with self.throughput.waiting_for_data():
-                    micro_batches = [next(batches) for _ in range(config.accumulation)]
-                num_tokens = sum(batch.num_tokens for batch in micro_batches)
+            self.start()
+            first = self.step + 1
+            batches = Loader(
+                self.train_rows,
+                config.batch_size,
+                seed=config.seed,
+                device=device,
+                first=(first - 1) * config.step_tokens // config.seq_len,
+                window=config.model.window,
+            )
+            with self.interrupt, closing(batches):
+                self.report()
+                self.stop_if_asked()
+                for self.step in range(first, config.num_steps + 1):
+                    with self.throughput.waiting_for_data():
+                        micro_batches = [next(batches) for _ in range(config.accumulation)]
+                    num_tokens = sum(batch.num_tokens for batch in micro_batches)
 
-                loss = torch.zeros((), device=device)
-                for batch in micro_batches:
-                    # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
-                    micro_loss = self.loss(batch) / num_tokens
-                    micro_loss.backward()
-                    loss += micro_loss.detach()
+                    loss = torch.zeros((), device=device)
+                    for batch in micro_batches:
+                        # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
+                        micro_loss = self.loss(batch) / num_tokens
+                        micro_loss.backward()
+                        loss += micro_loss.detach()
 
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-                finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-                bad_step = torch.where(finite | (bad_step > 0), bad_step, float(self.step))
-                rate = learning_rate(
-                    config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate
-                )
-                self.optimizer.step(rate, finite)
-                losses += loss
-                self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
+                    grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+                    good = self.guard.check(self.step, loss, grad_norm)
+                    rate = learning_rate(
+                        config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate
+                    )
+                    self.optimizer.step(rate, good)
+                    self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+                    self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
 
-                if self.due(config.log_every, first=True):
-                    self.log_training(losses, bad_step, grad_norm, rate)
-                    losses.zero_()
-                if self.due(config.eval_every):
-                    self.evaluate()
-                if self.due(config.sample_every):
-                    self.sample()
-            self.save()
+                    if self.due(config.log_every, first=True):
+                        self.log_training(grad_norm, rate)
+                    self.report()
+                    self.stop_if_asked()
+                    if self.due(config.checkpoint.every):
+                        self.save()
+                self.save_weights()
+                self.saver.finish(raises=True)
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
-            batches.close()
-            self.loggers.finish(status)
+            self.saver.finish()
+            if self.loggers.started:
+                self.loggers.finish(status)
+            self.run_folder.close()
         return self.summary
 
     def due(self, every: int, first: bool = False) -> bool:
@@ -154,32 +184,51 @@ class Trainer:
         with self.runtime.autocast():
             return self.model(batch.tokens_BS, batch.targets_BS, batch.starts_BS)
 
-    def log_training(self, losses: Tensor, bad_step: Tensor, grad_norm: Tensor, rate: float) -> None:
+    def log_training(self, grad_norm: Tensor, rate: float) -> None:
         """Report the steps since the last line. The only place where the loop waits for the device."""
-        if bad_step > 0:
-            raise NonFiniteError(
-                f"the loss or a gradient was NaN or infinite at step {int(bad_step)}; no parameter took that step. "
-                f"Try a lower learning_rate, a longer schedule.warmup_steps, or precision=fp32"
-            )
-        since = self.step - self.last_logged
-        self.last_logged = self.step
+        bad = self.guard.report(self.rows_of)
+        nats, count = self.losses.tolist()
+        self.losses.zero_()
         metrics = {
-            "train/loss": losses.item() / since,
+            "train/loss": nats / count if count else math.nan,
             "train/grad_norm": grad_norm.item(),
             "train/learning_rate": rate,
+            **bad,
             **self.throughput.report(),
             **memory_metrics(self.runtime.device),
+            **self.saver.metrics(),
         }
         self.log(metrics)
 
+    def rows_of(self, step: int) -> list[int]:
+        """Positions of the rows that a step read: `train_rows.at(seed, position)` is each of them."""
+        rows = self.config.step_tokens // self.config.seq_len
+        return list(range((step - 1) * rows, step * rows))
+
+    def report(self) -> None:
+        """Evaluation and sample, where due and not done yet. What an interruption cuts, the resumed run does."""
+        if self.reported == self.step:
+            return
+        if (self.step == 0 or self.due(self.config.eval_every)) and not self.evaluate():
+            return
+        if self.step > 0 and self.due(self.config.sample_every):
+            self.sample()
+        self.reported = self.step
+
     @torch.no_grad()
-    def evaluate(self) -> None:
-        """Loss over the same held-out tokens each time, per token and per byte of text."""
+    def evaluate(self) -> bool:
+        """Loss over the same held-out tokens each time, per token and per byte of text; whether it was completed."""
+        nats = 0.0
         with self.throughput.paused():
-            nats = sum(self.loss(batch).item() for batch in self.val_batches)
+            for batch in self.val_batches:
+                if self.interrupt.reason():
+                    return False
+                nats += self.loss(batch).item()
         num_tokens = sum(batch.num_tokens for batch in self.val_batches)
         num_bytes = sum(int(self.token_bytes[batch.targets_BS].sum()) for batch in self.val_batches)
+        self.val_loss = self.step, nats / num_tokens
         self.log({"val/loss": nats / num_tokens, "val/bits_per_byte": nats / math.log(2) / num_bytes})
+        return True
 
     def sample(self) -> None:
         """A continuation of sample_prompt, as the model would write it now."""
@@ -196,24 +245,112 @@ class Trainer:
         self.loggers.log(self.step, self.tokens, metrics)
 
     def start(self) -> None:
-        """Make the run folder, say what is about to happen, open the loggers."""
+        """Restore what there is to go on from, write what the run is, say what is about to happen, open the loggers."""
         config = self.config
         facts = run_facts(config, self.runtime, self.attention, self.corpus)
+        events = self.restore()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(asdict(config)), self.folder / "config.yaml")
-            (self.folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+            checkpoints.write_whole(
+                self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode()
+            )
+            checkpoints.write_whole(self.folder / "facts.json", (json.dumps(facts, indent=2) + "\n").encode())
             self.corpus.tokenizer.save(self.folder / "tokenizer.json")
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
         for line in start_up_lines(config, facts):
             self.notify(line)
-        self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts))
+        self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts, self.step, events))
         if self.runtime.compile:
             self.notify("compiling  the first steps take up to a minute and are in no measurement")
 
-    def save(self) -> None:
-        """The trained weights, as safetensors: written beside their final name first, then renamed."""
-        part = self.folder / "model.safetensors.part"
-        save_model(self.model, str(part))
-        os.replace(part, self.folder / "model.safetensors")
+    def restore(self) -> int:
+        """Go on from a checkpoint, if there is one; returns the number of logged events before it."""
+        began = time.perf_counter()
+        found = self.run_folder.checkpoint(self.notify)
+        if found is None:
+            self.run_folder.cut_records({}, None)
+            if self.config.init_from:
+                tokenizer = self.corpus.manifest["tokenizer"]["sha256"]
+                state.load_initial(self.model, self.config.init_from, tokenizer, self.notify)
+            return 0
+        path, manifest = found
+        changes = state.check_fits(path, asdict(self.config), self.corpus.manifest["hash"])
+        if manifest.step > self.config.num_steps:
+            raise ValueError(
+                f"max_steps={self.config.num_steps} is less than the {manifest.step} steps of {path}; raise it"
+            )
+        values = state.read(path)
+        try:
+            loop = state.read_tensors(path / "loop.safetensors")
+            state.load_model_tensors(self.model, path / "model.safetensors")
+            state.load_optimizer_tensors(self.model, self.optimizer, path / "optimizer.safetensors")
+            state.set_random(loop, values["random"])
+            self.guard.load(loop)
+            self.losses.copy_(loop["losses"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"{path} does not hold what this version saves ({why}); name another checkpoint"
+            ) from error
+        self.step, self.reported, self.summary = manifest.step, values["reported"], values["summary"]
+        source = path.resolve().parent.parent
+        self.run_folder.cut_records(values["records"], source)
+        if source == self.folder.resolve():  # a branch has no checkpoint of its own yet
+            self.saved = self.step
+        seconds = time.perf_counter() - began
+        self.notify(f"resume     step {self.step:,} of {path}, verified and loaded in {seconds:.1f} s")
+        for change in changes:
+            if not change.startswith(("run_dir ", "resume ", "init_from ")):
+                self.notify(f"           changed: {change}")
+        self.saver.add_metrics({"checkpoint/load_seconds": seconds})
+        return int(values["events"])
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Interrupted, where the run was asked to stop and is not at its end anyway."""
+        at_the_end = self.step == self.config.num_steps and self.reported == self.step
+        if self.interrupt.reason() and not at_the_end:
+            self.save(wait=True)
+            raise self.interrupt.end(checkpoints.path_of(self.folder, self.step))
+
+    def save(self, wait: bool = False) -> None:
+        """A checkpoint of this step, unless it is there; with `wait`, come back when it is."""
+        if self.saved == self.step:
+            return
+        self.guard.report(self.rows_of)  # a run that must stop is not saved over a good one
+        tensors: Tensors = {
+            "model.safetensors": dict(self.model.named_parameters()),
+            "optimizer.safetensors": state.optimizer_tensors(self.model, self.optimizer),
+            "loop.safetensors": {"losses": self.losses, **self.guard.tensors(), **state.random_tensors()},
+        }
+        values = {
+            "reported": self.reported,
+            "records": self.run_folder.record_sizes(),
+            "events": self.loggers.events,
+            "summary": self.summary,
+            "random": state.random_json(),
+            "data": self.corpus.manifest["hash"],
+            "tokenizer": self.corpus.manifest["tokenizer"]["sha256"],
+        }
+        step, val_loss = self.val_loss
+        facts: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "world_size": 1,
+            "val_loss": val_loss if step == self.step and math.isfinite(val_loss) else None,
+            "versions": versions(),
+        }
+        self.saver.save(tensors, {"state.json": values, "config.json": asdict(self.config)}, facts, wait)
+        self.saved = self.step
+
+    def save_weights(self) -> None:
+        """The trained weights alone, for whoever uses the model: whole or not there."""
+        target = self.folder / "model.safetensors"
+        try:
+            # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
+            with checkpoints.part_of(checkpoints.checkpoints_of(self.folder) / "step-weights") as part:
+                save_model(self.model, str(part / target.name))
+                checkpoints.sync(part / target.name)
+                os.replace(part / target.name, target)
+                checkpoints.sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder)}") from error

@@ -264,6 +264,7 @@ def test_an_online_run_that_the_server_refuses_is_recorded_offline(
 
     class Run:
         dir = str(tmp_path / "wandb" / "offline-run-1" / "files")
+        step = 0
 
         def define_metric(self, *arguments: Any, **options: Any) -> None: ...
 
@@ -278,3 +279,40 @@ def test_an_online_run_that_the_server_refuses_is_recorded_offline(
     WandbLogger(WandbConfig(), lines.append).start(RunInfo("tiny", tmp_path, {}, {}))
     (line,) = lines
     assert "did not accept the run, Error: permission denied); to upload later: wandb sync " in line
+
+
+def test_a_resumed_run_has_the_same_id_and_sends_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    sent: list[tuple[int, float]] = []
+    ids: list[tuple[str, str]] = []
+
+    class Run:
+        """W&B's server as far as rows go."""
+
+        dir, url = str(tmp_path), "https://wandb.example"
+
+        @property
+        def step(self) -> int:
+            return len(sent)
+
+        def define_metric(self, *arguments: Any, **options: Any) -> None: ...
+
+        def log(self, row: dict[str, float], step: int) -> None:
+            assert step == len(sent), "W&B drops a row whose number does not grow"
+            sent.append((int(row["step"]), row["loss"]))
+
+    def init(*, id: str, resume: str, **options: Any) -> Run:
+        ids.append((id, resume))
+        return Run()
+
+    monkeypatch.setattr(module, "_choose_mode", lambda *arguments: ("online", ""))
+    monkeypatch.setattr(wandb, "init", init)
+    for begin, end, events in ((1, 6, 0), (4, 9, 3)):  # killed after step 6, resumed from the checkpoint of step 3
+        logger = WandbLogger(WandbConfig(), lambda line: None)
+        logger.start(RunInfo("tiny", tmp_path, {}, {}, step=events, events=events))
+        for step in range(begin, end + 1):
+            logger.log(step, step, {"loss": 1 / step})
+    assert sent == [(step, 1 / step) for step in range(1, 10)]
+    assert ids[0] == ids[1]
+    assert ids[0][1] == "allow"

@@ -224,7 +224,7 @@ def test_a_gradient_that_is_not_a_number_ends_the_run_and_moves_nothing(config: 
     trainer.optimizer.step = spy  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"at step 4; .*learning_rate"):
         trainer.fit()
-    assert history == [(1, True), (2, True), (3, True), (4, False), (5, True), (6, True)]
+    assert history == [(1, True), (2, True), (3, True), (4, False), (5, False), (6, False)]
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     assert not (trainer.folder / "model.safetensors").exists()
 
@@ -233,7 +233,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(config: MakeConfig,
     (tmp_path / "run").mkdir()
     Trainer(config(), silently)  # an empty one is fine
     (tmp_path / "run" / "model.safetensors").write_text("weeks of work")
-    with pytest.raises(ValueError, match=r"run_dir=.*already holds a run; choose another"):
+    with pytest.raises(ValueError, match=r"run_dir=.*already holds something, and no run to resume; choose another"):
         Trainer(config(), silently)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["model.safetensors"]
 
@@ -310,10 +310,10 @@ def test_an_interrupted_run_says_so_and_keeps_its_record(config: MakeConfig) -> 
     trainer.loggers.loggers.append(Watcher("nothing"))
     evaluate = trainer.evaluate
 
-    def interrupted() -> None:
+    def interrupted() -> bool:
         if trainer.step == 2:
             raise KeyboardInterrupt
-        evaluate()
+        return evaluate()
 
     trainer.evaluate = interrupted  # type: ignore[method-assign]
     trainer.config.eval_every = 2
@@ -354,10 +354,15 @@ def test_the_metrics_of_a_run_are_these(finished: Trainer) -> None:
     speed = {f"throughput/{name}" for name in ("tokens_per_second", "tflops", "attended_fraction")}
     speed |= {"time/step_ms", "time/data_wait_fraction"}
     validation = {"val/loss", "val/bits_per_byte"}
-    found = [(record.pop("step"), set(record) - {"tokens"}) for record in records(finished)]
+    found = [(record.pop("step"), names(record) - {"tokens"}) for record in records(finished)]
     warm_up = [(0, validation), (1, train), (2, train), (3, train), (3, validation)]
     assert found == [*warm_up, *((step, train | speed) for step in (4, 5, 6)), (6, validation)]
-    assert set(finished.summary) == train | speed | validation
+    assert names(finished.summary) == train | speed | validation
+
+
+def names(metrics: Mapping[str, float]) -> set[str]:
+    """Without those of checkpoints, which come with the first line after a save has ended, whenever that is."""
+    return {name for name in metrics if not name.startswith("checkpoint/")}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 One JSON object a line: {"step": 10, "tokens": 81920, "train/loss": 3.21, ...}. Strict JSON has no NaN, so a value that
 is not finite is written as the string "nan", "inf" or "-inf"; `read_metrics` (or Python's float) turns it back.
-A run resumed from a checkpoint repeats the steps after it: for the same step the later line holds.
+A run resumed from a checkpoint repeats the steps after it; `training.run_folder` cuts their lines before.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ class TensorBoardLogger(Logger):
     def start(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"))
+        # What a killed process wrote after the checkpoint is hidden, so that each step is shown once.
+        purge_step = run.step + 1 if run.events else None
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
         everything = json.dumps({**run.config, "facts": run.facts}, indent=2, default=str)
         self._writer.add_text("config", textwrap.indent(everything, "    "))  # indented: Markdown for "as it is"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import html
 import inspect
 import os
+import secrets
 import threading
 import urllib.error
 import urllib.request
@@ -56,6 +57,7 @@ class WandbLogger(Logger):
         self.config = config
         self._notify = notify
         self._run: Any = None  # none: disabled
+        self._event = self._first_new = 0
 
     def start(self, run: RunInfo) -> None:
         # wandb reports its own errors to its server, even from an offline run, and on a dead network its attempts hold
@@ -68,17 +70,20 @@ class WandbLogger(Logger):
         if mode == "disabled":
             self._notify(f"wandb      {why}")
             return
+        run_id = _run_id(run.folder)
         if mode == "online":
             try:
-                # "auto" continues the W&B run whose id an earlier, interrupted process left in this folder.
-                self._run = self._init(wandb, run, mode="online", resume="auto")
+                self._run = self._init(wandb, run, mode="online", id=run_id, resume="allow")
                 self._notify(f"wandb      {self._run.url}")
             except (wandb.Error, OSError) as error:
                 mode, why = "offline", f"{settings.base_url} did not accept the run, {one_line(error)}"
         if mode == "offline":
-            self._run = self._init(wandb, run, mode="offline")
+            self._run = self._init(wandb, run, mode="offline", id=run_id)
             self._notify(f"wandb      offline ({why}); to upload later: wandb sync {Path(self._run.dir).parent}")
 
+        # An event's number is its row. Rows that an interrupted process sent after its last checkpoint are there
+        # already, with the values that the resumed run computes again: they are not sent twice.
+        self._event, self._first_new = run.events, self._run.step
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="step")
         for name in ("val/loss", "val/bits_per_byte"):
@@ -86,14 +91,19 @@ class WandbLogger(Logger):
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         if self._run:
-            self._run.log({"step": step, "tokens": tokens, **metrics})
+            self._send({"step": step, "tokens": tokens, **metrics})
 
     def sample(self, step: int, tokens: int, text: str) -> None:
         if self._run:
             import wandb
 
             page = wandb.Html(f"<pre style='white-space: pre-wrap'>{html.escape(text)}</pre>")
-            self._run.log({"step": step, "tokens": tokens, "sample": page})
+            self._send({"step": step, "tokens": tokens, "sample": page})
+
+    def _send(self, row: dict[str, Any]) -> None:
+        if self._event >= self._first_new:
+            self._run.log(row, step=self._event)
+        self._event += 1
 
     def finish(self, status: str) -> None:
         if self._run:
@@ -129,6 +139,17 @@ class WandbLogger(Logger):
             settings=wandb.Settings(**settings),
             **how,
         )
+
+
+def _run_id(folder: Path) -> str:
+    """The id of the folder's W&B run: every process that continues it gives the same."""
+    file = folder / "wandb" / "run-id"
+    if file.exists() and (known := file.read_text(encoding="utf-8").strip()):
+        return known
+    file.parent.mkdir(exist_ok=True)
+    new = secrets.token_hex(4)
+    file.write_text(new + "\n", encoding="utf-8")
+    return new
 
 
 def _choose_mode(wandb: Any, asked: str, settings: Any) -> tuple[str, str]:

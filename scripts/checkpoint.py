@@ -1,0 +1,73 @@
+"""Look after the checkpoints of a run, without torch.
+
+python -m scripts.checkpoint list RUN      what there is: step, tokens, size, validation loss
+python -m scripts.checkpoint verify RUN    read every byte; exit code 1 if any checkpoint is damaged
+python -m scripts.checkpoint prune RUN --keep-last 1 [--keep-every K] [--no-best]
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+from pathlib import Path
+
+from training.checkpoint import folder as checkpoints
+from training.checkpoint.folder import DamagedCheckpoint
+from training.run_folder import LOCK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 where something is damaged; 2 where the command cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.checkpoint", description=(__doc__ or "").splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name, what in (("list", "what there is"), ("verify", "read every byte"), ("prune", "remove the surplus")):
+        action = actions.add_parser(name, help=what)
+        action.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+        if name == "prune":
+            action.add_argument("--keep-last", type=int, default=1, help="the newest so many stay (default 1)")
+            action.add_argument("--keep-every", type=int, default=0, help="and those at multiples of this step")
+            action.add_argument("--no-best", action="store_true", help="the lowest validation loss need not stay")
+    options = parser.parse_args(arguments)
+    found = checkpoints.candidates(options.run)
+    if not found:
+        parser.error(f"{options.run} holds no checkpoints; name a run folder")
+    if options.action == "prune":
+        if options.keep_last < 1:
+            parser.error(f"--keep-last {options.keep_last} would leave nothing; use 1 or more")
+        return prune(parser, options)
+    return show(found, read_all=options.action == "verify")
+
+
+def show(found: list[Path], read_all: bool) -> int:
+    damaged = 0
+    for path in reversed(found):
+        try:
+            manifest = checkpoints.verify(path) if read_all else checkpoints.read_manifest(path)
+            loss = f"   val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
+            size = f"{manifest.num_bytes / 1e6:,.1f} MB"
+            good = "   good" if read_all else ""
+            print(f"{path}   step {manifest.step:,}   {manifest.tokens:,} tokens   {size}{loss}{good}")
+        except DamagedCheckpoint as damage:
+            damaged += 1
+            print(f"{path}   DAMAGED: {damage}")
+    return 1 if damaged else 0
+
+
+def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    with open(options.run / LOCK, "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            parser.error(f"{options.run} is being trained; its own checkpoint.keep_last removes what is surplus")
+        try:
+            gone = checkpoints.prune(options.run, options.keep_last, options.keep_every, not options.no_best)
+        except DamagedCheckpoint as damage:
+            print(f"nothing removed: the newest checkpoint is damaged: {damage}")
+            return 1
+    for path in gone:
+        print(f"removed {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

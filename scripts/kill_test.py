@@ -1,0 +1,141 @@
+"""Kill a training run with SIGKILL, again and again, and compare what it becomes with a run that was left in peace.
+
+    python -m scripts.kill_test --kills 200 --out runs/kill-test
+
+A process is started on the same run folder until the run has finished; every process but the last is killed: every
+other one inside a save (a temporary checkpoint folder is there), the others at a random instant of its life. The final
+weights, optimizer state, random numbers and record must equal the undisturbed run's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from training.checkpoint import folder as checkpoints
+from training.hardware import git_commit, versions
+from training.loggers.jsonl import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
+SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
+SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
+STEPS_PER_KILL = 60  # a process advances some 40 steps before it is killed
+SECONDS_OF_TRAINING = 1.0
+MEASURED_BY_CLOCK = ("throughput/", "time/", "checkpoint/", "memory/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
+    options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"--out {options.out} exists; name a new folder")
+    text = options.out / "text"
+    text.mkdir(parents=True)
+    for number in range(12):
+        lines = [f"{place} green bottles of {number} standing on the wall" for place in range(30)]
+        (text / f"{number}.txt").write_text("\n".join(lines))
+
+    steps = STEPS_PER_KILL * (options.kills + 1)
+    settings = [*SMALL, f"data.path={text}", f"data.cache_dir={options.out / 'cache'}", f"max_steps={steps}"]
+    peaceful, killed = options.out / "peaceful", options.out / "killed"
+    began = time.monotonic()
+    process = start(peaceful, settings)
+    while process.poll() is None and not (peaceful / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    startup = time.monotonic() - began
+    if process.wait() != 0:
+        raise SystemExit("the undisturbed run failed")
+
+    chance = random.Random(options.seed)
+    kills = inside = reached = 0
+    while kills < options.kills:
+        before = set(half_written(killed))
+        process = start(killed, settings)
+        if kills % 2:
+            wait_for_a_save(process, killed, chance)
+        else:
+            time.sleep(chance.uniform(0, startup + SECONDS_OF_TRAINING))
+        process.kill()
+        code = process.wait()
+        if code == 0:
+            break  # it came to the end before it was killed
+        if code != -9:
+            raise SystemExit(f"a resume failed with code {code} after {kills} kills; {killed} is left as it is")
+        kills += 1
+        inside += bool(set(half_written(killed)) - before)
+        for path in checkpoints.candidates(killed):
+            reached = max(reached, checkpoints.verify(path).step)  # what has the name is whole, at any instant
+        print(f"kill {kills}/{options.kills}: step {reached}/{steps} is saved", flush=True)
+    if start(killed, settings).wait() != 0:
+        raise SystemExit(f"the last resume failed; {killed} is left as it is")
+
+    differences = compare(peaceful, killed)
+    record = {
+        "command": " ".join(["python -m scripts.kill_test", *sys.argv[1:]]),
+        "kills": kills,
+        "kills_inside_a_save": inside,
+        "step_saved_at_the_last_kill": reached,
+        "steps": steps,
+        "versions": versions(),
+        "commit": git_commit(ROOT),
+        "equal": not differences,
+        "differences": differences,
+    }
+    (options.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+    if differences:
+        raise SystemExit("the killed run differs from the undisturbed one")
+    for folder in (text, options.out / "cache"):
+        shutil.rmtree(folder)
+
+
+def start(run: Path, settings: list[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "train.py"), *settings, f"run_dir={run}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def half_written(run: Path) -> list[Path]:
+    return list(checkpoints.checkpoints_of(run).glob(".step-*.part-*"))
+
+
+def wait_for_a_save(process: subprocess.Popen[bytes], run: Path, chance: random.Random) -> None:
+    """Come back while a save is under way, at a random instant of it; or when the process has ended."""
+    stale = set(half_written(run))
+    skip = chance.randrange(6)  # saves to let pass
+    while process.poll() is None:
+        if new := set(half_written(run)) - stale:
+            if skip == 0:
+                time.sleep(chance.uniform(0, 0.004))  # a save of this size takes 8 ms and more
+                return
+            skip -= 1
+            stale |= new
+
+
+def compare(peaceful: Path, killed: Path) -> list[str]:
+    """What differs between two finished runs."""
+    last = [checkpoints.candidates(run)[0] for run in (peaceful, killed)]
+    pairs = {name: [folder / name for folder in last] for name in checkpoints.TENSORS}
+    pairs["weights"] = [run / "model.safetensors" for run in (peaceful, killed)]
+    found = [name for name, (one, other) in pairs.items() if one.read_bytes() != other.read_bytes()]
+    records = [
+        [
+            {name: value for name, value in record.items() if not name.startswith(MEASURED_BY_CLOCK)}
+            for record in read_metrics(run / "metrics.jsonl")
+        ]
+        for run in (peaceful, killed)
+    ]
+    return found + ([] if records[0] == records[1] else ["metrics.jsonl"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""scripts.checkpoint and scripts/slurm_train.sbatch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.checkpoint import main
+from training.checkpoint import folder as checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Checkpoints at steps 1 to 5, the best at step 2."""
+    for step in range(1, 6):
+        tensors = {name: lambda path: path.write_bytes(os.urandom(100)) for name in checkpoints.TENSORS}
+        facts = {"step": step, "tokens": 10 * step, "world_size": 1, "val_loss": abs(step - 2) + 1.0, "versions": {}}
+        checkpoints.write(checkpoints.path_of(tmp_path, step), tensors, {"state.json": {}, "config.json": {}}, facts)  # type: ignore[arg-type]
+    return tmp_path
+
+
+def spoil(run: Path, step: int) -> None:
+    path = checkpoints.path_of(run, step) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_list_and_verify_name_what_is_good_and_what_is_not(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", str(run)]) == 0
+    assert "step-00000002   step 2   20 tokens" in capsys.readouterr().out
+    assert main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("   good") == 5
+    (path := checkpoints.path_of(run, 4) / "optimizer.safetensors").write_bytes(b"x" * path.stat().st_size)
+    assert main(["list", str(run)]) == 0, "list reads manifests only"
+    capsys.readouterr()
+    assert main(["verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("   good") == 4
+    assert "step-00000004   DAMAGED: optimizer.safetensors has changed" in out
+
+
+def test_prune_leaves_the_newest_and_the_best_and_refuses_while_the_newest_is_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(run, 5)
+    assert main(["prune", str(run)]) == 1
+    assert "nothing removed" in capsys.readouterr().out
+    assert len(checkpoints.candidates(run)) == 5
+    (checkpoints.path_of(run, 5) / "manifest.json").unlink()
+    assert main(["prune", str(run)]) == 0
+    assert [int(path.name[5:]) for path in checkpoints.candidates(run)] == [5, 4, 2]
+    for wrong in (["prune", str(run), "--keep-last", "0"], ["list", str(run / "nowhere")]):
+        with pytest.raises(SystemExit) as ended:
+            main(wrong)
+        assert ended.value.code == 2
+
+
+def test_the_script_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys, scripts.checkpoint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+TRAINING = """#!/bin/bash
+trap 'sleep 0.3; echo saved; exit 75' USR1 TERM
+echo "$@"
+for i in $(seq 100); do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
+    tmp_path: Path, sent: signal.Signals
+) -> None:
+    commands = {".venv/bin/python": TRAINING, "bin/scontrol": '#!/bin/bash\necho "scontrol $@"\n'}
+    for name, text in commands.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
+    command = ["bash", str(ROOT / "scripts/slurm_train.sbatch"), "run_dir=runs/a"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "train.py run_dir=runs/a\n"
+    time.sleep(0.2)
+    job.send_signal(sent)
+    out, _ = job.communicate(timeout=20)
+    assert (job.returncode, out) == (0, "saved\nscontrol requeue 42\n")
+    refused = subprocess.run(command[:2], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "name the run" in refused.stderr

@@ -1,0 +1,276 @@
+"""A checkpoint on disk: a folder that a manifest vouches for. Needs no torch, and unpickles nothing.
+
+    checkpoints/step-00000200/
+        model.safetensors  optimizer.safetensors  loop.safetensors  state.json  config.json  manifest.json
+
+It is written beside its place under another name, every file and folder is flushed to the disk, the manifest last, and
+one rename puts it there. A folder whose manifest does not describe exactly what lies in it is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+TENSORS = ("model.safetensors", "optimizer.safetensors", "loop.safetensors")
+JSON = ("state.json", "config.json")
+FILES = (*TENSORS, *JSON)
+MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 1 << 20
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(ValueError):
+    """A folder that looks like a checkpoint and is none; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, and the size and SHA-256 of each of its files."""
+
+    format: int
+    step: int
+    tokens: int
+    world_size: int
+    val_loss: float | None
+    """Of the evaluation at this very step; None where there was none."""
+    config_sha256: str
+    versions: dict[str, str]
+    files: dict[str, list[Any]]
+    """Name: [bytes, SHA-256]."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(size) for size, _ in self.files.values())
+
+    def to_json(self) -> bytes:
+        """Exactly one spelling, with its own SHA-256 as the last key: a flipped byte anywhere shows."""
+        body = asdict(self)
+        digest = hashlib.sha256(_spell(body)).hexdigest()
+        return _spell({**body, "sha256": digest})
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """Raises DamagedCheckpoint unless `data` is what `to_json` writes."""
+        try:
+            body = json.loads(data)
+            body.pop("sha256")
+            manifest = Manifest(**body)
+            same = manifest.to_json() == data
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            same = False
+        if not same:
+            raise DamagedCheckpoint(f"{MANIFEST} is not what was written")
+        if manifest.format != FORMAT:
+            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest.format}, this version reads {FORMAT}")
+        well_formed = (
+            isinstance(manifest.files, dict)
+            and set(manifest.files) == set(FILES)  # names come from here, never from the file: no path leads elsewhere
+            and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
+            and all(isinstance(size, int) and isinstance(digest, str) for size, digest in manifest.files.values())
+            and isinstance(manifest.step, int)
+            and isinstance(manifest.val_loss, float | int | None)
+        )
+        if not well_formed:
+            raise DamagedCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
+        return manifest
+
+
+def _spell(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises DamagedCheckpoint; looks at no other file."""
+    try:
+        with open(folder / MANIFEST, "rb") as file:
+            data = file.read(MOST_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{MANIFEST}: {error.strerror}") from error
+    return Manifest.from_json(data)
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Raises:
+        DamagedCheckpoint: names the first file that is missing, has another size or another content.
+    """
+    manifest = read_manifest(folder)
+    for name, (size, digest) in manifest.files.items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise DamagedCheckpoint(f"{name} has {found:,} bytes, not {size:,}")
+            if sha256(path, from_disk=True) != digest:
+                raise DamagedCheckpoint(f"{name} has changed since it was written (SHA-256)")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
+    return manifest
+
+
+def sha256(path: Path, from_disk: bool) -> str:
+    """Of a file as it was written, which the page cache still holds; or, that dropped, of what the disk gives back."""
+    with open(path, "rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(
+    folder: Path, tensors: Mapping[str, Callable[[Path], None]], texts: dict[str, Any], facts: dict[str, Any]
+) -> Manifest:
+    """Write a checkpoint; it is there whole, or not at all.
+
+    Args:
+        folder: its place, `checkpoints/step-…`. What may lie there (a damaged checkpoint) is replaced.
+        tensors: for each name in TENSORS, what writes that file. texts: for each name in JSON, the value.
+        facts: the remaining fields of `Manifest`.
+    Raises:
+        OSError and whatever `tensors` raise; nothing is left behind then.
+    """
+    with part_of(folder) as part:
+        for name, save in tensors.items():
+            save(part / name)
+            sync(part / name)
+        for name, value in texts.items():
+            write_synced(part / name, _spell(value))
+        files = {name: [(part / name).stat().st_size, sha256(part / name, from_disk=False)] for name in FILES}
+        manifest = Manifest(format=FORMAT, config_sha256=str(files["config.json"][1]), files=files, **facts)
+        write_synced(part / MANIFEST, manifest.to_json())
+        sync(part)
+        if folder.exists():
+            replaced = part.with_name(f"{part.name}-replaced")
+            os.rename(folder, replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(part, folder)
+        sync(folder.parent)
+    return manifest
+
+
+@contextmanager
+def part_of(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which `sweep` knows and which is gone afterwards, renamed or removed."""
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        write_synced(part, data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk: a rename alone does not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the checkpoints of a run
+
+
+def checkpoints_of(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def path_of(run: Path, step: int) -> Path:
+    return checkpoints_of(run) / f"step-{step:08}"
+
+
+def candidates(run: Path) -> list[Path]:
+    """Folders named like checkpoints, newest first; whether they are any, `verify` tells."""
+    with suppress(OSError):
+        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run).iterdir() if path.is_dir()}
+        steps = {path: int(match[1]) for path, match in found.items() if match}
+        return sorted(steps, key=steps.__getitem__, reverse=True)
+    return []
+
+
+def newest(run: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that verifies. A damaged one is named, with the reason, and the one before is tried."""
+    for path in candidates(run):
+        try:
+            return path, verify(path)
+        except DamagedCheckpoint as damage:
+            notify(f"checkpoint {path} is damaged and not used: {damage}")
+    return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed saves left behind. Only for who holds the run folder's lock."""
+    with suppress(OSError):
+        for path in checkpoints_of(run).iterdir():
+            if path.name.startswith(".step-") and ".part-" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def to_keep(manifests: dict[Path, Manifest], last: int, every: int, best: bool) -> set[Path]:
+    """Which of a run's checkpoints retention leaves.
+
+    Args:
+        last: how many of the newest (at least one). every: those whose step is a multiple of it (0: none).
+        best: that with the lowest validation loss.
+    """
+    by_step = sorted(manifests, key=lambda path: manifests[path].step)
+    kept = set(by_step[-max(1, last) :])
+    kept |= {path for path in by_step if every > 0 and manifests[path].step % every == 0}
+    measured = {path: loss for path in by_step if (loss := manifests[path].val_loss) is not None}
+    if best and measured:
+        kept.add(min(measured, key=measured.__getitem__))
+    return kept
+
+
+def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
+    """Those with a good manifest; the others' content is not looked at."""
+    for path in paths:
+        with suppress(DamagedCheckpoint):
+            yield path, read_manifest(path)
+
+
+def prune(run: Path, last: int, every: int, best: bool) -> list[Path]:
+    """Remove checkpoints that retention does not keep; returns them.
+
+    Nothing is removed before the newest has verified, so the last good one stays whatever happened to the others. What
+    has no good manifest is left for a person to look at.
+    """
+    manifests = dict(readable(candidates(run)))
+    if not manifests:
+        return []
+    verify(max(manifests, key=lambda path: manifests[path].step))
+    surplus = sorted(set(manifests) - to_keep(manifests, last, every, best))
+    for path in surplus:
+        # Renamed first: a removal that is killed half-way leaves no folder that looks like a checkpoint.
+        gone = path.with_name(f".{path.name}.part-{os.getpid()}")
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return surplus

@@ -1,0 +1,156 @@
+"""Saving beside the training: a snapshot in host memory, then a thread that writes it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.config import CheckpointConfig
+from training.errors import SaveFailed
+
+from . import folder
+
+Tensors = dict[str, dict[str, Tensor]]
+"""File name → tensor name → tensor."""
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time, and removes those that retention does not keep.
+
+    A save that fails costs a line, not the run: the older checkpoints are untouched. `save(..., wait=True)`, for the
+    last save of a process, raises SaveFailed instead.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, notify: Callable[[str], None]) -> None:
+        self.run, self.config, self.notify = run, config, notify
+        self._snapshot: Tensors = {}
+        self._thread: Thread | None = None
+        self._failure = ""
+        self._metrics: SimpleQueue[dict[str, float]] = SimpleQueue()
+
+    def save(self, tensors: Tensors, texts: dict[str, Any], facts: dict[str, Any], wait: bool = False) -> None:
+        """Take a snapshot and begin to write it. Waits for the save before, should that still be under way.
+
+        Args: as `folder.write`, with the tensors themselves. wait: come back when the checkpoint is there.
+        """
+        began = time.perf_counter()
+        self.finish()
+        copied = self._copy(tensors)
+        self._thread = Thread(target=self._write, args=(copied, texts, facts), name="checkpoint")
+        self._thread.start()
+        self.add_metrics({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
+        if wait:
+            self.finish(raises=True)
+
+    def finish(self, raises: bool = False) -> None:
+        """Wait for the save under way, and say in one line if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, ""
+        if failure and raises:
+            raise SaveFailed(failure)
+        if failure:
+            self.notify(f"{failure}; training goes on")
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """To be told with the next `metrics`."""
+        self._metrics.put(metrics)
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds and bytes of the save that ended since the last call; a failure is said here."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.finish()
+        found: dict[str, float] = {}
+        while not self._metrics.empty():
+            found |= self._metrics.get()
+        return found
+
+    def _copy(self, tensors: Tensors) -> Callable[[], None]:
+        """Begin to copy into host memory that is kept between saves; what is returned waits until that is done.
+
+        From a GPU the copy runs on a stream of its own into pinned memory. The host does not wait for it; the training
+        stream does, because the next update would change what is being read.
+        """
+        stream = None
+        for file, group in tensors.items():
+            kept = self._snapshot.setdefault(file, {})
+            for gone in set(kept) - set(group):
+                del kept[gone]
+            for name, tensor in group.items():
+                source = tensor.detach()
+                if name not in kept or kept[name].shape != source.shape or kept[name].dtype != source.dtype:
+                    kept[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                if source.is_cuda and stream is None:
+                    stream = torch.cuda.Stream(source.device)
+                    stream.wait_stream(torch.cuda.current_stream(source.device))
+                with torch.cuda.stream(stream if source.is_cuda else None):
+                    kept[name].copy_(source, non_blocking=source.is_cuda)
+        if stream is None:
+            return lambda: None
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        copied = torch.cuda.Event()
+        copied.record(stream)
+        return copied.synchronize
+
+    def _write(self, copied: Callable[[], None], texts: dict[str, Any], facts: dict[str, Any]) -> None:
+        path = folder.path_of(self.run, facts["step"])
+        needed = sum(tensor.nbytes for group in self._snapshot.values() for tensor in group.values())
+        try:
+            began = time.perf_counter()
+            copied()
+            self._need_space(needed)
+            for record in texts["state.json"]["records"]:  # no checkpoint may be older than the lines it counts on
+                folder.sync(self.run / record)
+            writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
+            manifest = folder.write(path, writers, texts, facts)
+            seconds = time.perf_counter() - began
+            self.add_metrics({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
+        except (OSError, SafetensorError) as error:
+            self._failure = (
+                f"checkpoint {path} was not written, older ones are untouched: {save_problem(error, self.run)}"
+            )
+        except Exception as error:  # a bug of ours must not end a run that goes well
+            self._failure = f"checkpoint {path} was not written: {type(error).__name__}: {error}"
+        else:
+            try:
+                folder.prune(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best)
+            except folder.DamagedCheckpoint as damage:
+                self._failure = f"checkpoint {path} does not read back as written, nothing older is removed: {damage}"
+            except OSError as error:
+                self._failure = f"old checkpoints could not be removed: {error.strerror}"
+
+    def _need_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.run).free
+        if free < needed:
+            reason = (
+                f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free; free some, or lower checkpoint.keep_last"
+            )
+            raise OSError(errno.ENOSPC, f"disk full: {reason}")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, str(path))  # lets other threads run: they waited 5 ms at most while 0.4 GB were written
+
+
+def save_problem(error: OSError | SafetensorError, folder: Path) -> str:
+    """One line; safetensors tells the system's errors as text."""
+    if isinstance(error, OSError) and error.strerror and error.strerror != os.strerror(errno.ENOSPC):
+        return error.strerror
+    if isinstance(error, OSError) or "os error 28" in str(error):
+        free = shutil.disk_usage(folder).free
+        return f"disk full: {free / 1e6:,.1f} MB free; free some, or lower checkpoint.keep_last"
+    return " ".join(str(error).split())[:300]

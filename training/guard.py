@@ -1,0 +1,108 @@
+"""Bad steps: a loss or gradient that is not finite, or a loss far above its recent course.
+
+Everything is decided on the device, before the update and without waiting for it; the host looks at log lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import BadStepConfig
+from .errors import NonFiniteError
+
+COUNTERS = ("skipped", "in_a_row", "worst_in_a_row", "step", "loss", "grad_norm")
+"""Bad steps so far, now in a row, most in a row since the last look; the first since then, its loss, its norm."""
+
+
+class Guard:
+    """Keeps bad steps out of the parameters, and stops the run or counts them, as `config` says.
+
+    A loss is a spike when it is more than `spike_sigma` standard deviations above the mean of the last `spike_window`
+    good losses; before there are that many, none is.
+    """
+
+    def __init__(
+        self, config: BadStepConfig, device: torch.device, notify: Callable[[str], None], record: Path
+    ) -> None:
+        self.config, self.notify, self.record = config, notify, record
+        self.losses = torch.zeros(config.spike_window, device=device)
+        self.num_good = torch.zeros((), dtype=torch.int64, device=device)
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=device)
+        self.seen = 0
+        """Bad steps the host knows of."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, for a checkpoint; `load` puts it back."""
+        return {"guard/losses": self.losses, "guard/num_good": self.num_good, "guard/counters": self.counters}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Another spike_window than the checkpoint's begins its window anew."""
+        self.counters.copy_(tensors["guard/counters"])
+        self.seen = int(self.counters[0])
+        if tensors["guard/losses"].shape == self.losses.shape:
+            self.losses.copy_(tensors["guard/losses"])
+            self.num_good.copy_(tensors["guard/num_good"])
+
+    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether a step may update the parameters: a bool scalar on the device. No synchronisation."""
+        good = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        if self.config.spike_sigma > 0:
+            full = self.num_good >= self.config.spike_window
+            limit = self.losses.mean() + self.config.spike_sigma * self.losses.std()
+            good &= ~full | (loss <= limit)
+        skipped, in_a_row, worst, *first = self.counters.unbind()
+        if self.config.action == "stop":
+            good &= skipped == 0  # the parameters stay those that met the bad batch until the host sees it
+        slot = (self.num_good % self.config.spike_window)[None]  # self.losses[a scalar] would wait for the device
+        self.losses.scatter_(0, slot, torch.where(good, loss, self.losses.gather(0, slot)))
+        self.num_good += good
+        in_a_row = torch.where(good, 0.0, in_a_row + 1)
+        is_first = ~good & (skipped == self.seen)
+        now = (torch.full_like(skipped, step), loss.double(), grad_norm.double())
+        first = [torch.where(is_first, new, old) for new, old in zip(now, first, strict=True)]
+        self.counters = torch.stack([skipped + ~good, in_a_row, torch.maximum(worst, in_a_row), *first])
+        return good
+
+    def report(self, rows_of: Callable[[int], list[int]]) -> dict[str, float]:
+        """Look at what happened since the last report. Waits for the device.
+
+        Args:
+            rows_of: the training rows that a step read, to find the batch again.
+        Returns:
+            The number of steps skipped so far, if any.
+        Raises:
+            NonFiniteError: by config, at the first bad step or at too many in a row.
+        """
+        skipped, _, worst, step, loss, grad_norm = self.counters.tolist()
+        new = int(skipped) - self.seen
+        if new:
+            self.seen = int(skipped)
+            self.counters[2] = self.counters[1]
+            facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows_of(int(step))}
+            with open(self.record, "a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+            finite = all(map(torch.isfinite, torch.tensor([loss, grad_norm])))
+            what = (
+                f"the loss spiked to {loss:.4g} at step {int(step)}"
+                if finite
+                else f"the loss or a gradient was NaN or infinite at step {int(step)}"
+            )
+            if self.config.action == "stop":
+                raise NonFiniteError(
+                    f"{what}; no parameter took that step, and {self.record} holds its rows. Try a lower "
+                    f"learning_rate, a longer schedule.warmup_steps, precision=fp32, or bad_step.action=skip"
+                )
+            if worst >= self.config.most_in_a_row:
+                raise NonFiniteError(
+                    f"{what}, and {int(worst)} steps in a row were bad (bad_step.most_in_a_row="
+                    f"{self.config.most_in_a_row}); no parameter took them. Resume from an earlier checkpoint "
+                    f"with a lower learning_rate"
+                )
+            more = f", and {new - 1} more since the last line" if new > 1 else ""
+            self.notify(f"skipped    {what}{more}; {int(skipped)} so far, rows in {self.record}")
+        return {"train/skipped_steps": skipped} if skipped else {}
