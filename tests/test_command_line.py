@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,9 @@ MISTAKES = {
     "tokens_per_step=3000": ["tokens_per_step=3000", "2048", "use 2048"],
     "schedule.decay_fraction=0.1": ["schedule.decay_fraction", "schedule=wsd", "choose that too"],
     "data=text": ["data.path", "data.path=FILE"],
+    "data.packing=tight": ["data.packing=tight", "use end_to_end or best_fit"],
+    "data=mix": ["data.parts", "data.parts={NAME: {weight: 1, name: stdlib}"],
+    "tokenizer=file": ["tokenizer.path", "tokenizer.path=tokenizer.json"],
     "seq_len": ["'seq_len'", "write key=value"],
     "attention=null": ["attention=null", "use auto, flash"],
     "optimizer={lr: 1}": ["optimizer", "use adamw, muon"],
@@ -287,6 +291,56 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(h
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(len(steps))), "each step once, over all processes"
     assert not (folder / "model.safetensors").exists()
+
+
+def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tuple[str, list[str]]:
+    """SIGTERM at a moment; what the run printed. It ends with code 75 and one line, having saved."""
+    process = begin(home, *arguments)
+    try:
+        wait_for(moment, process)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    (line,) = err.splitlines()
+    assert line.startswith("error: interrupted by SIGTERM; saved ")
+    saved = Path(line.rpartition(" ")[2])
+    assert (home / saved / "manifest.json").exists()
+    return saved.name, out.splitlines()
+
+
+def test_a_run_that_is_asked_during_an_evaluation_leaves_it_to_the_next_process(home: Path) -> None:
+    folder = home / "evaluating"
+    (home / "much").mkdir()
+    (home / "much" / "a.txt").write_text("a line of a long text\n" * 200_000)
+    much = ["data.path=much", "tokenizer=bytes", "eval_tokens=10_000_000", "max_steps=2", "run_dir=evaluating"]
+    saved, _ = ask_to_stop(home, lambda: (folder / "facts.json").exists(), *much)
+    assert saved == "step-00000000"
+    assert lines_of(folder) == 0, "the evaluation at step 0 was cut"
+
+
+def test_a_run_that_is_asked_inside_a_save_ends_with_a_good_checkpoint(home: Path) -> None:
+    folder = home / "saving"
+    inside = lambda: any(folder.glob("checkpoints/.step-*.part-*"))  # noqa: E731
+    saved, _ = ask_to_stop(home, inside, *ENDLESS, "run_dir=saving", "checkpoint.every=1", "model.dim=256")
+    done = run(home, *SMALL, *ENDLESS, "run_dir=saving", "checkpoint.every=1", "model.dim=256", "max_time=0.001")
+    (resumed,) = (line for line in done.out if line.startswith("resume "))
+    assert f"saving/checkpoints/{saved}, verified" in resumed
+    assert not list(folder.glob("checkpoints/.step-*")), "nothing half-written is left"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_run_that_is_asked_while_it_compiles_answers_after_its_first_step(home: Path) -> None:
+    folder = home / "compiling"
+
+    def compiling() -> bool:
+        time.sleep(1)
+        return (folder / "facts.json").exists()
+
+    saved, out = ask_to_stop(home, compiling, *ENDLESS, "run_dir=compiling", "compile=true")
+    assert any(line.startswith("compiling") for line in out)
+    assert saved in ("step-00000000", "step-00000001")
 
 
 def test_a_run_ends_after_max_time_and_at_once_at_a_second_ctrl_c(home: Path) -> None:

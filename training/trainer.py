@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -349,6 +350,7 @@ class Trainer:
             # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
             with checkpoints.part_of(checkpoints.checkpoints_of(self.folder) / "step-weights") as part:
                 save_model(self.model, str(part / target.name))
+                shutil.copymode(self.folder / "config.yaml", part / target.name)
                 checkpoints.sync(part / target.name)
                 os.replace(part / target.name, target)
                 checkpoints.sync(self.folder)

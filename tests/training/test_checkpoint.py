@@ -607,3 +607,13 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_save_nothing_over_the_good_
         trainer.fit()
     # Two bad steps in a row are not too many: step 6 is saved, with the parameters of step 4.
     assert checkpoints.read_manifest(checkpoints.candidates(trainer.folder)[0]).step == 6
+
+
+def test_whoever_may_read_the_run_may_read_its_weights(run: Callable[..., Path]) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = run("max_steps=2")
+    finally:
+        os.umask(before)
+    files = [folder / "model.safetensors", *checkpoints.path_of(folder, 2).iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}

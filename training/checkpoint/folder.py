@@ -145,6 +145,8 @@ def write(
             sync(part / name)
         for name, value in texts.items():
             write_synced(part / name, _spell(value))
+        for name in tensors:  # safetensors lets nobody but the owner read its files
+            shutil.copymode(part / JSON[0], part / name)
         files = {name: [(part / name).stat().st_size, sha256(part / name, from_disk=False)] for name in FILES}
         manifest = Manifest(format=FORMAT, config_sha256=str(files["config.json"][1]), files=files, **facts)
         write_synced(part / MANIFEST, manifest.to_json())
