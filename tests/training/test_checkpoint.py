@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint, Manifest
-from training.config import TrainConfig
+from training.checkpoint.saver import Saver
+from training.config import CheckpointConfig, TrainConfig
 from training.errors import Interrupted, NonFiniteError, SaveFailed
 from training.loggers import read_metrics
 from training.run_folder import RunFolder
@@ -617,3 +618,22 @@ def test_whoever_may_read_the_run_may_read_its_weights(run: Callable[..., Path])
         os.umask(before)
     files = [folder / "model.safetensors", *checkpoints.path_of(folder, 2).iterdir()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
+def test_where_no_memory_can_be_pinned_saves_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def empty(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nand a page of advice")
+        return plain(*shape, **options)
+
+    plain, lines = torch.empty, list[str]()
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **o: empty(*shape, pin_memory=pin_memory, **o))
+    saver = Saver(tmp_path, CheckpointConfig(), lines.append)
+    tensors = [torch.zeros(3).as_subclass(OnGpu) for _ in range(2)]
+    assert [saver._host_memory(tensor).shape for tensor in tensors] == [(3,), (3,)]
+    assert len(lines) == 1
+    assert "no more memory can be pinned" in lines[0]
+    assert "\n" not in lines[0]

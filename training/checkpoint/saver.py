@@ -20,6 +20,7 @@ from torch import Tensor
 
 from training.config import CheckpointConfig
 from training.errors import SaveFailed
+from training.loggers.base import one_line
 
 from . import folder
 
@@ -37,6 +38,7 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig, notify: Callable[[str], None]) -> None:
         self.run, self.config, self.notify = run, config, notify
         self._snapshot: Tensors = {}
+        self._pins = True
         self._thread: Thread | None = None
         self._failure = ""
         self._metrics: SimpleQueue[dict[str, float]] = SimpleQueue()
@@ -93,7 +95,7 @@ class Saver:
             for name, tensor in group.items():
                 source = tensor.detach()
                 if name not in kept or kept[name].shape != source.shape or kept[name].dtype != source.dtype:
-                    kept[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                    kept[name] = self._host_memory(source)
                 if source.is_cuda and stream is None:
                     stream = torch.cuda.Stream(source.device)
                     stream.wait_stream(torch.cuda.current_stream(source.device))
@@ -105,6 +107,17 @@ class Saver:
         copied = torch.cuda.Event()
         copied.record(stream)
         return copied.synchronize
+
+    def _host_memory(self, source: Tensor) -> Tensor:
+        """Memory for a copy: pinned for one that comes from a GPU, where the system has that much of it."""
+        try:
+            return torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda and self._pins)
+        except RuntimeError as error:  # limits on locked memory differ from machine to machine
+            if not (source.is_cuda and self._pins):
+                raise
+            self._pins = False
+            self.notify(f"checkpoint no more memory can be pinned, saves pause training for longer: {one_line(error)}")
+            return torch.empty(source.shape, dtype=source.dtype)
 
     def _write(self, copied: Callable[[], None], texts: dict[str, Any], facts: dict[str, Any]) -> None:
         path = folder.path_of(self.run, facts["step"])
