@@ -293,6 +293,8 @@ def test_processes_that_ask_at_once_build_once(config, monkeypatch):
         began.set()
         fill(*arguments)
 
+    train, trained = Tokenizer.train.__func__, []
+    monkeypatch.setattr(Tokenizer, "train", classmethod(lambda *given: trained.append(1) or train(*given)))
     monkeypatch.setattr(prepare_module, "_fill", slow_fill)
     loaded = []
     threads = [threading.Thread(target=lambda: loaded.append(load(config))) for _ in range(3)]
@@ -301,7 +303,7 @@ def test_processes_that_ask_at_once_build_once(config, monkeypatch):
     for thread in threads:
         thread.join()
     assert began.is_set()
-    assert len(filled) == 1
+    assert len(filled) == len(trained) == 1
     assert_same(loaded[0], loaded[1])
     assert_same(loaded[0], loaded[2])
     files(config)  # exactly one folder remains
@@ -342,7 +344,7 @@ def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
     corpus = load(config, FileTokenizer(path=str(tmp_path / "t.json")))
     assert corpus.tokenizer.vocab_size == 300
     assert texts(corpus, corpus.parts[0].val) == expected(config)[1]
-    Tokenizer.train(["other text " * 99], 290).save(tmp_path / "t.json")
+    Tokenizer.train(expected(config)[1], 300).save(tmp_path / "t.json")  # as large, but another
     other = load(config, FileTokenizer(path=str(tmp_path / "t.json")))
     assert other.manifest["hash"] != corpus.manifest["hash"]
 
