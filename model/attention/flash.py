@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import flash_attention
@@ -26,7 +27,7 @@ class FlashAttention(AttentionBackend):
             return "Triton's interpreter: exact and very slow, for tests"
         if self.implementation == "triton" or not has_hopper_kernels(spec):
             return f"flash-gpt's portable Triton kernels; {self._tiles('forward', 'dq', 'dkdv')}"
-        reason = why_not_hopper_backward(spec.head_dim, spec.softcap)
+        reason = why_not_hopper_backward(spec.head_dim, spec.softcap, torch.are_deterministic_algorithms_enabled())
         if reason is None:
             return "flash-gpt's Hopper kernels"
         tiles = self._tiles("dq", "dkdv")

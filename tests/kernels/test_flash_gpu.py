@@ -141,7 +141,7 @@ def test_offsets_beyond_32_bits(shape, window, part, implementation):
         replace(PLAIN, S=4000, documents="long"),
         replace(PLAIN, S=4096, D=128, heads=(8, 8)),
         replace(PLAIN, S=2000, D=128, causal=False),
-        replace(PLAIN, S=3000, causal=False, window=200),
+        replace(PLAIN, S=3000, D=64, causal=False, window=200),
         replace(PLAIN, S=500, D=128, extra_keys=1500, window=300, documents="gaps", heads=(4, 1)),
     ],
     ids=str,

@@ -1,8 +1,8 @@
 """Flash attention for Hopper (sm_90) in Gluon: the contract of portable.py, for 16-bit inputs, at the card's speed.
 
 `forward` and `backward` launch the kernels of forward_pass.py and backward_pass.py. Where there is no Hopper kernel (a
-backward with head_dim above 128 or with a soft cap), the portable kernel does that part: both produce and take the same
-out and LSE.
+backward with head_dim above 128, with a soft cap, or a deterministic one with head_dim up to 64), the portable kernel
+does that part: both produce and take the same out and LSE.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def backward(
     Takes B · S · H · D float32 numbers of memory for dq's sums while it runs.
     """
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    if why_not_hopper_backward(D, softcap) is not None:
+    if why_not_hopper_backward(D, softcap, deterministic) is not None:
         return portable.backward(
             dout, dlse, q, k, v, out, lse, starts, sinks,
             causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
