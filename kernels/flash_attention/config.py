@@ -131,14 +131,8 @@ def choose_tiles(
     return HOPPER[key]
 
 
-def why_not_hopper_backward(head_dim: int, softcap: float, deterministic: bool) -> str | None:
+def why_not_hopper_backward(head_dim: int, softcap: float) -> str | None:
     """Why the portable kernels compute the gradients of such inputs on Hopper; None when the Hopper kernels do."""
-    if deterministic and head_dim <= 64:
-        return (
-            f"deterministic with head_dim {head_dim} ≤ 64"  # programs that stay and take turns: never run on a GPU yet
-        )
-    if head_dim > 128:
-        return f"head_dim {head_dim} > 128"  # at 128, dK and dV fill half of the registers
-    if softcap > 0:
+    if softcap > 0 and head_dim <= 128:
         return "a soft cap"  # its derivative takes 32 registers more, and the loop spills 390 bytes at head_dim 128
     return None

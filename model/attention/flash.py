@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels import flash_attention
@@ -27,7 +26,7 @@ class FlashAttention(AttentionBackend):
             return "Triton's interpreter: exact and very slow, for tests"
         if self.implementation == "triton" or not has_hopper_kernels(spec):
             return f"flash-gpt's portable Triton kernels; {self._tiles('forward', 'dq', 'dkdv')}"
-        reason = why_not_hopper_backward(spec.head_dim, spec.softcap, torch.are_deterministic_algorithms_enabled())
+        reason = why_not_hopper_backward(spec.head_dim, spec.softcap)
         if reason is None:
             return "flash-gpt's Hopper kernels"
         tiles = self._tiles("dq", "dkdv")

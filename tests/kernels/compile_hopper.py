@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import backward_pass, forward_pass
+from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass
 from kernels.flash_attention.hopper.common import Kind
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -86,21 +86,25 @@ def compile_forward(
     return compile_kernel(forward_pass.forward_kernel, {"CONFIG": config} | absent, types)
 
 
-def compile_backward(kind: Kind, head_dim: int, dtype: str, *, deterministic: bool) -> dict[str, Any]:
-    m, n = backward_pass.M.value, backward_pass.N.value
+def compile_backward(
+    kernel: Any, kind: Kind, head_dim: int, dtype: str, *, deterministic: bool = False
+) -> dict[str, Any]:
+    config = hopper.backward_config(kind, head_dim, deterministic)
+    m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
     types |= dict.fromkeys(("starts_ptr", "taken_ptr", "turns_ptr"), "*i32")
-    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows")}
+    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
+    types["stat_ptr"] = "*fp32"
     sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
-    types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
+    if kernel is backward_pass.backward_kernel:
+        types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
     absent = {} if kind.starts else {"starts_ptr": None}
-    if not deterministic:
+    if kernel is backward_pass.backward_kernel and not deterministic:
         absent["turns_ptr"] = None
-    config = hopper.backward_config(kind, head_dim, deterministic)
     types["stat_rows"] = f"tensordesc<fp32[{config.numbers}],{gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)!r}>"
-    return compile_kernel(backward_pass.backward_kernel, {"CONFIG": config} | absent, types)
+    return compile_kernel(kernel, {"CONFIG": config} | absent, types)
 
 
 def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
@@ -130,18 +134,24 @@ def configurations() -> Iterator[dict[str, Any]]:
             yield (
                 row | {"kernel": "forward"} | compile_forward(kind, head_dim, 4096, "bf16", sinks=softcap, window=1024)
             )
-        if head_dim <= 128 and not softcap:
-            yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "bf16", deterministic=False)
-            yield row | {"kernel": "turns"} | compile_backward(kind, head_dim, "bf16", deterministic=True)
+        if head_dim > 128:
+            for kernel in (backward_wide.dkdv_kernel, backward_wide.dq_kernel):
+                yield row | {"kernel": kernel.__name__} | compile_backward(kernel, kind, head_dim, "bf16")
+        elif not softcap:
+            kernel = backward_pass.backward_kernel
+            yield row | {"kernel": "backward"} | compile_backward(kernel, kind, head_dim, "bf16")
+            yield row | {"kernel": "turns"} | compile_backward(kernel, kind, head_dim, "bf16", deterministic=True)
     for head_dim in (40, 96, 192):
         kind = Kind(8, 1, True, False, False, False)
         row = {"head_dim": head_dim, "mask": "causal", "softcap": False, "dtype": "fp16"}
         yield row | {"kernel": "forward"} | compile_forward(kind, head_dim, 4096, "fp16", sinks=True)
-        if head_dim > 128:
-            continue
-        yield row | {"kernel": "backward"} | compile_backward(kind, head_dim, "fp16", deterministic=False)
         yield row | {"kernel": "prepare"} | compile_prepare(head_dim, "fp16")
-        yield row | {"kernel": "finish"} | compile_finish(head_dim, "fp16")
+        if head_dim > 128:
+            for kernel in (backward_wide.dkdv_kernel, backward_wide.dq_kernel):
+                yield row | {"kernel": kernel.__name__} | compile_backward(kernel, kind, head_dim, "fp16")
+        else:
+            yield row | {"kernel": "backward"} | compile_backward(backward_pass.backward_kernel, kind, head_dim, "fp16")
+            yield row | {"kernel": "finish"} | compile_finish(head_dim, "fp16")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ CASES = [
     Case(2500, D=64, heads=(4, 4), causal=False, dtype=BF16),
     Case(190, D=128, heads=(4, 1), extra_keys=1000, causal=False, dtype=BF16),
     Case(900, D=64, heads=(4, 2), softcap=3.0, documents="of-64", dtype=FP16),
+    # Hopper's backward for more than 128 columns: tiles of 64 keys.
+    *(Case(S, D=256, heads=(2, 1), dtype=BF16) for S in (1, 64, 65, 129)),
+    Case(900, D=256, heads=(4, 2), window=300, documents="long", softcap=30.0, dtype=BF16),
+    Case(500, D=192, heads=(4, 1), extra_keys=300, window=200, documents="gaps", sinks=True, dtype=FP16),
+    Case(1000, D=136, heads=(2, 2), causal=False, softcap=3.0, dtype=BF16, layout="fused"),
     # More rows · heads than the second and third axes of a grid can count, 65,535.
     Case(16, D=16, B=2200, heads=(32, 32), dtype=BF16),
 ]
@@ -143,6 +148,7 @@ def test_offsets_beyond_32_bits(shape, window, part, implementation):
         replace(PLAIN, S=2000, D=128, causal=False),
         replace(PLAIN, S=3000, D=64, causal=False, window=200),
         replace(PLAIN, S=500, D=128, extra_keys=1500, window=300, documents="gaps", heads=(4, 1)),
+        replace(PLAIN, S=2000, D=256),
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
 """Flash attention for Hopper (sm_90) in Gluon: the contract of portable.py, for 16-bit inputs, at the card's speed.
 
-`forward` and `backward` launch the kernels of forward_pass.py and backward_pass.py. Where there is no Hopper kernel (a
-backward with head_dim above 128, with a soft cap, or a deterministic one with head_dim up to 64), the portable kernel
-does that part: both produce and take the same out and LSE.
+`forward` and `backward` launch the kernels of forward_pass.py, backward_pass.py and backward_wide.py. Where there is no
+Hopper kernel (a backward with a soft cap and head_dim up to 128), the portable kernel does that part: both produce and
+take the same out and LSE.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import portable
 from ..config import why_not_hopper_backward
-from .backward_pass import CONSUMERS, Backward, M, N, backward_kernel, finish_kernel, prepare_kernel
+from .backward_pass import CONSUMERS, Backward, M, backward_kernel, finish_kernel, prepare_kernel
+from .backward_wide import dkdv_kernel, dq_kernel
 from .common import Kind, numbers, padded, plain_rows, rows
 from .forward_pass import Forward, forward_kernel
 
+Tensors = tuple[Tensor, ...]
+Outputs = tuple[Tensor, Tensor, Tensor | None]
 SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32)
 
 
@@ -55,8 +58,11 @@ def columns_of(head_dim: int) -> tuple[int, ...]:
 
 def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     """How to cut the backward pass: see the fields of `Backward`."""
-    small = head_dim <= 64
-    return Backward(**vars(kind), stages=2, keys_in_registers=small, persistent=small, deterministic=deterministic)
+    small, wide = head_dim <= 64, head_dim > 128
+    return Backward(
+        **vars(kind), n=64 if wide else 128, stages=2,
+        keys_in_registers=small, persistent=small, deterministic=deterministic and not wide,
+    )  # fmt: skip
 
 
 def forward(
@@ -88,51 +94,85 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv and dsinks, as `portable.backward`; without `deterministic` the last bits of dq differ between runs.
 
-    Takes B · S · H · D float32 numbers of memory for dq's sums while it runs.
+    With head_dim up to 128 it takes B · S · H · D float32 numbers of memory for dq's sums while it runs. Above, dq is
+    never summed in memory, and always the same.
     """
-    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    if why_not_hopper_backward(D, softcap, deterministic) is not None:
+    (B, S, H, D), G = q.shape, k.shape[2]
+    if why_not_hopper_backward(D, softcap) is not None:
         return portable.backward(
             dout, dlse, q, k, v, out, lse, starts, sinks,
             causal=causal, window=window, softcap=softcap, scale=scale, deterministic=deterministic,
         )  # fmt: skip
     q, k, v, dout = (portable.aligned(x) for x in (q, k, v, dout))
+    dlse = None if dlse is None else dlse.contiguous()
     mask = portable.Mask(causal, window, starts, softcap, scale)
     config = backward_config(_kind(mask, H, G), D, deterministic)
-    D_tile = padded(D)
-    query_tiles, n_tiles = triton.cdiv(S, M.value), triton.cdiv(S_k, N.value)
-    n_items = n_tiles * B * G
-    # Tile after tile: numbers of its rows; the sums of its dQ, in the kernel's own order; how many have added to them.
-    per_query = config.numbers // M.value
-    statistics = torch.empty(B, H, query_tiles, per_query, M.value, dtype=torch.float32, device=q.device)
-    sums = torch.empty(B * H * query_tiles * M.value * D_tile, dtype=torch.float32, device=q.device)
-    taken = torch.empty(1, dtype=torch.int32, device=q.device)
-    turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if deterministic else None
+    # Tile after tile: numbers of its rows.
+    shape = B, H, triton.cdiv(S, M.value), config.numbers // M.value, M.value
+    statistics = torch.empty(shape, dtype=torch.float32, device=q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    per_consumer = M.value * D_tile // 32 // CONSUMERS.value
+    compute = _dkdv_then_dq if D > 128 else _fused
     with torch.cuda.device_of(q):
-        prepare_kernel[(B * H * query_tiles,)](
-            plain_rows(out, M.value), plain_rows(dout, M.value), lse,
-            None if dlse is None else dlse.contiguous(), mask.starts, statistics, sums, taken, turns, S, query_tiles,
-            H=H, M=M.value, D=D_tile, NUMBERS=config.numbers,
-        )  # fmt: skip
-        backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
-            rows(q, M.value), rows(k, N.value), rows(v, N.value), rows(dout, M.value),
-            numbers(statistics, config.numbers),
-            TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
-            rows(dk, N.value), rows(dv, N.value), mask.starts, taken, turns,
-            n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
-        )  # fmt: skip
-        finish_kernel[(B * H * query_tiles,)](
-            sums, plain_rows(dq, M.value), query_tiles, scale,
-            H=H, M=M.value, D=D_tile, CONSUMERS=CONSUMERS.value,
-        )  # fmt: skip
+        compute(config, mask, scale, (q, k, v, dout), (out, lse, dlse), statistics, (dq, dk, dv))
     dsinks = None
     if sinks is not None:
         delta = statistics[:, :, :, 1].flatten(2)[:, :, :S]
         # The sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta).
         dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+def _fused(
+    config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
+    gradients: Tensors,
+) -> None:  # fmt: skip
+    (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
+    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
+    D_tile = padded(D)
+    query_tiles, n_tiles = triton.cdiv(S, M.value), triton.cdiv(S_k, config.n)
+    n_items = n_tiles * B * G
+    # Tile after tile: the sums of its dQ, in the kernel's own order, and how many have added to them.
+    sums = torch.empty(B * H * query_tiles * M.value * D_tile, dtype=torch.float32, device=q.device)
+    turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
+    taken = torch.empty(1, dtype=torch.int32, device=q.device)
+    per_consumer = M.value * D_tile // 32 // CONSUMERS.value
+    prepare_kernel[(B * H * query_tiles,)](
+        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, sums, taken, turns,
+        S, query_tiles, H=H, M=M.value, D=D_tile, NUMBERS=config.numbers,
+    )  # fmt: skip
+    backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
+        rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
+        numbers(statistics, config.numbers),
+        TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
+        rows(dk, config.n), rows(dv, config.n), mask.starts, taken, turns,
+        n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+    )  # fmt: skip
+    finish_kernel[(B * H * query_tiles,)](
+        sums, plain_rows(dq, M.value), query_tiles, scale, H=H, M=M.value, D=D_tile, CONSUMERS=CONSUMERS.value,
+    )  # fmt: skip
+
+
+def _dkdv_then_dq(
+    config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
+    gradients: Tensors,
+) -> None:  # fmt: skip
+    (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
+    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
+    query_tiles = triton.cdiv(S, M.value)
+    n_tiles, m_tiles = triton.cdiv(S_k, config.n), triton.cdiv(query_tiles, CONSUMERS.value)
+    tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
+    prepare_kernel[(B * H * query_tiles,)](
+        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, None, None, None,
+        S, query_tiles, H=H, M=M.value, D=padded(D), NUMBERS=config.numbers,
+    )  # fmt: skip
+    dkdv_kernel[(n_tiles * B * G,)](
+        *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), mask.starts,
+        n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+    )  # fmt: skip
+    dq_kernel[(m_tiles * B * H,)](
+        *tiles, rows(dq, M.value), statistics, mask.starts,
+        m_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+    )  # fmt: skip
 
 
 def _kind(mask: portable.Mask, H: int, G: int) -> Kind:

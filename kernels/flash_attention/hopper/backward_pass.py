@@ -48,7 +48,6 @@ from .common import (
 
 M = gl.constexpr(64)  # queries in a tile: more would need more registers than there are
 CONSUMERS = gl.constexpr(2)
-N = gl.constexpr(128)  # keys in a tile
 EXCHANGED = gl.constexpr(3)  # tiles of dS: one being read, one complete, one being written
 
 
@@ -56,6 +55,8 @@ EXCHANGED = gl.constexpr(3)  # tiles of dS: one being read, one complete, one be
 class Backward(Kind):
     """How the kernel cuts its work."""
 
+    n: int
+    """Keys in a tile."""
     stages: int
     """Tiles of queries in shared memory."""
     keys_in_registers: bool
@@ -94,7 +95,8 @@ class Queries(NamedTuple):
     statistics: Any
     q_full: Any
     dout_full: Any
-    empty: Any
+    q_empty: Any
+    dout_empty: Any
 
 
 class Sums(NamedTuple):
@@ -117,10 +119,10 @@ def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     head = item // n_tiles
     b = head // HEADS_KV
-    n0 = item % n_tiles * N
+    n0 = item % n_tiles * CONFIG.n
     if CONFIG.deterministic:
-        n0 = (n_tiles - 1) * N - n0
-    n1 = gl.minimum(n0 + N, mask.S_k) - 1
+        n0 = (n_tiles - 1) * CONFIG.n - n0
+    n1 = gl.minimum(n0 + CONFIG.n, mask.S_k) - 1
     shift = mask.S_k - mask.S
     some_from, full_from, some_to, full_to = 0, 0, mask.S, gl.cdiv(mask.S, M) * M
     if CONFIG.causal:
@@ -133,7 +135,7 @@ def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
     if CONFIG.starts:
         by_start, all_by_start = rows_by_starts(mask.starts_ptr + b.to(gl.int64) * mask.S, n0, n1, mask.S)
         some_to, full_to = gl.minimum(some_to, by_start), gl.minimum(full_to, all_by_start)
-    if n0 + N > mask.S_k:
+    if n0 + CONFIG.n > mask.S_k:
         full_to = 0  # keys that are not there: their zeros would count
     t0 = gl.maximum(some_from, 0) // M
     t3 = gl.maximum(gl.cdiv(some_to, M), t0)
@@ -182,19 +184,20 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
     mbarrier.wait(keys.empty.index(0), (n & 1) ^ 1)
-    mbarrier.expect(keys.full.index(0), 2 * N * D * BYTES)
+    mbarrier.expect(keys.full.index(0), 2 * CONFIG.n * D * BYTES)
     tma.async_copy_global_to_shared(k_rows, [b, g, n0, 0], keys.full.index(0), keys.k)
     tma.async_copy_global_to_shared(v_rows, [b, g, n0, 0], keys.full.index(0), keys.v)
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         for t in range(t0, t3):
             stage = step % CONFIG.stages
-            mbarrier.wait(queries.empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
+            mbarrier.wait(queries.q_empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.q_full.index(stage)
             mbarrier.expect(full, M * D * BYTES + NUMBERS * 4)
             tma.async_copy_global_to_shared(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
             row = ((b * CONFIG.heads + h) * query_tiles + t) * NUMBERS
             tma.async_copy_global_to_shared(stat_rows, [row], full, queries.statistics.index(stage))
+            mbarrier.wait(queries.dout_empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.dout_full.index(stage)
             mbarrier.expect(full, M * D * BYTES)
             tma.async_copy_global_to_shared(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
@@ -208,7 +211,7 @@ def turn_of(n0, t, n_tiles, mask, CONFIG: gl.constexpr):
     end = (t + 1) * M + (mask.S_k - mask.S)
     if not CONFIG.causal:
         end = end + mask.window - 1 if CONFIG.window else mask.S_k
-    return gl.minimum(gl.cdiv(end, N), n_tiles) - 1 - n0 // N
+    return gl.minimum(gl.cdiv(end, CONFIG.n), n_tiles) - 1 - n0 // CONFIG.n
 
 
 @gluon.jit
@@ -233,24 +236,40 @@ def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexp
     ROWS: gl.constexpr = dq_rows.block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
-    for i in range(0, CONFIG.group):
-        h = g * CONFIG.group + i
-        for t in range(t0, t3):
-            tile = (b * CONFIG.heads + h) * query_tiles + t
-            if CONFIG.deterministic:
-                turn = turn_of(n0, t, n_tiles, mask, CONFIG)
-                while gl.atomic_add(turns_ptr + tile, 0) < turn:
-                    pass
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(sums.dq_full.index(c), step & 1)
-                async_add_shared_to_global(dq_rows, [(tile * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
-            for c in gl.static_range(CONSUMERS):
-                tma.store_wait(CONSUMERS - 1 - c)
-                mbarrier.arrive(sums.dq_empty.index(c), count=1)
-            if CONFIG.deterministic:
-                wait_until_added()
-                gl.atomic_add(turns_ptr + tile, 1)
-            step += 1
+    n_steps = CONFIG.group * (t3 - t0)
+    t = t0
+    tile = (b * CONFIG.heads + g * CONFIG.group) * query_tiles + t0
+    before = tile - 1  # not `tile`: the compiler would take the two for one, here and in the loop
+    had = 0
+    if CONFIG.deterministic:
+        had = gl.atomic_add(turns_ptr + tile, 0, mask=n_steps > 0, sem="relaxed")
+    for i in range(0, n_steps):
+        now = tile
+        turn = turn_of(n0, t, n_tiles, mask, CONFIG)
+        t += 1
+        tile += 1
+        if CONFIG.group > 1:  # the next head
+            tile = gl.where(t == t3, tile + query_tiles - (t3 - t0), tile)
+            t = gl.where(t == t3, t0, t)
+        if CONFIG.deterministic:
+            while had < turn:
+                had = gl.atomic_add(turns_ptr + now, 0, sem="relaxed")
+            # A step ahead: the answer takes half as long as a step.
+            had = gl.atomic_add(turns_ptr + tile, 0, mask=i + 1 < n_steps, sem="relaxed")
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(sums.dq_full.index(c), step & 1)
+            async_add_shared_to_global(dq_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
+        for c in gl.static_range(CONSUMERS):
+            tma.store_wait(CONSUMERS - 1 - c)
+            mbarrier.arrive(sums.dq_empty.index(c), count=1)
+        if CONFIG.deterministic:
+            wait_until_added(CONSUMERS)  # what left a step ago: to arrive takes longer than to leave
+            gl.atomic_add(turns_ptr + before, 1, mask=i > 0, sem="relaxed")
+        before = now
+        step += 1
+    if CONFIG.deterministic:
+        wait_until_added(0)
+        gl.atomic_add(turns_ptr + before, 1, mask=n_steps > 0, sem="relaxed")
     return step
 
 
@@ -336,7 +355,7 @@ def consume(
         dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
         send_dq(c, step - 1, dq, sums)  # under the product for dK
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
-    mbarrier.arrive(queries.empty.index(stage), count=1)
+    mbarrier.arrive(queries.q_empty.index(stage), count=1)
     return dk, dv
 
 
@@ -365,9 +384,9 @@ def compute(
     dtype: gl.constexpr = dk_rows.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    k = keys.k.reshape([N, D])
+    k = keys.k.reshape([CONFIG.n, D])
     k_own = k.slice(c * 64, 64, 0)
-    v_own = keys.v.reshape([N, D]).slice(c * 64, 64, 0)
+    v_own = keys.v.reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
     b, g, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
     dk = gl.zeros([64, D], gl.float32, gradients)
     dv = gl.zeros([64, D], gl.float32, gradients)
@@ -425,9 +444,10 @@ def backward_kernel(
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     statistics = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
-    queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
-    ds = gl.allocate_shared_memory(dtype, [EXCHANGED, N, M], ds_layout)
+    empty = barriers(STAGES, CONSUMERS)  # of both: a consumer is done with q and dout at the same time
+    queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), empty, empty)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
+    ds = gl.allocate_shared_memory(dtype, [EXCHANGED, CONFIG.n, M], ds_layout)
     dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_rows.block_shape, dq_rows.layout)
     sums = Sums(ds, barriers(1, CONSUMERS), dq, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
     queue = make_queue(n_items, taken_ptr, 3)
@@ -471,10 +491,11 @@ def prepare_kernel(
     if starts_ptr is not None:
         starts = tl.load(starts_ptr + b.to(tl.int64) * S + m, mask=m < S, other=0)
         tl.store(stat_ptr + 2 * M + tl.arange(0, M), starts.to(tl.float32, bitcast=True))
-    tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+    if sum_ptr is not None:
+        tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
     if turns_ptr is not None:
         tl.store(turns_ptr + program, 0)
-    if program == 0:
+    if taken_ptr is not None and program == 0:
         tl.store(taken_ptr, 0)
 
 

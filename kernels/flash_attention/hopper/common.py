@@ -148,12 +148,11 @@ def async_add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
 
 
 @gluon.jit
-def wait_until_added():
-    """Wait until what this warp adds has been added; `tma.store_wait` waits until it has left shared memory."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
-        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def wait_until_added(PENDING: gl.constexpr):
+    """Wait until all but the last PENDING tiles that this warp adds have been added; `tma.store_wait` waits until they
+    have left shared memory."""
+    WAIT: gl.constexpr = f"cp.async.bulk.wait_group {PENDING}; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
