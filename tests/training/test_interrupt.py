@@ -1,0 +1,74 @@
+"""Signals, sent to real processes. tests/test_command_line.py sends them to whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WAITING = """
+import subprocess, sys, threading, time
+from pathlib import Path
+from training.interrupt import Interrupt
+
+early = threading.Thread(target=time.sleep, args=(60,), daemon=True)  # as a library's, from before
+early.start()
+with Interrupt(Path(sys.argv[1]), None) as interrupt:
+    child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"])
+    while not interrupt.reason():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    print(interrupt.reason(), child.poll(), flush=True)
+    {then}
+    child.kill()
+print("left", flush=True)
+time.sleep(60)
+"""
+
+
+def begin(folder: Path, then: str = "pass") -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING.format(then=then), str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type, return-value]
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_the_whole_group_is_noted_and_ends_nothing_that_the_run_has_started(tmp_path, name):
+    process = begin(tmp_path)
+    assert process.stdout is not None
+    try:
+        os.killpg(process.pid, getattr(signal, name))
+        assert process.stdout.readline() == f"{name} None\n"
+        assert process.stdout.readline() == "left\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM, "what it does afterwards is as before"
+    finally:
+        process.kill()
+
+
+def test_a_second_ctrl_c_ends_a_process_whatever_its_main_thread_is_at(tmp_path):
+    process = begin(tmp_path, then="threading.Event().wait(60)")
+    assert process.stdout is not None
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "SIGINT None\n"
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(10) == 130
+        assert time.monotonic() - began < 5
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
