@@ -52,7 +52,7 @@ def flash_attention(
         sinks: (H,) floating point: a logit per query head that joins the softmax's denominator and has no value, so
             that a head can attend to nothing (gpt-oss). None for none.
         deterministic: ask for gradients that are bitwise the same on every run; torch.use_deterministic_algorithms asks
-            for all calls. The portable kernels give nothing else; the Hopper kernels' dq differs in its last bits.
+            for all calls. Only the Hopper kernels' dq, up to head_dim 128, is otherwise not.
         return_lse: also return the log-sum-exp.
         implementation: "hopper", for 16-bit inputs on sm_90; "triton", the portable kernels, on every GPU from sm_80,
             and in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); "auto", hopper where it can, else triton.
