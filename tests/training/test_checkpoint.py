@@ -88,16 +88,12 @@ def run(config: MakeConfig, tmp_path: Path) -> Callable[..., Path]:
 # ---- exact
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("stop_at", "during"), [(5, "step"), (6, "evaluation"), (10, "evaluation")])
-def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
-    config: MakeConfig, tmp_path: Path, optimizer: str, stop_at: int, during: str
-) -> None:
-    options = [f"optimizer={optimizer}", "max_steps=10", "log_every=3", "eval_every=3", "sample_tokens=4"]
-    options += ["sample_every=3", "learning_rate=1e-2", "tokens_per_step=256", "schedule.warmup_steps=2"]
-    options += ["bad_step.spike_sigma=6", "bad_step.spike_window=2"]
-    whole = fit(config(*options, f"run_dir={tmp_path / 'whole'}"))
-    parts = [*options, f"run_dir={tmp_path / 'parts'}"]
+def check_stopped_and_resumed(config: MakeConfig, folder: Path, *overrides: str, stop_at: int, during: str) -> None:
+    options = ["max_steps=10", "log_every=3", "eval_every=3", "sample_tokens=4", "sample_every=3", "learning_rate=1e-2"]
+    options += ["tokens_per_step=256", "schedule.warmup_steps=2", "bad_step.spike_sigma=6", "bad_step.spike_window=2"]
+    options += overrides
+    whole = fit(config(*options, f"run_dir={folder / 'whole'}"))
+    parts = [*options, f"run_dir={folder / 'parts'}"]
     stopped = fit(config(*parts), stop_at, during)
     assert not (stopped.folder / "model.safetensors").exists()
     resumed = Trainer(config(*parts), silently)
@@ -107,6 +103,31 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
     for name in ("samples.md", "model.safetensors"):
         assert (whole.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
     assert {name for name in resumed.summary if name in EXACT} == {name for name in whole.summary if name in EXACT}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("stop_at", "during"), [(5, "step"), (6, "evaluation"), (10, "evaluation")])
+def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
+    config: MakeConfig, tmp_path: Path, optimizer: str, stop_at: int, during: str
+) -> None:
+    check_stopped_and_resumed(config, tmp_path, f"optimizer={optimizer}", stop_at=stop_at, during=during)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["flash", "sdpa", "flex", "math"])
+def test_on_a_gpu_too_where_it_is_asked_to_be_deterministic(config: MakeConfig, tmp_path: Path, attention: str) -> None:
+    options = [
+        f"attention={attention}",
+        "device=cuda",
+        "deterministic=true",
+        "compile=false",
+        "seq_len=64",
+        "batch_size=2",
+    ]
+    try:
+        check_stopped_and_resumed(config, tmp_path, *options, stop_at=5, during="step")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_what_was_recorded_after_the_checkpoint_is_recorded_once(config: MakeConfig, tmp_path: Path) -> None:
