@@ -21,8 +21,11 @@ def main(composed: DictConfig) -> None:
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
-    resolve_runtime(config)  # what this machine cannot do is refused here, the rest is the trainer's
+    # What this machine cannot do or does not have is refused here, the rest is the trainer's.
+    resolve_runtime(config)
     run_folder.check(config)
+    config.data.check()
+    config.tokenizer.check()
 
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from data.files import find_root
 
 PACKINGS = ("end_to_end", "best_fit")
 TASKS = ("copy", "needle")
@@ -24,6 +27,13 @@ class TokenizerConfig:
             raise ValueError(
                 f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257"
             )
+
+    def check(self) -> None:
+        """Look for what it names on this machine, before anything slow begins.
+
+        Raises:
+            ValueError: something is not there.
+        """
 
 
 @dataclass
@@ -55,6 +65,10 @@ class FileTokenizer(TokenizerConfig):
         if self.vocab_size is not None:
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer.path has its own")
 
+    def check(self) -> None:
+        if not Path(self.path).expanduser().is_file():
+            raise ValueError(f"tokenizer.path={self.path} is no file: name a tokenizer.json")
+
     @property
     def _example(self) -> str:
         return "tokenizer.json"
@@ -66,6 +80,9 @@ class HubTokenizer(FileTokenizer):
 
     name: str = "hub"
     revision: str = "main"
+
+    def check(self) -> None:
+        """The network is asked when it is needed."""
 
     @property
     def _example(self) -> str:
@@ -103,6 +120,13 @@ class DataConfig:
         if not self.cache_dir:
             raise ValueError("data.cache_dir is empty: set it to a folder you can write")
 
+    def check(self) -> None:
+        """Look for what it names on this machine, before anything slow begins.
+
+        Raises:
+            ValueError: something is not there.
+        """
+
 
 @dataclass
 class StdlibData(DataConfig):
@@ -127,6 +151,9 @@ class TextData(DataConfig):
             raise ValueError("data.path is empty: data=text needs data.path=FILE, FOLDER or GLOB")
         if not self.field:
             raise ValueError("data.field is empty: name the key of a .jsonl line that holds its text")
+
+    def check(self) -> None:
+        find_root(self.path)
 
 
 @dataclass
@@ -189,6 +216,10 @@ class MixData(DataConfig):
         if not isinstance(self.parts, Mapping) or not self.parts:
             raise ValueError("data.parts is empty: data=mix needs data.parts={NAME: {weight: 1, name: stdlib}, …}")
         self.sources()  # for what it refuses
+
+    def check(self) -> None:
+        for _, source in self.sources().values():
+            source.check()
 
     def sources(self) -> dict[str, tuple[float, DataConfig]]:
         """Weight and checked configuration of each part; what all have in common is the mixture's."""

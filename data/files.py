@@ -7,6 +7,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -33,22 +34,33 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
 REMEMBERED_BYTES = 2**26  # the hashes of larger files are kept: to hash takes a second for each GB
 
 
+def find_root(path: str) -> Path:
+    """The file that a path names, or the folder that it names files in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = Path(path).expanduser()
+    if given.exists():
+        return given
+    if next(glob.iglob(str(given), recursive=True), None) is None:
+        raise ValueError(f"data.path={path} does not exist: name a file, a folder or a glob")
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+
+
 def find_files(path: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the text files that a file, folder or glob stands for.
 
     Raises:
         ValueError: there are none.
     """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given.parent, [given]
-    if given.is_dir():
-        root, found = given, list(walk(given, skip=lambda name: name.startswith(".")))
-    elif glob.has_magic(path):
-        fixed = next(i for i, part in enumerate(given.parts) if glob.has_magic(part))
-        root, found = Path(*given.parts[:fixed]), [Path(match) for match in glob.glob(str(given), recursive=True)]
+    given, root = Path(path).expanduser(), find_root(path)
+    if root.is_file():
+        return root.parent, [root]
+    if root == given:
+        found = list(walk(root, skip=lambda name: name.startswith(".")))
     else:
-        raise ValueError(f"data.path={path} does not exist: name a file, a folder or a glob")
+        found = [Path(match) for match in glob.glob(str(given), recursive=True)]
     files = [file for file in found if kind_of(file) in TEXT_SUFFIXES and file.is_file()]
     if not files:
         raise ValueError(

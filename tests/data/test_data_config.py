@@ -110,5 +110,18 @@ def test_a_bad_value_is_one_line_naming_the_key(build, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_not_on_this_machine_is_told_without_reading(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a[1].txt").write_text("a name that is a pattern, too")
+    mixed = {"a": {"name": "stdlib"}, "b": {"name": "text", "path": "nowhere"}}
+    for missing in (TextData(path="nowhere"), TextData(path="*.md"), MixData(parts=mixed), FileTokenizer(path=".")):
+        with pytest.raises(ValueError, match=r"path=(nowhere|\*\.md) does not exist|path=\. is no file"):
+            missing.check()
+    for there in (TextData(path="a[1].txt"), TextData(path="*.txt"), FileTokenizer(path="a[1].txt")):
+        there.check()
+    for elsewhere in (StdlibData(), HubData(path="nobody/knows"), HubTokenizer(path="nobody/knows")):
+        elsewhere.check()
+
+
 def test_smallest_vocabulary_is_accepted():
     assert TokenizerConfig(vocab_size=257).vocab_size == 257

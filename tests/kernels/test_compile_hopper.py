@@ -33,8 +33,8 @@ INSTRUCTIONS = {
 # only the ends of its loop need wait in memory; with documents or a window, some that each masked step needs, too. The
 # forward's are for the soft cap with three consumers, which leave 160 registers to a thread; those of dq_kernel, where
 # dQ fills more than half, hold the addresses of its tiles.
-STACK = {"forward": 64, "backward": 96, "turns": 112, "dkdv_kernel": 16, "dq_kernel": 240, "prepare": 0, "finish": 0}
-STACK_LOCAL = {"backward": 192, "turns": 192, "dkdv_kernel": 128, "dq_kernel": 240}
+STACK = {"forward": 64, "backward": 96, "turns": 128, "dkdv_kernel": 80, "dq_kernel": 288, "prepare": 0, "finish": 0}
+STACK_LOCAL = {"backward": 192, "turns": 192, "dkdv_kernel": 144, "dq_kernel": 368}
 TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]
 
 
