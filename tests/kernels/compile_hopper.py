@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -48,16 +49,16 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     )
     compiled = triton.compile(source, target=TARGET, options={"num_warps": 4})
     ptx = compiled.asm["ptx"]
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source_file = Path(folder, "kernel.ptx")
         source_file.write_text(ptx)
-        command = [tool, "-v", "--gpu-name", "sm_90a", source_file, "-o", Path(folder, "kernel.cubin")]
+        command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", source_file, "-o", Path(folder, "kernel.cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack = re.search(r"(\d+) bytes stack frame", said)
     assert stack, said
     names = ("wgmma.mma_async", "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "setmaxnreg")
     return {
+        "triton": triton.__version__,
         "shared": compiled.metadata.shared,
         "stack": int(stack[1]),
         "serialized": "serialized" in said,

@@ -36,7 +36,9 @@ from .common import (
     LOG2E,
     Kind,
     Mask,
-    async_add_shared_to_global,
+    async_add,
+    async_load,
+    async_store,
     barriers,
     make_queue,
     next_item,
@@ -185,8 +187,8 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
     b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
     mbarrier.wait(keys.empty.index(0), (n & 1) ^ 1)
     mbarrier.expect(keys.full.index(0), 2 * CONFIG.n * D * BYTES)
-    tma.async_copy_global_to_shared(k_rows, [b, g, n0, 0], keys.full.index(0), keys.k)
-    tma.async_copy_global_to_shared(v_rows, [b, g, n0, 0], keys.full.index(0), keys.v)
+    async_load(k_rows, [b, g, n0, 0], keys.full.index(0), keys.k)
+    async_load(v_rows, [b, g, n0, 0], keys.full.index(0), keys.v)
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         for t in range(t0, t3):
@@ -194,13 +196,13 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
             mbarrier.wait(queries.q_empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.q_full.index(stage)
             mbarrier.expect(full, M * D * BYTES + NUMBERS * 4)
-            tma.async_copy_global_to_shared(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
+            async_load(q_rows, [b, h, t * M, 0], full, queries.q.index(stage))
             row = ((b * CONFIG.heads + h) * query_tiles + t) * NUMBERS
-            tma.async_copy_global_to_shared(stat_rows, [row], full, queries.statistics.index(stage))
+            async_load(stat_rows, [row], full, queries.statistics.index(stage))
             mbarrier.wait(queries.dout_empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
             full = queries.dout_full.index(stage)
             mbarrier.expect(full, M * D * BYTES)
-            tma.async_copy_global_to_shared(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
+            async_load(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
             step += 1
     return step
 
@@ -258,7 +260,7 @@ def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexp
             had = gl.atomic_add(turns_ptr + tile, 0, mask=i + 1 < n_steps, sem="relaxed")
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(sums.dq_full.index(c), step & 1)
-            async_add_shared_to_global(dq_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
+            async_add(dq_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
         for c in gl.static_range(CONSUMERS):
             tma.store_wait(CONSUMERS - 1 - c)
             mbarrier.arrive(sums.dq_empty.index(c), count=1)
@@ -422,8 +424,8 @@ def compute(
     mbarrier.arrive(keys.done.index(0), count=1)
     if c == 0:
         mbarrier.wait(keys.done.index(0), 1)
-        tma.async_copy_shared_to_global(dk_rows, [b, g, n0, 0], keys.k)
-        tma.async_copy_shared_to_global(dv_rows, [b, g, n0, 0], keys.v)
+        async_store(dk_rows, [b, g, n0, 0], keys.k)
+        async_store(dv_rows, [b, g, n0, 0], keys.v)
         tma.store_wait(0)
         mbarrier.arrive(keys.empty.index(0), count=1)
     return step

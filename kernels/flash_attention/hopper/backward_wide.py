@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward_pass import CONSUMERS, Keys, M, Queries, load, locate
-from .common import Mask, barriers, seen_by, sees, start_of, tanh
+from .common import Mask, async_load, async_store, barriers, seen_by, sees, start_of, tanh
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
 
@@ -171,8 +171,8 @@ def dkdv_consumer(
     mbarrier.arrive(keys.done.index(0), count=1)
     if c == 0:
         mbarrier.wait(keys.done.index(0), 1)
-        tma.async_copy_shared_to_global(dk_rows, [b, g, n0, 0], keys.k)
-        tma.async_copy_shared_to_global(dv_rows, [b, g, n0, 0], keys.v)
+        async_store(dk_rows, [b, g, n0, 0], keys.k)
+        async_store(dv_rows, [b, g, n0, 0], keys.v)
         tma.store_wait(0)
 
 
@@ -259,19 +259,19 @@ def dq_producer(q_rows, k_rows, v_rows, dout_rows, n_tiles, streams, mask, CONFI
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
         mbarrier.expect(full, 2 * M * D * BYTES)
-        tma.async_copy_global_to_shared(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
-        tma.async_copy_global_to_shared(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
+        async_load(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
+        async_load(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
     for i in range(i0, i1):
         step = i - i0
         at = [b, h // CONFIG.group, i * CONFIG.n, 0]
         full = streams.k_full.index(step % 2)
         mbarrier.wait(streams.k_empty.index(step % 2), (step // 2 & 1) ^ 1)
         mbarrier.expect(full, CONFIG.n * D * BYTES)
-        tma.async_copy_global_to_shared(k_rows, at, full, streams.k.index(step % 2))
+        async_load(k_rows, at, full, streams.k.index(step % 2))
         full = streams.v_full.index(0)
         mbarrier.wait(streams.v_empty.index(0), (step & 1) ^ 1)
         mbarrier.expect(full, CONFIG.n * D * BYTES)
-        tma.async_copy_global_to_shared(v_rows, at, full, streams.v.index(0))
+        async_load(v_rows, at, full, streams.v.index(0))
 
 
 @gluon.jit
@@ -362,7 +362,7 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mas
         dq = warpgroup_mma_wait(0, deps=[dq])
     q.store((dq * scale).to(dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dq_rows, [b, h, m0, 0], streams.q.index(c))
+    async_store(dq_rows, [b, h, m0, 0], streams.q.index(c))
     tma.store_wait(0)
 
 

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: masks, barriers, tensor descriptors, and an instruction Gluon has no word for yet.
+"""What the Hopper kernels share: masks, barriers, tensor descriptors, and words that not every Gluon has.
 
 Gluon calls plain Triton functions once they are wrapped, so the mask and the soft cap are the portable kernels' own.
 Values known when a kernel is compiled travel in one frozen dataclass, those known when it runs in named tuples.
@@ -15,7 +15,7 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
@@ -138,13 +138,18 @@ def receive_item(queue, n):
 
 
 @gl._core.builtin
-def async_add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
-    """TMA's reduction: add a float32 tile in shared memory to global memory. In Gluon's own words from Triton 3.8 on;
-    its builder has it since 3.6."""
+def _async_add(descriptor, coordinates, tile, _semantic=None):
+    """TMA's reduction: add a float32 tile in shared memory to global memory."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     _semantic.builder.create_async_tma_reduce(
         ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, tile.handle
     )
+
+
+# Named as in Triton 3.8 and later. Older ones have other names for two of them, and only the instruction for the third.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+async_add = getattr(tma, "async_atomic_add", None) or _async_add
 
 
 @gluon.jit

@@ -26,7 +26,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .common import LN2, LOG2E, Kind, Mask, barriers, make_queue, next_item, receive_item, seen_by, sees, start_of, tanh
+from .common import (
+    LN2,
+    LOG2E,
+    Kind,
+    Mask,
+    async_load,
+    async_store,
+    barriers,
+    make_queue,
+    next_item,
+    receive_item,
+    seen_by,
+    sees,
+    start_of,
+    tanh,
+)
 
 
 @dataclass(frozen=True)
@@ -97,17 +112,17 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(queries.empty.index(c), (n & 1) ^ 1)
             mbarrier.expect(queries.full.index(c), 64 * D * BYTES)
-            tma.async_copy_global_to_shared(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(c), queries.q.index(c))
+            async_load(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(c), queries.q.index(c))
         for i in range(i0, i1):
             stage = step % CONFIG.stages
             phase = step // CONFIG.stages & 1
             at = [b, h // CONFIG.group, i * N, 0]
             mbarrier.wait(keys.empty.index(stage), phase ^ 1)
             mbarrier.expect(keys.full.index(stage), N * D * BYTES)
-            tma.async_copy_global_to_shared(k_rows, at, keys.full.index(stage), keys.tiles.index(stage))
+            async_load(k_rows, at, keys.full.index(stage), keys.tiles.index(stage))
             mbarrier.wait(values.empty.index(stage), phase ^ 1)
             mbarrier.expect(values.full.index(stage), N * D * BYTES)
-            tma.async_copy_global_to_shared(v_rows, at, values.full.index(stage), values.tiles.index(stage))
+            async_load(v_rows, at, values.full.index(stage), values.tiles.index(stage))
             step += 1
         n += 1
         item = next_item(queue, n)
@@ -306,7 +321,7 @@ def consumer(
             tma.store_wait(0)  # the tile before has left its memory
         store_outputs(scale_outputs(outs, 1 / row_sum), queries.out.index(c).reshape([64, D]), CONFIG)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_rows, [b, h, m0, 0], queries.out.index(c))
+        async_store(out_rows, [b, h, m0, 0], queries.out.index(c))
         lse = (row_max + gl.log2(row_sum)) * LN2
         gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
         if not CONFIG.own_out:
