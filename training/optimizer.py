@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from .config import MuonConfig, OptimizerConfig
 
 
 class Optimizer:
-    """One or two PyTorch optimizers stepped as one, skipped whole when the gradients are not finite."""
+    """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
         parameters = dict(model.named_parameters())
@@ -24,34 +22,50 @@ class Optimizer:
         ]
         beta1, beta2 = config.betas
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
-        self.muon: torch.optim.Optimizer | None = None
+        self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
-            self.muon = torch.optim.Muon(
-                hidden,
-                lr=0.0,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            # One for each matrix, so that `_step_where` keeps one at a time.
+            self.muons = [
+                torch.optim.Muon(
+                    [matrix],
+                    lr=0.0,
+                    momentum=config.momentum,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+                for matrix in hidden
+            ]
 
     @property
-    def all(self) -> Iterable[torch.optim.Optimizer]:
-        return [self.adamw] if self.muon is None else [self.adamw, self.muon]
+    def all(self) -> list[torch.optim.Optimizer]:
+        return [self.adamw, *self.muons]
 
-    def step(self, learning_rate: float, finite: Tensor) -> None:
+    def step(self, learning_rate: float, good: Tensor) -> None:
         """Update the parameters and clear the gradients.
 
         Args:
             learning_rate: of this step.
-            finite: bool scalar on the device. Where it is False nothing changes: no parameter, no moment.
+            good: bool scalar on the device. Where it is False nothing changes: no parameter, no moment.
         """
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation.
-        self.adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.adamw.found_inf = (~good).float()  # type: ignore[attr-defined]
         self.adamw.step()
-        if self.muon is not None and bool(finite):  # Muon has no such flag: the host must look
-            self.muon.step()
+        for muon in self.muons:
+            _step_where(good, muon)
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _step_where(good: Tensor, muon: torch.optim.Optimizer) -> None:
+    """Step a Muon of one matrix where `good`. It has no flag like AdamW's."""
+    (matrix,) = muon.param_groups[0]["params"]
+    before = matrix.detach().clone()
+    momentum = muon.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
+    # The momentum moves towards the gradient: towards itself it stays, to the last bit.
+    matrix.grad = torch.where(good, matrix.grad, momentum)
+    muon.step()
+    matrix.copy_(torch.where(good, matrix, before))

@@ -193,9 +193,10 @@ def test_every_way_to_train_learns(train: Callable[..., Trainer], overrides: lis
 def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(config: MakeConfig) -> None:
     trainer = Trainer(config("optimizer=muon"), silently)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    by_adamw, by_muon = (
+    by_adamw, *by_muons = (
         {names[id(p)] for group in inner.param_groups for p in group["params"]} for inner in trainer.optimizer.all
     )
+    by_muon = set().union(*by_muons)
     layers = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
     assert by_muon == {f"blocks.0.{layer}.weight" for layer in layers}
     assert by_adamw == set(names.values()) - by_muon
