@@ -178,9 +178,17 @@ def main() -> None:
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
 
+    facts: dict[str, Any] = {"device": describe_device(device), "versions": versions(), "commit": git_commit(ROOT)}
+    facts["command"] = " ".join(["python -m scripts.bench_training", *sys.argv[1:]])
+    facts["peak_flops"] = peak_flops(torch.cuda.get_device_name(), torch.bfloat16, torch.cuda.get_device_capability())
+
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         print(cells(row), flush=True)
+        if args.out:  # after every row: each takes a minute, and what was measured should survive the next
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.with_suffix(".md").write_text(markdown(rows, facts, seq_len))
+            args.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
 
     spec = AttentionSpec(12, 12, 64, seq_len, "bfloat16", torch.cuda.get_device_capability())
     with device:
@@ -219,16 +227,6 @@ def main() -> None:
                 f"error: train.py {overrides} ends at loss {loss:.4f}, the first such run at {expected:.4f}"
             )
         add({"name": f"train.py {overrides}", "kernel": attention, "loss": loss, **result})
-
-    facts: dict[str, Any] = {"device": describe_device(device), "versions": versions(), "commit": git_commit(ROOT)}
-    facts["command"] = " ".join(["python -m scripts.bench_training", *sys.argv[1:]])
-    facts["peak_flops"] = peak_flops(torch.cuda.get_device_name(), torch.bfloat16, torch.cuda.get_device_capability())
-    table = markdown(rows, facts, seq_len)
-    print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(table)
-        args.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any], seq_len: int) -> str:

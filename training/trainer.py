@@ -155,6 +155,8 @@ class Trainer:
                     self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
                     self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
 
+                    if self.step == first:  # now the optimizer's moments are there, and no step is measured yet
+                        self.saver.reserve(self.tensors())
                     if self.due(config.log_every, first=True):
                         self.log_training(grad_norm, rate)
                     self.report()
@@ -313,16 +315,19 @@ class Trainer:
             self.save(wait=True)
             raise self.interrupt.end(checkpoints.path_of(self.folder, self.step))
 
+    def tensors(self) -> Tensors:
+        """All that a checkpoint holds of this run, beside what is JSON."""
+        return {
+            "model.safetensors": dict(self.model.named_parameters()),
+            "optimizer.safetensors": state.optimizer_tensors(self.model, self.optimizer),
+            "loop.safetensors": {"losses": self.losses, **self.guard.tensors(), **state.random_tensors()},
+        }
+
     def save(self, wait: bool = False) -> None:
         """A checkpoint of this step, unless it is there; with `wait`, come back when it is."""
         if self.saved == self.step:
             return
         self.guard.report(self.rows_of)  # a run that must stop is not saved over a good one
-        tensors: Tensors = {
-            "model.safetensors": dict(self.model.named_parameters()),
-            "optimizer.safetensors": state.optimizer_tensors(self.model, self.optimizer),
-            "loop.safetensors": {"losses": self.losses, **self.guard.tensors(), **state.random_tensors()},
-        }
         values = {
             "reported": self.reported,
             "records": self.run_folder.record_sizes(),
@@ -340,7 +345,7 @@ class Trainer:
             "val_loss": val_loss if step == self.step and math.isfinite(val_loss) else None,
             "versions": versions(),
         }
-        self.saver.save(tensors, {"state.json": values, "config.json": asdict(self.config)}, facts, wait)
+        self.saver.save(self.tensors(), {"state.json": values, "config.json": asdict(self.config)}, facts, wait)
         self.saved = self.step
 
     def save_weights(self) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ JSON = ("state.json", "config.json")
 FILES = (*TENSORS, *JSON)
 MANIFEST = "manifest.json"
 MOST_MANIFEST_BYTES = 1 << 20
+READ_BYTES = 1 << 24  # at once: a thread that hashes asks for the interpreter, which trains, only so often
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -106,25 +108,32 @@ def verify(folder: Path) -> Manifest:
         DamagedCheckpoint: names the first file that is missing, has another size or another content.
     """
     manifest = read_manifest(folder)
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
+
+    def check(name: str) -> None:
+        size, digest = manifest.files[name]
         try:
-            found = path.stat().st_size
+            found = (folder / name).stat().st_size
             if found != size:
                 raise DamagedCheckpoint(f"{name} has {found:,} bytes, not {size:,}")
-            if sha256(path, from_disk=True) != digest:
+            if sha256(folder / name, from_disk=True) != digest:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (SHA-256)")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(check, manifest.files))
     return manifest
 
 
 def sha256(path: Path, from_disk: bool) -> str:
     """Of a file as it was written, which the page cache still holds; or, that dropped, of what the disk gives back."""
-    with open(path, "rb") as file:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def write(
@@ -139,15 +148,21 @@ def write(
     Raises:
         OSError and whatever `tensors` raise; nothing is left behind then.
     """
-    with part_of(folder) as part:
-        for name, save in tensors.items():
-            save(part / name)
-            sync(part / name)
+    with part_of(folder) as part, ThreadPoolExecutor() as pool:
         for name, value in texts.items():
             write_synced(part / name, _spell(value))
-        for name in tensors:  # safetensors lets nobody but the owner read its files
-            shutil.copymode(part / JSON[0], part / name)
-        files = {name: [(part / name).stat().st_size, sha256(part / name, from_disk=False)] for name in FILES}
+
+        def write_tensors(name: str) -> None:
+            tensors[name](part / name)
+            shutil.copymode(part / JSON[0], part / name)  # safetensors lets nobody but the owner read its files
+
+        # The disk and several processors at the same time: what of a save takes long is this.
+        list(pool.map(write_tensors, tensors))
+        synced = [pool.submit(sync, part / name) for name in tensors]
+        digests = pool.map(lambda name: sha256(part / name, from_disk=False), FILES)
+        files = {name: [(part / name).stat().st_size, digest] for name, digest in zip(FILES, digests, strict=True)}
+        for flushed in synced:
+            flushed.result()
         manifest = Manifest(format=FORMAT, config_sha256=str(files["config.json"][1]), files=files, **facts)
         write_synced(part / MANIFEST, manifest.to_json())
         sync(part)

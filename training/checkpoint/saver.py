@@ -81,31 +81,43 @@ class Saver:
             found |= self._metrics.get()
         return found
 
-    def _copy(self, tensors: Tensors) -> Callable[[], None]:
-        """Begin to copy into host memory that is kept between saves; what is returned waits until that is done.
+    def reserve(self, tensors: Tensors) -> None:
+        """Take the host memory that snapshots of these tensors need, and keep it.
 
-        From a GPU the copy runs on a stream of its own into pinned memory. The host does not wait for it; the training
-        stream does, because the next update would change what is being read.
+        To pin memory takes 0.6 s per GiB on an H100's host: better now, before anything is measured, than in a save.
         """
-        stream = None
         for file, group in tensors.items():
             kept = self._snapshot.setdefault(file, {})
             for gone in set(kept) - set(group):
                 del kept[gone]
-            for name, tensor in group.items():
-                source = tensor.detach()
+            for name, source in group.items():
                 if name not in kept or kept[name].shape != source.shape or kept[name].dtype != source.dtype:
                     kept[name] = self._host_memory(source)
-                if source.is_cuda and stream is None:
-                    stream = torch.cuda.Stream(source.device)
-                    stream.wait_stream(torch.cuda.current_stream(source.device))
-                with torch.cuda.stream(stream if source.is_cuda else None):
-                    kept[name].copy_(source, non_blocking=source.is_cuda)
-        if stream is None:
+
+    def _copy(self, tensors: Tensors) -> Callable[[], None]:
+        """Begin to copy into the snapshot; what is returned waits until that is done.
+
+        From a GPU the copy runs on a stream of its own into pinned memory. The host does not wait for it; the training
+        stream does, because the next update would change what is being read.
+        """
+        self.reserve(tensors)
+        pairs = [
+            (self._snapshot[file][name], source.detach())
+            for file, group in tensors.items()
+            for name, source in group.items()
+        ]
+        device = next((source.device for _, source in pairs if source.is_cuda), None)
+        if device is None:
+            for kept, source in pairs:
+                kept.copy_(source)
             return lambda: None
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
-        copied = torch.cuda.Event()
-        copied.record(stream)
+        stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(training)
+        with torch.cuda.stream(stream):
+            for kept, source in pairs:
+                kept.copy_(source, non_blocking=source.is_cuda)
+            copied = stream.record_event()
+        training.wait_event(copied)
         return copied.synchronize
 
     def _host_memory(self, source: Tensor) -> Tensor:

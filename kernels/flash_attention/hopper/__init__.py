@@ -7,26 +7,25 @@ take the same out and LSE.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .. import portable
 from ..config import why_not_hopper_backward
 from .backward_pass import CONSUMERS, Backward, M, backward_kernel, finish_kernel, prepare_kernel
 from .backward_wide import dkdv_kernel, dq_kernel
-from .common import Kind, numbers, padded, plain_rows, rows
+from .common import Kind
 from .forward_pass import Forward, forward_kernel
+from .host import launch, numbers, padded, plain_rows, rows
 
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
-SUMS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32)
 
 
+@lru_cache(maxsize=4096)
 def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> tuple[Forward, int]:
     """How to cut the forward pass: the kernel's constants, and the keys in a tile.
 
@@ -56,6 +55,7 @@ def columns_of(head_dim: int) -> tuple[int, ...]:
     return (whole // 2, rest) if head_dim > 64 and rest < whole // 2 else (whole,)
 
 
+@lru_cache(maxsize=4096)
 def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     """How to cut the backward pass: see the fields of `Backward`."""
     small, wide = head_dim <= 64, head_dim > 128
@@ -76,13 +76,14 @@ def forward(
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     mask = portable.Mask(causal, window, starts, softcap, scale)
     config, n = forward_config(_kind(mask, H, G), D, S_k, window)
-    n_tiles = triton.cdiv(S, 64 * config.consumers)
+    n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        forward_kernel[(min(n_items, _multiprocessors(q.device)),)](
+        launch(
+            forward_kernel, min(n_items, _multiprocessors(q.device)),
             rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, taken,
-            n_items, n_tiles, S, S_k, *mask.numbers, CONFIG=config, num_warps=4,
+            n_items, n_tiles, S, S_k, *mask.numbers, CONFIG=config,
         )  # fmt: skip
     return out, lse
 
@@ -108,7 +109,7 @@ def backward(
     mask = portable.Mask(causal, window, starts, softcap, scale)
     config = backward_config(_kind(mask, H, G), D, deterministic)
     # Tile after tile: numbers of its rows.
-    shape = B, H, triton.cdiv(S, M.value), config.numbers // M.value, M.value
+    shape = B, H, portable.cdiv(S, M.value), config.numbers // M.value, M.value
     statistics = torch.empty(shape, dtype=torch.float32, device=q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     compute = _dkdv_then_dq if D > 128 else _fused
@@ -129,25 +130,28 @@ def _fused(
     (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
     D_tile = padded(D)
-    query_tiles, n_tiles = triton.cdiv(S, M.value), triton.cdiv(S_k, config.n)
+    query_tiles, n_tiles = portable.cdiv(S, M.value), portable.cdiv(S_k, config.n)
     n_items = n_tiles * B * G
     # Tile after tile: the sums of its dQ, in the kernel's own order, and how many have added to them.
     sums = torch.empty(B * H * query_tiles * M.value * D_tile, dtype=torch.float32, device=q.device)
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
     taken = torch.empty(1, dtype=torch.int32, device=q.device)
     per_consumer = M.value * D_tile // 32 // CONSUMERS.value
-    prepare_kernel[(B * H * query_tiles,)](
+    launch(
+        prepare_kernel, B * H * query_tiles,
         plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, sums, taken, turns,
         S, query_tiles, H=H, M=M.value, D=D_tile, NUMBERS=config.numbers,
     )  # fmt: skip
-    backward_kernel[(min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,)](
+    launch(
+        backward_kernel, min(n_items, _multiprocessors(q.device)) if config.persistent else n_items,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
         numbers(statistics, config.numbers),
-        TensorDescriptor(sums, [sums.numel() // 32, 32], [32, 1], [per_consumer, 32], SUMS_LAYOUT),
+        numbers(sums, per_consumer, 32),
         rows(dk, config.n), rows(dv, config.n), mask.starts, taken, turns,
-        n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+        n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
-    finish_kernel[(B * H * query_tiles,)](
+    launch(
+        finish_kernel, B * H * query_tiles,
         sums, plain_rows(dq, M.value), query_tiles, scale, H=H, M=M.value, D=D_tile, CONSUMERS=CONSUMERS.value,
     )  # fmt: skip
 
@@ -158,20 +162,23 @@ def _dkdv_then_dq(
 ) -> None:  # fmt: skip
     (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    query_tiles = triton.cdiv(S, M.value)
-    n_tiles, m_tiles = triton.cdiv(S_k, config.n), triton.cdiv(query_tiles, CONSUMERS.value)
+    query_tiles = portable.cdiv(S, M.value)
+    n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    prepare_kernel[(B * H * query_tiles,)](
+    launch(
+        prepare_kernel, B * H * query_tiles,
         plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, None, None, None,
         S, query_tiles, H=H, M=M.value, D=padded(D), NUMBERS=config.numbers,
     )  # fmt: skip
-    dkdv_kernel[(n_tiles * B * G,)](
+    launch(
+        dkdv_kernel, n_tiles * B * G,
         *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), mask.starts,
-        n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+        n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
-    dq_kernel[(m_tiles * B * H,)](
+    launch(
+        dq_kernel, m_tiles * B * H,
         *tiles, rows(dq, M.value), statistics, mask.starts,
-        m_tiles, S, S_k, *mask.numbers, scale, CONFIG=config, num_warps=4,
+        m_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: masks, barriers, tensor descriptors, and words that not every Gluon has.
+"""What the Hopper kernels share: masks, barriers, and words that not every Gluon has.
 
 Gluon calls plain Triton functions once they are wrapped, so the mask and the soft cap are the portable kernels' own.
 Values known when a kernel is compiled travel in one frozen dataclass, those known when it runs in named tuples.
@@ -7,17 +7,12 @@ Values known when a kernel is compiled travel in one frozen dataclass, those kno
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
 from .. import portable
 
@@ -26,8 +21,6 @@ LN2 = gl.constexpr(portable.LN2.value)
 
 keys_seen = gluon.jit(portable.keys_seen.fn)
 tanh = gluon.jit(portable.tanh.fn)
-
-ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 class Mask(NamedTuple):
@@ -158,36 +151,3 @@ def wait_until_added(PENDING: gl.constexpr):
     have left shared memory."""
     WAIT: gl.constexpr = f"cp.async.bulk.wait_group {PENDING}; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
-    """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
-    shape, strides, block = _tiling(x_BSHD, n_rows)
-    return TensorDescriptor(x_BSHD, shape, strides, block, _layout(*block, x_BSHD.dtype))
-
-
-def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
-    """The same for kernels in plain Triton."""
-    return PlainDescriptor(x_BSHD, *_tiling(x_BSHD, n_rows))
-
-
-def numbers(x: Tensor, n: int) -> TensorDescriptor:
-    """Tiles of n float32 numbers of x. They must begin at 16 bytes: elsewhere TMA is an illegal instruction."""
-    return TensorDescriptor(x, [x.numel()], [1], [n], gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1))
-
-
-@cache
-def _layout(b: int, h: int, n_rows: int, D: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """Kept, because to compute it takes longer (6 µs) than the rest of a descriptor, and a training step makes ten."""
-    return gl.NVMMASharedLayout.get_default_for([b, h, n_rows, D], ELEMENT[dtype])
-
-
-def padded(D: int) -> int:
-    """D as tiles have it: 64, 128 or 256."""
-    return max(64, portable.padded(D))
-
-
-def _tiling(x_BSHD: Tensor, n_rows: int) -> tuple[list[int], list[int], list[int]]:
-    B, S, H, D = x_BSHD.shape
-    b, s, h, d = x_BSHD.stride()
-    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, padded(D)]

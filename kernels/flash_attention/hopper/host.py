@@ -1,0 +1,103 @@
+"""From PyTorch's tensors to a running kernel with little work for the host: tensor descriptors, and launches.
+
+A row of 4k tokens keeps an H100 busy for less time than Triton's own way to it takes the host, which looks at every
+argument of every launch anew and checks every descriptor: docs/kernels/hopper.md has the times.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
+
+from .. import portable
+
+Descriptor = TypeVar("Descriptor", TensorDescriptor, PlainDescriptor)
+
+ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """kernel[(programs,)](*args, **constants), the constants in the order of the kernel's parameters.
+
+    What was compiled is kept by all that Triton compiles for, or more: numbers count by their value, where Triton asks
+    whether they are 1 or a multiple of 16.
+    """
+    key = (kernel.fn, torch.cuda.current_device(), *map(_kind, args), *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*args, *constants.values())
+        return
+    if len(_compiled) == 4096:  # rows of ever new lengths
+        _compiled.clear()
+    _compiled[key] = kernel[(programs,)](*args, **constants)
+
+
+def _kind(x: Any) -> tuple[Any, ...]:
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16
+    if isinstance(x, (TensorDescriptor, PlainDescriptor)):
+        return x.base.dtype, *x.block_shape
+    return type(x), x
+
+
+def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
+    """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
+    return _of(_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows), x_BSHD)
+
+
+def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
+    """The same for kernels in plain Triton."""
+    return _of(_plain_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows), x_BSHD)
+
+
+def numbers(x: Tensor, *tile: int) -> TensorDescriptor:
+    """Tiles of float32 numbers of x, in rows as wide as a tile's. TMA wants 16 bytes or more of them."""
+    return _of(_numbers(x.numel(), tile), x)
+
+
+def padded(D: int) -> int:
+    """D as tiles have it: 64, 128 or 256."""
+    return max(64, portable.padded(D))
+
+
+def _of(blank: Descriptor, base: Tensor) -> Descriptor:
+    """The descriptor of a tensor, for which `blank` was checked."""
+    descriptor = object.__new__(type(blank))
+    descriptor.__dict__.update(blank.__dict__)
+    descriptor.base = base
+    return descriptor
+
+
+@lru_cache(maxsize=4096)
+def _rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int) -> TensorDescriptor:
+    *tiling, block = _tiling(shape, strides, n_rows)
+    return TensorDescriptor(
+        torch.empty(0, dtype=dtype), *tiling, block, gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plain_rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int) -> PlainDescriptor:
+    return PlainDescriptor(torch.empty(0, dtype=dtype), *_tiling(shape, strides, n_rows))
+
+
+@lru_cache(maxsize=4096)
+def _numbers(count: int, tile: tuple[int, ...]) -> TensorDescriptor:
+    *outer, width = tile
+    shape, strides, swizzle = ([count // width, width], [width, 1], 128) if outer else ([count], [1], 0)
+    layout = gl.NVMMASharedLayout(swizzle, element_bitwidth=32, rank=len(tile))
+    return TensorDescriptor(torch.empty(0, dtype=torch.float32), shape, strides, list(tile), layout)
+
+
+def _tiling(shape: tuple[int, ...], strides: tuple[int, ...], n_rows: int) -> tuple[list[int], list[int], list[int]]:
+    B, S, H, D = shape
+    b, s, h, d = strides
+    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, padded(D)]
