@@ -118,8 +118,10 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the transformer; the mask is still prepared eagerly, once per batch."""
-        self._decode = torch.compile(self.decode, *args, **kwargs)
+        """Compile the transformer, for each shape by itself; the mask is still prepared eagerly, once per batch."""
+        # Otherwise rows of validation that are shorter than those of training would make PyTorch compile the latter,
+        # which come second, for any length.
+        self._decode = torch.compile(self.decode, *args, **{"dynamic": False, **kwargs})
 
     def forward(
         self,

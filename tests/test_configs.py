@@ -6,10 +6,12 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -107,6 +109,39 @@ def test_the_sweep_compares_every_attention_that_there_is(monkeypatch: pytest.Mo
     experiment = OmegaConf.load(CONFIGS / "experiment/attention-swap.yaml")
     swept = experiment.hydra.sweeper.params.attention.split(",")
     assert set(swept) == set(ATTENTIONS) - {"auto"} - (set() if gpu else {"flash"})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "seq_len", "rows"),
+    [(False, 512, 4), (False, 4096, 1), (True, 1024, 16), (True, 16384, 1), (True, 65536, 1)],
+)
+def test_short_rows_come_several_at_a_time(monkeypatch: pytest.MonkeyPatch, gpu: bool, seq_len: int, rows: int) -> None:
+    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: gpu)
+    cli.register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert load_config(compose("train", [f"seq_len={seq_len}"])).batch_size == rows
+        assert load_config(compose("train", [f"seq_len={seq_len}", "batch_size=3"])).batch_size == 3
+
+
+class InACycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_job_of_a_sweep_begins_without_what_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    hydra = SimpleNamespace(initialized=lambda: False, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=[])))
+    monkeypatch.setattr(cli, "HydraConfig", hydra)
+    monkeypatch.setattr(cli, "_results", [])
+    models: list[weakref.ref[InACycle]] = []
+
+    def task(composed: DictConfig) -> dict[str, float]:
+        assert all(model() is None for model in models)
+        models.append(weakref.ref(InACycle()))
+        return {}
+
+    for _ in range(3):
+        cli.job(task, OmegaConf.create())
+    assert len(models) == 3
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ class Trainer:
         self.token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes().astype(np.int64))
 
         torch.manual_seed(config.seed)
-        if runtime.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
+        # Of the process, so of the next job of a sweep, too, unless it says otherwise.
+        torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
         max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
         self.attention = attention_for(config, runtime, max_documents)
         with runtime.device:

@@ -225,6 +225,23 @@ def test_compiled_equals_eager_in_one_graph_for_all_batches(build_lively, config
     assert counter.frame_count == 1
 
 
+def test_rows_of_another_length_are_compiled_by_themselves(build_lively):
+    """Validation rows can be shorter, and come first; the graph of training rows must not be one for any length."""
+    torch._dynamo.reset()
+    model = build_lively(LLAMA, seq_len=S)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    model.compile(backend=backend, fullgraph=True)
+    for tokens in (random_tokens()[:, : S // 2], random_tokens(), random_tokens()):
+        torch.testing.assert_close(model(tokens), model(tokens, attention=build_lively(LLAMA).attention))
+    assert len(graphs) == 2
+    assert all(isinstance(x, torch.Tensor) and all(type(n) is int for n in x.shape) for x in graphs[1])
+
+
 def test_another_backend_for_one_call_compiles_nothing(build_lively):
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -641,6 +641,20 @@ def test_whoever_may_read_the_run_may_read_its_weights(run: Callable[..., Path])
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
+def test_no_save_takes_memory_that_the_first_step_has_not(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To pin it takes longer than a save may."""
+    trainer, steps = Trainer(config("max_steps=4", "checkpoint.every=2"), silently), list[int]()
+    host_memory = Saver._host_memory
+    monkeypatch.setattr(
+        Saver, "_host_memory", lambda saver, source: (steps.append(trainer.step), host_memory(saver, source))[1]
+    )
+    trainer.fit()
+    assert set(steps) == {1}
+    assert len(steps) == sum(len(group) for group in trainer.tensors().values())
+
+
 def test_where_no_memory_can_be_pinned_saves_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu(torch.Tensor):
         is_cuda = True

@@ -407,6 +407,13 @@ def test_what_was_decided_at_the_start_is_said(config: MakeConfig) -> None:
     assert (facts["precision"], facts["compile"], facts["peak_flops"]) == ("fp32", False, None)
 
 
+def test_a_run_computes_in_its_own_precision_after_another_in_the_same_process(train: Callable[..., Trainer]) -> None:
+    """As jobs of a sweep are: precision=tf32,fp32."""
+    torch.set_float32_matmul_precision("high")
+    train("max_steps=1")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_config_is_not_changed_by_running_it(config: MakeConfig) -> None:
     mine = config("max_steps=1")
     twin = replace(mine)

@@ -1,0 +1,114 @@
+"""Launches of the Hopper kernels that leave Triton's own way out: never with what was compiled for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from kernels.flash_attention.hopper import host
+
+
+class Kernel:
+    """In the place of a JIT function: what it compiled for, and what was launched without it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def fn(self) -> None:
+        """The function that it was made of."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def compile_and_launch(*args: Any, **constants: Any) -> Any:
+            self.compiled.append((grid, args, constants))
+            return Compiled(self)
+
+        return compile_and_launch
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args: self.kernel.launched.append((grid, args))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(host, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, heads: int = 2) -> torch.Tensor:
+    return torch.zeros(1, 192, heads, 64, dtype=dtype)
+
+
+def test_a_launch_like_an_earlier_one_takes_what_was_compiled_and_its_own_arguments(kernel: Kernel) -> None:
+    first, second = inputs(), inputs()
+    for x in (first, second):
+        host.launch(kernel, 7, host.rows(x, 64), x, 192, 0.5, None, CONFIG=("a", 1), M=64)
+    assert len(kernel.compiled) == 1
+    ((grid, (descriptor, *rest)),) = kernel.launched
+    assert grid == (7, 1, 1)
+    assert descriptor.base is second
+    assert rest[0] is second
+    assert rest[1:] == [192, 0.5, None, ("a", 1), 64]
+
+
+ARGUMENTS: dict[str, tuple[Any, Any]] = {
+    "dtype": (inputs(), inputs(torch.float16)),
+    "alignment": (torch.zeros(8, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)[1:]),
+    "number": (192, 193),
+    "one": (1, 2),
+    "type of a number": (1, 1.0),
+    "truth": (1, True),
+    "absence": (None, torch.zeros(8, dtype=torch.int32)),
+    "descriptor's dtype": (host.rows(inputs(), 64), host.rows(inputs(torch.float16), 64)),
+    "descriptor's tile": (host.rows(inputs(), 64), host.rows(inputs(), 128)),
+    "descriptor's rank": (host.numbers(torch.zeros(512), 256), host.numbers(torch.zeros(512), 8, 32)),
+}
+
+
+@pytest.mark.parametrize("what", ARGUMENTS)
+def test_what_triton_compiles_anew_for_is_compiled_anew(kernel: Kernel, what: str) -> None:
+    for x in ARGUMENTS[what]:
+        host.launch(kernel, 1, x, CONFIG=None)
+    assert len(kernel.compiled) == 2
+    assert not kernel.launched
+
+
+def test_constants_and_devices_and_kernels_are_told_apart(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.launch(kernel, 1, 5, M=64)
+    host.launch(kernel, 1, 5, M=128)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    host.launch(kernel, 1, 5, M=64)
+    assert len(kernel.compiled) == 3
+    other = Kernel()
+    host.launch(other, 1, 5, M=64)
+    assert len(other.compiled) == 1
+    assert not kernel.launched
+
+
+def test_rows_of_ever_new_lengths_do_not_fill_the_memory(kernel: Kernel) -> None:
+    for length in range(5000):
+        host.launch(kernel, 1, length)
+    assert len(host._compiled) <= 4096
+
+
+def test_a_descriptor_is_of_its_own_tensor(kernel: Kernel) -> None:
+    """Descriptors of a shape are checked once, and copied: with the strides and the base of the tensor at hand."""
+    fused = torch.zeros(1, 192, 3, 2, 64, dtype=torch.bfloat16)
+    q, k, _ = fused.unbind(2)
+    descriptors = [host.rows(x, 64) for x in (q, k, q.contiguous(), q)]
+    assert [x.base is y for x, y in zip(descriptors, (q, k, q, q), strict=True)] == [True, True, False, True]
+    assert descriptors[0].shape == [1, 2, 192, 64]
+    assert descriptors[0].strides == descriptors[1].strides == [192 * 384, 64, 384, 1]
+    assert descriptors[2].strides == [192 * 128, 64, 128, 1]
+    assert host.plain_rows(k, 64).base is k
