@@ -15,22 +15,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass
+from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass, host
 from kernels.flash_attention.hopper.common import Kind
 
 TARGET = GPUTarget("cuda", 90, 32)
-ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MASKS = {
     "causal": (True, False, False),
     "full": (False, False, False),
@@ -66,11 +67,15 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     }
 
 
+def type_of(descriptor: Any) -> str:
+    """The type of a descriptor as the host makes it, in Triton's words."""
+    layout = f",{descriptor.layout!r}" if hasattr(descriptor, "layout") else ""
+    return f"tensordesc<{NAMES[descriptor.base.dtype]}{descriptor.block_shape}{layout}>"
+
+
 def rows(n_rows: int, head_dim: int, dtype: str, *, gluon: bool = True) -> str:
-    """The type of the descriptor that `rows` or `plain_rows` makes."""
-    block = [1, 1, n_rows, hopper.padded(head_dim)]
-    layout = "," + repr(gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[dtype])) if gluon else ""
-    return f"tensordesc<{dtype}{block}{layout}>"
+    x = torch.empty(1, n_rows, 1, head_dim, dtype=DTYPES[dtype])
+    return type_of(host.rows(x, n_rows) if gluon else host.plain_rows(x, n_rows))
 
 
 def compile_forward(
@@ -100,11 +105,11 @@ def compile_backward(
     types["stat_ptr"] = "*fp32"
     sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
     if kernel is backward_pass.backward_kernel:
-        types["dq_rows"] = f"tensordesc<fp32[{sums}, 32],{hopper.SUMS_LAYOUT!r}>"
+        types["dq_rows"] = type_of(host.numbers(torch.empty(32 * sums), sums, 32))
     absent = {} if kind.starts else {"starts_ptr": None}
     if kernel is backward_pass.backward_kernel and not deterministic:
         absent["turns_ptr"] = None
-    types["stat_rows"] = f"tensordesc<fp32[{config.numbers}],{gl.NVMMASharedLayout(0, element_bitwidth=32, rank=1)!r}>"
+    types["stat_rows"] = type_of(host.numbers(torch.empty(config.numbers), config.numbers))
     return compile_kernel(kernel, {"CONFIG": config} | absent, types)
 
 
