@@ -309,7 +309,7 @@ def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tupl
     finally:
         process.kill()
     assert process.returncode == 75, err
-    (line,) = err.splitlines()
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))  # PyTorch has warnings of its own
     assert line.startswith("error: interrupted by SIGTERM; saved ")
     saved = Path(line.rpartition(" ")[2])
     assert (home / saved / "manifest.json").exists()

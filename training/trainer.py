@@ -121,17 +121,8 @@ class Trainer:
         self.run_folder = RunFolder(config)
         status = "failed"
         try:
-            self.start()
-            first = self.step + 1
-            batches = Loader(
-                self.train_rows,
-                config.batch_size,
-                seed=config.seed,
-                device=device,
-                first=(first - 1) * config.step_tokens // config.seq_len,
-                window=config.model.window,
-            )
-            with self.interrupt, closing(batches):
+            with self.interrupt, closing(self.start()) as batches:
+                first = self.step + 1
                 self.report()
                 self.stop_if_asked()
                 for self.step in range(first, config.num_steps + 1):
@@ -247,8 +238,12 @@ class Trainer:
         self.summary.update(metrics)
         self.loggers.log(self.step, self.tokens, metrics)
 
-    def start(self) -> None:
-        """Restore what there is to go on from, write what the run is, say what is about to happen, open the loggers."""
+    def start(self) -> Loader:
+        """Restore what there is to go on from, write what the run is, say what is about to happen, open the loggers.
+
+        Returns:
+            The batches of the steps to come.
+        """
         config = self.config
         facts = run_facts(config, self.runtime, self.attention, self.corpus)
         events = self.restore()
@@ -265,6 +260,14 @@ class Trainer:
         self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts, self.step, events))
         if self.runtime.compile:
             self.notify("compiling  the first steps take up to a minute and are in no measurement")
+        return Loader(
+            self.train_rows,
+            config.batch_size,
+            seed=config.seed,
+            device=self.runtime.device,
+            first=self.step * config.step_tokens // config.seq_len,
+            window=config.model.window,
+        )
 
     def restore(self) -> int:
         """Go on from a checkpoint, if there is one; returns the number of logged events before it."""

@@ -540,7 +540,7 @@ def test_a_run_writes_markdown_and_json_with_its_facts(small_run: list[str], tmp
     assert record["rows"][1]["documents"] == [20, 1, 27]
     assert {"device", "versions", "commit", "command"} <= set(record["facts"])
     text = (tmp_path / "a.b.md").read_text()
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {record['facts']['versions']['torch']}" in text
     assert f"    python -m scripts.bench_attention --peers flex --out {tmp_path / 'a.b'}" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,13 +17,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def test_the_heading_names_hardware_versions_commit_and_the_exact_command():
     facts = collect_facts("bench_x", ["--only", "a b"], torch.device("cpu"), ["pytest", "no-such-package"])
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")
     assert facts["versions"]["pytest"] == pytest.__version__
     assert "no-such-package" not in facts["versions"]
     text = "\n".join(heading("Title", facts | {"commit": "abc"}))
     for expected in (
         "# Title",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         "commit abc",
         "    python -m scripts.bench_x --only 'a b'",
     ):
