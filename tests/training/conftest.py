@@ -26,6 +26,7 @@ TINY = [
     "model.vocab_size=300",
     "seq_len=32",
     "batch_size=4",
+    "optimizer=adamw",
     "max_steps=4",
     "eval_tokens=256",
     "log_every=1",
