@@ -347,7 +347,7 @@ def test_the_run_folder_holds_all_that_the_run_was(finished: Trainer) -> None:
 
     samples = (folder / "samples.md").read_text()
     assert samples.count("## step 3 ") == samples.count("## step 6 ") == 1
-    assert samples.count("def ") >= 2, "a sample begins with its prompt"
+    assert samples.count("def") >= 2, "a sample begins with its prompt"
 
 
 def test_the_metrics_of_a_run_are_these(finished: Trainer) -> None:
