@@ -4,7 +4,7 @@
 
 Standard attention writes its S × S scores to memory and reads them back; flash attention does not. This shows it:
 `ncu` (Nsight Compute) counts what one forward, and one forward with backward, read and write, kernel by kernel, for
-`math` (kernels/reference.py) and for our `flash`.
+`math` (kernels/reference.py) and for our `flash`: the portable kernels, on every GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ from torch import Tensor
 from kernels import attention, flash_attention
 from scripts.record import ROOT, collect_facts, heading, need_cuda, stop, write, write_json
 
-FUNCTIONS = {"math": attention, "flash": flash_attention}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "math": attention, "flash": partial(flash_attention, implementation="triton")
+}  # fmt: skip
 BATCH, BYTES = 1, 2  # bf16
 READ, WRITTEN, TIME = "dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum"
 UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "second": 1.0, "s": 1.0}
@@ -52,7 +55,7 @@ class Measurement:
 
         math is algorithms 0 and 3 of the FlashAttention paper (arXiv:2205.14135) with 2-byte scores: S and P are each
         written and read; backward reads P, writes dP, reads P and dP, writes dS and reads it twice. flash has tensors
-        of S × D and of S only; its backward is three kernels: row statistic, dQ, and dK with dV.
+        of S × D and of S only; its backward is three kernels: row statistic, dQ, and dK with dV (the portable ones).
         """
         rows = BATCH * self.heads * self.seq_len
         vectors, squares, statistics = 4, 0, 0  # q, k, v, out
@@ -211,9 +214,9 @@ def profile(ncu: str, options: Sequence[str]) -> str:
 
 EXPLANATION = """\
 One causal call on q, k and v of batch 1, {heads} heads, head_dim {head_dim}, bf16, after one to warm up: `math` is
-kernels/reference.py in eager PyTorch, with a float32 softmax; `flash` is kernels/flash_attention. Bytes between the L2
-cache and the GPU's memory, and time, are sums over the call's kernels. ncu empties the caches before each kernel and
-leaves the clocks alone; what is still in the L2 cache when a kernel ends counts as not written.
+kernels/reference.py in eager PyTorch, with a float32 softmax; `flash` is kernels/flash_attention, its portable kernels.
+Bytes between the L2 cache and the GPU's memory, and time, are sums over the call's kernels. ncu empties the caches
+before each kernel and leaves the clocks alone; what is still in the L2 cache when a kernel ends counts as not written.
 
 "Fewest" is what the algorithm must move if every step read its inputs and wrote its outputs once, with 2-byte elements:
 math, per head, 4 · S · D + 4 · S² (scores and probabilities, each written and read), backward 8 · S · D + 7 · S² more;

@@ -99,6 +99,7 @@ def test_the_fewest_bytes_by_hand():
     assert fewest["math", True] == 12 * vector + 11 * square
     assert fewest["flash", False] == 4 * vector + statistic
     assert fewest["flash", True] == 17 * vector + 6 * statistic
+    assert hbm_traffic.FUNCTIONS["flash"].keywords == {"implementation": "triton"}, "whose steps these are"
 
 
 def test_both_functions_run_forward_and_only_where_asked_backward(monkeypatch: pytest.MonkeyPatch):
