@@ -3,15 +3,15 @@
     python -m scripts.tune_attention --head-dim 64 128 --mask causal documents --out tuning
 
 The kernels of forward, dQ and dK/dV are independent choices. Every candidate is compiled (in parallel), its result is
-compared with that of the first one that works, and only then it is timed, alone.
+compared with that of the first one that works, and only then it is timed, alone. The first is what config.py has now;
+its line ends in "now".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
@@ -23,7 +23,8 @@ import triton
 from torch import Tensor
 
 from kernels.flash_attention import portable
-from kernels.flash_attention.config import Tiles
+from kernels.flash_attention.config import Tiles, choose_tiles
+from scripts.record import need_cuda
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
 MASKS = ("causal", "full", "documents", "window")
@@ -32,7 +33,7 @@ WIDTH = 2048  # heads · head_dim
 Run = Callable[[Tiles], tuple[Tensor, ...]]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
@@ -41,35 +42,43 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, help="folder for tuning.json with every figure")
     parser.add_argument("--workers", type=int, default=12)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: tuning needs a CUDA GPU")
+    args = parser.parse_args(argv)
+    need_cuda("tune_attention")
     dtype = getattr(torch, args.dtype)
+    capability = (0, 0) if torch.version.hip else torch.cuda.get_device_capability()
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for kernel, head_dim, mask in product(args.kernel, args.head_dim, args.mask):
-            jobs = [(kernel, head_dim, mask, dtype, tiles) for tiles in candidates(kernel, head_dim)]
+            now = choose_tiles(
+                kernel, head_dim, capability, float32=dtype == torch.float32, causal=mask != "full",
+                local=mask in ("documents", "window"),
+            )  # fmt: skip
+            jobs = [(kernel, head_dim, mask, dtype, tiles) for tiles in candidates(kernel, head_dim, now)]
             compiled = [(job[-1], made) for job, made in zip(jobs, pool.map(compile_one, jobs), strict=True) if made]
             timed = time_all(kernel, head_dim, mask, dtype, args.seq_len, compiled)
             print(f"{kernel}, head_dim {head_dim}, {mask}", flush=True)
-            for row in timed[:6]:
-                print("  {ms:8.3f} ms  m {m:3} n {n:3} warps {num_warps} stages {num_stages}  "
-                      "shared {shared:6} spilled {spilled}".format(**row), flush=True)  # fmt: skip
+            for i, row in enumerate(timed):
+                is_now = vars(now).items() <= row.items()
+                if i < 6 or is_now:
+                    print("  {ms:8.3f} ms  m {m:3} n {n:3} warps {num_warps} stages {num_stages}  shared {shared:6} "
+                          "spilled {spilled}{mark}".format(**row, mark="  now" * is_now), flush=True)  # fmt: skip
             rows += timed
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / "tuning.json").write_text(json.dumps(rows, indent=1))
 
 
-def candidates(kernel: str, head_dim: int) -> Iterator[Tiles]:
-    """Tiles worth a look: a warp group (4 warps) multiplies 64 rows at a time."""
+def candidates(kernel: str, head_dim: int, now: Tiles) -> list[Tiles]:
+    """Those chosen now, and others worth a look: a warp group (4 warps) multiplies 64 rows at a time."""
+    found = [now]
     for resident, streamed, warps, stages in product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)):
         few_rows_each = warps == 8 and resident == 64 and head_dim <= 128
         tiny = streamed == 16 and head_dim <= 128
         starved = stages == 1 and streamed < 64
         if not (few_rows_each or tiny or starved):
             m, n = (streamed, resident) if kernel == "dkdv" else (resident, streamed)
-            yield Tiles(m, n, warps, stages)
+            found.append(Tiles(m, n, warps, stages))
+    return list(dict.fromkeys(found))
 
 
 def compile_one(job: tuple[str, int, str, torch.dtype, Tiles]) -> tuple[int, int] | None:
