@@ -92,6 +92,10 @@ SMALL = {
     ("dkdv", 256): Tiles(16, 32, 8, 1),
 }
 
+# TF32 products, where PyTorch allows them, hold operands twice: with the tiles above 114,688 bytes, more than sm_86, 89
+# and 120 have.
+SMALL_RTX = {("dkdv", 256): Tiles(16, 16, 8, 1)}
+
 INTERPRETER = Tiles(64, 32, 4, 1)  # unequal on purpose, so that a mix-up of queries and keys shows
 
 
@@ -116,7 +120,8 @@ def choose_tiles(
         return INTERPRETER
     key = (kernel, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
     if float32 or capability == (0, 0):
-        return SMALL[key]
+        rtx = capability[0] == 12 or capability in ((8, 6), (8, 9))
+        return SMALL_RTX.get(key, SMALL[key]) if rtx else SMALL[key]
     if capability[0] not in (9, 10):
         return AMPERE[key]
     overrides = (

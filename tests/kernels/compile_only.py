@@ -34,6 +34,7 @@ MASKS = {
     "causal": dict.fromkeys(FLAGS, False) | {"CAUSAL": True},
     "full": dict.fromkeys(FLAGS, False),
     "documents": dict.fromkeys(FLAGS, False) | {"CAUSAL": True, "STARTS": True},
+    "full-capped": dict.fromkeys(FLAGS, False) | {"SOFTCAP": True, "SINKS": True},
     "dense-everything": dict.fromkeys(FLAGS, True) | {"WINDOW": False, "STARTS": False},
     "local-everything": dict.fromkeys(FLAGS, True),
 }
@@ -59,15 +60,17 @@ def compile_kernel(
     """Compile one kernel for one target.
 
     Args:
-        name: forward, dq or dkdv. mask: of MASKS. dtype: in Triton's words (bf16, fp16, fp32).
+        name: forward, dq or dkdv. mask: of MASKS. dtype: in Triton's words (bf16, fp16, fp32), or tf32: fp32 with
+            products in TF32.
         group: query heads per key/value head.
     """
     kernel, flags = KERNELS[name], MASKS[mask]
     D = triton.next_power_of_2(head_dim)
+    precision, dtype = ("tf32", "fp32") if dtype == "tf32" else ("ieee", dtype)
     tma = target.backend == "cuda" and target.arch >= 90 and dtype != "fp32"
     constants: dict[str, Any] = {
         **flags, "H": 8, "GROUP": group, "M": tiles.m, "N": tiles.n, "D": D, "HEAD_DIM": head_dim,
-        "PRECISION": "ieee", "STAGES": tiles.num_stages, "TMA": tma,
+        "PRECISION": precision, "STAGES": tiles.num_stages, "TMA": tma,
     }  # fmt: skip
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -127,14 +130,17 @@ def target_of(architecture: str) -> GPUTarget:
 def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tiles]]:
     """Everything that `choose_tiles` can choose there: kernel, head_dim, mask, dtype, tiles.
 
-    Architectures that share a table and an instruction set with another are compiled with every mask at once only.
+    Architectures that share a table and an instruction set with another are compiled with every mask at once only. Only
+    forward has tiles of its own for full attention, so a soft cap without anything else is compiled with these alone.
     """
     number = target_of(architecture).arch
     capability = divmod(number, 10) if isinstance(number, int) else (0, 0)
     few = architecture in ("sm_86", "sm_89", "gfx942")
     for name, head_dim in product(KERNELS, (64, 128, 256)):
-        for mask, dtype in product(("local-everything",) if few else MASKS, ("bf16", "fp32")):
-            if dtype == "fp32" and (few or mask != "local-everything"):
+        for mask, dtype in product(("local-everything",) if few else MASKS, ("bf16", "fp32", "tf32")):
+            if dtype != "bf16" and (few or mask != "local-everything"):
+                continue
+            if mask == "full-capped" and name != "forward":
                 continue
             yield name, head_dim, mask, dtype, tiles_for(name, head_dim, mask, dtype, capability)
     for name in KERNELS:
@@ -143,7 +149,7 @@ def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tile
 
 def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple[int, int]) -> Tiles:
     flags = MASKS[mask]
-    return choose_tiles(name, head_dim, capability, float32=dtype == "fp32", causal=flags["CAUSAL"],
+    return choose_tiles(name, head_dim, capability, float32=dtype in ("fp32", "tf32"), causal=flags["CAUSAL"],
                         local=flags["WINDOW"] or flags["STARTS"], softcap=flags["SOFTCAP"])  # fmt: skip
 
 

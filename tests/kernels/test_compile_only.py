@@ -51,7 +51,9 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture, comp
     rows = compiled[architecture]
     assert len(rows) >= 12
     for row in rows:
-        assert row["shared"] <= SHARED_MEMORY[architecture], row
+        # 16 bits on sm_80 take the tiles that sm_86 and 89 do, which are compiled there with one mask only.
+        smallest = architecture == "sm_80" and row["dtype"] in ("bf16", "fp16")
+        assert row["shared"] <= SHARED_MEMORY["sm_86" if smallest else architecture], row
         allowed = HEAD_DIM_256 if (row["kernel"], row["head_dim"]) == ("dkdv", 256) else ALLOWED_STACK
         assert row["stack"] <= allowed or architecture.startswith("gfx"), row
 
@@ -62,6 +64,9 @@ def test_the_fast_instructions_are_used(architecture, compiled):
     for row in compiled[architecture]:
         if row["dtype"] == "fp32":
             assert "mma" not in " ".join(row["instructions"]), "IEEE float32 has no matrix unit"
+            continue
+        if row["dtype"] == "tf32":
+            assert "mma" in " ".join(row["instructions"]), row
             continue
         assert PRODUCTS.get(architecture, "mma.sync") in row["instructions"], row
         if architecture in ("sm_90", "sm_100", "sm_120"):
