@@ -484,9 +484,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def aligned(x_BSHD: Tensor) -> Tensor:
-    """x, or a copy where TMA could not read x: it wants 16-byte multiples, and rows without gaps in them."""
+    """x, or a copy where the kernels could not read x: TMA wants 16-byte multiples, and rows without gaps in them;
+    pointers count in 32 bits from a tile's first row to its last (128 at most)."""
     *strides, last = x_BSHD.stride()
-    fits = last == 1 and x_BSHD.data_ptr() % 16 == 0
+    fits = last == 1 and x_BSHD.data_ptr() % 16 == 0 and strides[1] * 128 < 2**31
     for stride in strides:
         fits = fits and stride > 0 and stride * x_BSHD.element_size() % 16 == 0
     return x_BSHD if fits else x_BSHD.clone(memory_format=torch.contiguous_format)

@@ -329,6 +329,13 @@ for package in (kernels, flash_gpt):
     subprocess.run([sys.executable, "-c", script, DEVICE], check=True)
 
 
+def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied():
+    """With the sequence first, a tile's last row may lie more than 2³¹ elements after its first."""
+    near, far = (torch.empty(200, batch, 8, 256, device="meta").transpose(0, 1) for batch in (8000, 9000))
+    assert portable.aligned(near) is near
+    assert portable.aligned(far).is_contiguous()
+
+
 def test_float32_products_are_ieee_unless_pytorch_allows_tf32():
     q = torch.empty(1, 8, 1, 16)
     tiles = choose_tiles("forward", 16, None)
