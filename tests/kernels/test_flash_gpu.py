@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+pytest.importorskip("triton")
+
 from kernels import flash_attention, flash_attention_varlen, starts_from_separators
 from kernels.flash_attention import portable
 from kernels.flash_attention.op import why_not_hopper

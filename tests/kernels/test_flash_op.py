@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
 from triton.runtime.errors import PTXASError
 
 from kernels import (
