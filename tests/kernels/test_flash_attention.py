@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import pytest
@@ -68,13 +68,13 @@ MASKS: dict[str, dict[str, Any]] = {
 # i·a + j·b + a // k: factors found by search, so that every two choices meet in some case.
 CHOICES: dict[str, tuple[tuple[Any, ...], int, int, int]] = {
     "D": ((16, 40, 64, 80, 96, 128, 192, 256), 1, 1, 99),
-    "heads": (((1, 1), (2, 2), (4, 2), (3, 1), (2, 1)), 2, 3, 3),
-    "extra_keys": ((0, 1, 70), 2, 2, 3),
-    "softcap": ((0.0, 0.0, 3.0), 2, 1, 99),
-    "scale": ((None, None, 0.3), 2, 1, 2),
-    "sinks": ((False, True), 1, 1, 3),
-    "dtype": ((torch.float32, torch.float32, torch.float16, torch.bfloat16), 2, 1, 2),
-    "layout": (LAYOUTS, 1, 1, 2),
+    "heads": (((1, 1), (2, 2), (4, 2), (3, 1), (2, 1)), 1, 2, 99),
+    "extra_keys": ((0, 1, 70), 1, 2, 99),
+    "softcap": ((0.0, 0.0, 3.0), 0, 1, 3),
+    "scale": ((None, None, 0.3), 0, 2, 2),
+    "sinks": ((False, True), 0, 1, 2),
+    "dtype": ((torch.float32, torch.float32, torch.float16, torch.bfloat16), 1, 1, 2),
+    "layout": (LAYOUTS, 0, 1, 3),
 }
 
 
@@ -87,11 +87,24 @@ def grid() -> list[Case]:
             }
             if S <= 3:
                 chosen["dtype"] = torch.float32  # in low precision a norm over a handful of numbers is luck
-            if S > 128:
-                # The interpreter takes 3 ms for each pair of tiles: long rows have few heads.
-                chosen |= {"B": 1, "heads": ((1, 1), (2, 1))[(a + b) % 2]}
-            cases.append(Case(S, **chosen, **mask))
+            if mask.get("window") == 1 and chosen["dtype"] != torch.float32:
+                # Where one key outweighs the sink dp − delta nearly vanishes, and what rounding `out` does to delta is
+                # left: not an error of standard attention, and in every flash attention (see flash_cases._sinks_slack).
+                chosen["sinks"] = False
+            # The interpreter takes 3 ms for each pair of tiles: long rows come alone.
+            cases.append(Case(S, B=1 if S > 128 else 2, **chosen, **mask))
     return cases
+
+
+def test_every_two_choices_meet_in_the_grid():
+    masks = ("causal", "window", "documents")
+    cases = [{"mask": tuple(getattr(case, x) for x in masks)} | vars(case) for case in grid()]
+    for one, other in combinations(("S", "mask", *CHOICES), 2):
+        pairs = product(*({case[name] for case in cases} for name in (one, other)))
+        missing = set(pairs) - {(case[one], case[other]) for case in cases}
+        if (one, other) == ("S", "dtype"):
+            missing = {(S, dtype) for S, dtype in missing if S > 3}
+        assert not missing, (one, other)
 
 
 @interpreted
@@ -299,7 +312,6 @@ REFUSED: dict[str, tuple[list[Tensor], dict[str, Any], str]] = {
     "sinks' shape": ([Q] * 3, {"sinks": rows(2)}, r"sinks \(2,\) must be \(4,\): one logit per query head"),
     "sinks' dtype": ([Q] * 3, {"sinks": rows(4).int()}, r"sinks is torch\.int32; pass float32"),
     "sinks' device": ([Q] * 3, {"sinks": rows(4, device="meta")}, r"sinks is on meta.*\.to\(q\.device\)"),
-    "hopper": ([Q] * 3, {"implementation": "hopper"}, "need an NVIDIA GPU of compute capability 9.0; use implem"),
     "implementation": (
         [Q] * 3,
         {"implementation": "cuda"},
@@ -314,18 +326,35 @@ def test_refuses_what_does_not_fit_and_says_what_to_do(qkv, options, message):
         flash_attention(*qkv, **options)
 
 
+@interpreted
+def test_the_hopper_kernels_are_refused_where_there_is_no_such_gpu():
+    with pytest.raises(ValueError, match=r"'hopper': .* need an NVIDIA GPU of compute capability 9\.0; use implem"):
+        flash_attention(Q, Q, Q, implementation="hopper")
+
+
 PACKED = rows(8, 4, 16)
 CU_SEQLENS = torch.tensor([0, 8], dtype=torch.int32)
-VARLEN_REFUSED: dict[str, tuple[Tensor, Tensor, dict[str, Any], str]] = {
-    "four dimensions": (Q, CU_SEQLENS, {}, r"packed \(tokens, heads, head_dim\).*use flash_attention"),
-    "full": (PACKED, CU_SEQLENS, {"causal": False}, r"causal=False: .* call flash_attention\(\.\.\., causal=False\)"),
-    "int64": (PACKED, CU_SEQLENS.long(), {}, r"cu_seqlens torch\.int64 \(2,\): pass int32 \(N \+ 1,\)"),
-    "matrix": (PACKED, CU_SEQLENS[None], {}, r"cu_seqlens torch\.int32 \(1, 2\)"),
-    "device": (PACKED, CU_SEQLENS.to("meta"), {}, r"cu_seqlens is on meta, q on cpu; move it with \.to\(q\.device\)"),
+VARLEN_REFUSED: dict[str, tuple[list[Tensor], Tensor, dict[str, Any], str]] = {
+    "four dimensions": ([Q] * 3, CU_SEQLENS, {}, r"packed \(tokens, heads, head_dim\).*use flash_attention"),
+    "tokens": ([PACKED, *[PACKED[:7]] * 2], CU_SEQLENS, {}, r"k \(7, 4, 16\) .*as many tokens each"),
+    "full": (
+        [PACKED] * 3,
+        CU_SEQLENS,
+        {"causal": False},
+        r"causal=False: .* call flash_attention\(\.\.\., causal=False\)",
+    ),
+    "int64": ([PACKED] * 3, CU_SEQLENS.long(), {}, r"cu_seqlens torch\.int64 \(2,\): pass int32 \(N \+ 1,\)"),
+    "matrix": ([PACKED] * 3, CU_SEQLENS[None], {}, r"cu_seqlens torch\.int32 \(1, 2\)"),
+    "device": (
+        [PACKED] * 3,
+        CU_SEQLENS.to("meta"),
+        {},
+        r"cu_seqlens is on meta, q on cpu; move it with \.to\(q\.device\)",
+    ),
 }
 
 
-@pytest.mark.parametrize(("q", "cu_seqlens", "options", "message"), VARLEN_REFUSED.values(), ids=VARLEN_REFUSED)
-def test_packed_sequences_are_refused_with_what_to_do(q, cu_seqlens, options, message):
+@pytest.mark.parametrize(("qkv", "cu_seqlens", "options", "message"), VARLEN_REFUSED.values(), ids=VARLEN_REFUSED)
+def test_packed_sequences_are_refused_with_what_to_do(qkv, cu_seqlens, options, message):
     with pytest.raises(ValueError, match=message):
-        flash_attention_varlen(q, q, q, cu_seqlens, 8, **options)
+        flash_attention_varlen(*qkv, cu_seqlens, 8, **options)
