@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from data.files import find_root
+from data.files import expand, find_root
 
 PACKINGS = ("end_to_end", "best_fit")
 TASKS = ("copy", "needle")
@@ -66,7 +66,7 @@ class FileTokenizer(TokenizerConfig):
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer.path has its own")
 
     def check(self) -> None:
-        if not Path(self.path).expanduser().is_file():
+        if not os.path.isfile(expand(self.path)):
             raise ValueError(f"tokenizer.path={self.path} is no file: name a tokenizer.json")
 
     @property

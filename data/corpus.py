@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig, FileTokenizer, HubTokenizer, MixData, TokenizerConfig
+from data.files import expand
 from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare
 from data.sources import Source, open_source
 from data.split import choose_split
@@ -77,7 +78,7 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     """
     configs = data.sources() if isinstance(data, MixData) else {data.name: (1.0, data)}
     sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
-    cache = Path(data.cache_dir).expanduser()
+    cache = expand(data.cache_dir)
     try:
         cache.mkdir(parents=True, exist_ok=True)  # first of all: known before the slow part
         trained = load_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)

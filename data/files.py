@@ -34,13 +34,18 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
 REMEMBERED_BYTES = 2**26  # the hashes of larger files are kept: to hash takes a second for each GB
 
 
+def expand(path: str) -> Path:
+    """A path that may begin with "~"; that of somebody unknown stays as it is, and is then not found."""
+    return Path(os.path.expanduser(path))
+
+
 def find_root(path: str) -> Path:
     """The file that a path names, or the folder that it names files in.
 
     Raises:
         ValueError: there is none.
     """
-    given = Path(path).expanduser()
+    given = expand(path)
     try:
         if given.exists():
             return given
@@ -60,7 +65,7 @@ def find_files(path: str) -> tuple[Path, list[Path]]:
     Raises:
         ValueError: there are none, or a folder cannot be read.
     """
-    given, root = Path(path).expanduser(), find_root(path)
+    given, root = expand(path), find_root(path)
     if root.is_file():
         return root.parent, [root]
     if root == given:
@@ -236,6 +241,19 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
+def hash_tree(root: Path, files: list[Path], cache_dir: str) -> tuple[str, int]:
+    """A SHA-256 of the names, below a root, and contents of files, in their order; and the bytes of all.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    hashes, size = hash_files(files, cache_dir)
+    digest = hashlib.sha256()
+    for path, content in zip(files, hashes, strict=True):
+        digest.update(hashlib.sha256(relative_name(path, root).encode()).digest() + bytes.fromhex(content))
+    return digest.hexdigest(), size
+
+
 def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
     """SHA-256 of each file, and the bytes of all. Those of large files are remembered by size and times of change: of
     the content, which may be set to anything, and of the file's entry, which may not.
@@ -243,7 +261,7 @@ def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
     Raises:
         ValueError: a file cannot be read.
     """
-    memory_file = Path(cache_dir).expanduser() / "file-hashes.json"
+    memory_file = expand(cache_dir) / "file-hashes.json"
     try:
         memory = json.loads(memory_file.read_text(encoding="utf-8"))
         memory = memory if isinstance(memory, dict) else {}

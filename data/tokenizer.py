@@ -146,7 +146,7 @@ class Tokenizer:
             ValueError: the file is missing, is no tokenizer, or has no such token.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).expanduser().read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
         return cls.wrap(backend, str(path), separator)
