@@ -363,13 +363,17 @@ def test_a_tokenizer_of_the_hub_comes_from_its_cache_or_in_one_line(config, tmp_
 
 
 def test_a_tokenizer_without_a_separator_asks_for_one(config, tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<x>": 2}, []))
     backend.save(str(tmp_path / "t.json"))
     with pytest.raises(ValueError, match=r"t\.json has none of .*: name its end of text, tokenizer\.separator="):
         load(config, FileTokenizer(path=str(tmp_path / "t.json")))
     with pytest.raises(ValueError, match=r"t\.json has no token 'c': set tokenizer\.separator"):
         load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="c"))
-    assert load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b")).tokenizer.separator_id == 1
+    with pytest.raises(
+        ValueError, match=r"t\.json makes 'b' of text that says so: set tokenizer\.separator to another"
+    ):
+        load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b"))
+    assert Tokenizer.load(tmp_path / "t.json", "<x>").separator_id == 2
 
 
 # ------------------------------------------------------------------------------------------------------- mix

@@ -143,19 +143,21 @@ def test_a_folder_that_is_not_there_is_no_dataset_of_the_hub(tmp_path):
         open_source(HubData(path=str(tmp_path / "nowhere")))
 
 
+ANSWERS = {"missing": (404, "RepoNotFound"), "private": (401, "RepoNotFound"), "gated": (403, "GatedRepo")}
+DOORS = {"/": (200, ""), "/busy": (503, ""), "/hangs": (200, "")}
+
+
 class FakeHub(BaseHTTPRequestHandler):
     """Answers as the Hub does; what it has to say is in the name of the repository."""
 
-    answers = {"missing": (404, "RepoNotFound"), "private": (401, "RepoNotFound"), "gated": (403, "GatedRepo")}
-    doors = {"/": (200, ""), "/busy": (503, ""), "/hangs": (200, "")}
     asked = 0
 
     def do_HEAD(self):
         type(self).asked += 1
         if self.path == "/hangs":
             time.sleep(3)
-        name = next((name for name in self.answers if f"{name}/x" in self.path), None)
-        status, code = self.answers[name] if name else self.doors.get(self.path, (404, "EntryNotFound"))
+        name = next((name for name in ANSWERS if f"{name}/x" in self.path), None)
+        status, code = ANSWERS[name] if name else DOORS.get(self.path, (404, "EntryNotFound"))
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
