@@ -66,7 +66,12 @@ class Corpus:
     manifest: dict[str, Any]
 
 
-def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[str], None] = print) -> Corpus:
+def load_corpus(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    notify: Callable[[str], None] = print,
+    model_vocab_size: int | None = None,
+) -> Corpus:
     """Take the tokens of a source from the cache, or make them.
 
     `data.cache_dir` has a folder `<source>-<hash>` for each source, and a file for each tokenizer that was trained.
@@ -74,14 +79,22 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     for each thing a user should know.
 
     Raises:
-        ValueError: the source or the tokenizer cannot be read, or data.cache_dir cannot be written.
+        ValueError: the source or the tokenizer cannot be read, data.cache_dir cannot be written, or the tokenizer has
+            more ids than `model_vocab_size`, where that is given.
     """
+    named = load_named_tokenizer(tokenizer)  # first of all, like the cache: known before the slow part
+    if named is not None and model_vocab_size is not None and named.vocab_size > model_vocab_size:
+        where = f"tokenizer.path={tokenizer.path}" if isinstance(tokenizer, FileTokenizer) else "the tokenizer"
+        raise ValueError(
+            f"{where} has {named.vocab_size} ids, more than model.vocab_size={model_vocab_size}: "
+            f"set model.vocab_size={named.vocab_size} or more, or take another tokenizer"
+        )
     configs = data.sources() if isinstance(data, MixData) else {data.name: (1.0, data)}
-    sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
     cache = expand(data.cache_dir)
     try:
-        cache.mkdir(parents=True, exist_ok=True)  # first of all: known before the slow part
-        trained = load_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
+        cache.mkdir(parents=True, exist_ok=True)
+        sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
+        trained = named or train_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
         folders = {
             name: _prepare(config, source, trained, tokenizer, cache, notify)
             for name, (config, source) in sources.items()
@@ -105,10 +118,8 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     return Corpus(tuple(parts), trained, manifest)
 
 
-def load_tokenizer(
-    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, notify: Callable[[str], None]
-) -> Tokenizer:
-    """The tokenizer that was named; "bpe" is trained on the train documents of the sources, once.
+def load_named_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that there is before any text; None for "bpe", which is trained.
 
     Raises:
         ValueError: it cannot be read.
@@ -121,6 +132,13 @@ def load_tokenizer(
         return Tokenizer.wrap(fetch_tokenizer(config), f"tokenizer.path={config.path}", config.separator)
     if isinstance(config, FileTokenizer):
         return Tokenizer.load(config.path, config.separator)
+    return None
+
+
+def train_tokenizer(
+    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, notify: Callable[[str], None]
+) -> Tokenizer:
+    """A tokenizer trained on the train documents of the sources, or the one that was trained on them before."""
     assert config.vocab_size is not None
     settings = [CACHE_FORMAT, config.vocab_size, TRAINING_BYTES, data.val_fraction, *(s.fingerprint for s in sources)]
     file = cache / f"tokenizer-{_hash(settings)[:16]}.json"

@@ -63,8 +63,7 @@ class Trainer:
         check_run_folder(config)
         self.folder = Path(config.run_dir)
 
-        self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
-        config.check_vocab_size(self.corpus.tokenizer.vocab_size)
+        self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
         mask = config.data.document_mask
         self.train_rows = pack(self.corpus, "train", config.seq_len, mask, config.data.packing)
         val_rows = pack(self.corpus, "val", self.val_seq_len(), mask)

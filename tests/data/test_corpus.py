@@ -349,6 +349,17 @@ def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
     assert other.manifest["hash"] != corpus.manifest["hash"]
 
 
+def test_a_vocabulary_larger_than_the_models_is_refused_before_anything_is_read(config, tmp_path, monkeypatch):
+    Tokenizer.train(expected(config)[0], 300).save(tmp_path / "t.json")
+    tokenizer = FileTokenizer(path=str(tmp_path / "t.json"))
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus_module, "open_source", lambda _: pytest.fail("read"))
+        with pytest.raises(ValueError, match=r"tokenizer\.path=.*t\.json has 300 ids, more than model\.vocab_size=299"):
+            load_corpus(config, tokenizer, model_vocab_size=299)
+    assert not Path(config.cache_dir).exists()
+    load_corpus(config, tokenizer, lambda line: None, model_vocab_size=300)
+
+
 def test_a_tokenizer_of_the_hub_comes_from_its_cache_or_in_one_line(config, tmp_path, monkeypatch):
     import huggingface_hub
 
