@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from data.files import expand, find_root
 
 PACKINGS = ("end_to_end", "best_fit")
@@ -223,7 +226,7 @@ class MixData(DataConfig):
 
     def sources(self) -> dict[str, tuple[float, DataConfig]]:
         """Weight and checked configuration of each part; what all have in common is the mixture's."""
-        shared = {f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "name"}
+        shared: dict[Any, Any] = {f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "name"}
         result = {}
         for key, part in self.parts.items():
             where = f"data.parts.{key}"
@@ -231,7 +234,8 @@ class MixData(DataConfig):
                 raise ValueError(f"{where}={part} is not possible; write {{weight: 1, name: stdlib}}")
             settings = dict(part)
             weight, name = settings.pop("weight", 1), settings.pop("name", None)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            # Not to infinity: weights are added up.
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e18:
                 raise ValueError(f"{where}.weight={weight} is not possible; use a number above 0")
             if name not in SOURCES or name == "mix":
                 known = ", ".join(source for source in SOURCES if source != "mix")
@@ -241,9 +245,14 @@ class MixData(DataConfig):
                 known = ", ".join(sorted(own | {"name", "weight"}))
                 raise ValueError(f"{where}.{min(unknown)} is not a setting; {name} has {known}")
             try:
-                result[key] = float(weight), SOURCES[name](**shared, **settings)
-            except (TypeError, ValueError) as error:
+                typed = OmegaConf.merge(OmegaConf.structured(SOURCES[name]), {**shared, **settings})
+                source = OmegaConf.to_object(typed)
+            except OmegaConfBaseException as error:
+                raise ValueError(f"{where}.{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+            except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+            assert isinstance(source, DataConfig)
+            result[key] = float(weight), source
         return result
 
 

@@ -20,6 +20,10 @@ CHARS = 200  # of a document's beginning and of its end
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(composed: DictConfig) -> None:
+    cli.job(inspect, composed)
+
+
+def inspect(composed: DictConfig) -> None:
     config = load_config(composed)
 
     from data.config import PACKINGS

@@ -14,6 +14,10 @@ from training.config import load_config
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(composed: DictConfig) -> None:
+    cli.job(prepare, composed)
+
+
+def prepare(composed: DictConfig) -> None:
     config = load_config(composed)
 
     from data.corpus import load_corpus

@@ -102,6 +102,12 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
             r"data\.parts\.a\.cache_dir is not a setting",
         ),
         (lambda: MixData(parts={"a": {"name": "text"}}), r"data\.parts\.a: data\.path is empty"),
+        (lambda: MixData(parts={"a": {"name": "stdlib", "weight": 1e308}}), r"data\.parts\.a\.weight=1e\+308 is not"),
+        (
+            lambda: MixData(parts={"a": {"name": "synthetic", "documents": 10.5}}),
+            r"data\.parts\.a\.documents: Value '10\.5' .* Integer",
+        ),
+        (lambda: MixData(parts={"a": {"name": "hf", "path": "x", "max_bytes": "all"}}), r"\.a\.max_bytes: Value 'all'"),
     ],
 )
 def test_a_bad_value_is_one_line_naming_the_key(build, message):
