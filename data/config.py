@@ -173,6 +173,9 @@ class HubData(DataConfig):
     revision: str = "main"
     streaming: bool = False
     """True: read over the network while preparing, keeping no copy of the dataset itself."""
+    prepare: bool = True
+    """False: train on the stream as it comes, in its own order, and keep nothing. A run that goes on reads again all
+    that came before."""
     max_bytes: int | None = None
     """Take documents until they have this many bytes; null: all of them."""
 
@@ -180,6 +183,10 @@ class HubData(DataConfig):
         super().__post_init__()
         if not self.path.strip():
             raise ValueError("data.path is empty: data=hf needs data.path=NAME of a dataset, or a folder")
+        if not self.prepare and not self.streaming:
+            raise ValueError("data.prepare=false is for streams: set data.streaming=true, too, or leave it out")
+        if not self.prepare and self.packing != "end_to_end":
+            raise ValueError(f"data.packing={self.packing} needs all documents at once: leave out data.prepare=false")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"data.max_bytes={self.max_bytes} is not possible; use 1 or more, or null for everything")
 
@@ -252,6 +259,8 @@ class MixData(DataConfig):
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             assert isinstance(source, DataConfig)
+            if isinstance(source, HubData) and not source.prepare:
+                raise ValueError(f"{where}.prepare=false is not possible in a mixture: leave it out")
             result[key] = float(weight), source
         return result
 

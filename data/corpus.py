@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, FileTokenizer, HubTokenizer, MixData, TokenizerConfig
+from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixData, TokenizerConfig
 from data.files import expand
-from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare
+from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare, tokenize
 from data.sources import Source, open_source
-from data.split import choose_split
+from data.split import Split, choose_split
 from data.tokenizer import Tokenizer
 
 # Raise this when the same inputs come to give other tokens: caches made before are then made anew.
 CACHE_FORMAT = 4
+VALIDATION_BYTES = 2**24  # of a stream that is not prepared: what of it is held out, is evaluated on
 TRAINING_BYTES = 2**26  # of text to learn a tokenizer from: 20 s on two cores; more changes little
 
 
@@ -47,13 +48,22 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
+class Unprepared:
+    """Documents that are read and tokenized only when they are trained on."""
+
+    source: Source
+    split: Split
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
 class Part:
-    """One source's tokens, where they lie, and its share of what is trained on."""
+    """One source's tokens, the folder they lie in, if they do, and its share of what is trained on."""
 
     name: str
-    folder: Path
+    folder: Path | None
     weight: float
-    train: TokenStream
+    train: TokenStream | Unprepared
     val: TokenStream
 
 
@@ -94,6 +104,10 @@ def load_corpus(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
+        if isinstance(data, HubData) and not data.prepare:
+            ((_, source),) = sources.values()
+            trained = named or train_tokenizer(data, tokenizer, [source], cache, notify)
+            return _unprepared(data, source, trained, tokenizer, notify)
         trained = named or train_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
         folders = {
             name: _prepare(config, source, trained, tokenizer, cache, notify)
@@ -171,16 +185,46 @@ def _prepare(
     cache: Path,
     notify: Callable[[str], None],
 ) -> Path:
-    corpus_hash = _hash([CACHE_FORMAT, source.fingerprint, data.val_fraction, tokenizer.sha256])
-    folder = cache / f"{data.name}-{corpus_hash[:16]}"
-    facts = {
+    facts = _facts(data, source, tokenizer, config)
+    folder = cache / f"{data.name}-{facts['hash'][:16]}"
+    prepare(folder, source, tokenizer, data.val_fraction, facts, notify)
+    return folder
+
+
+def _facts(data: DataConfig, source: Source, tokenizer: Tokenizer, config: TokenizerConfig) -> dict[str, Any]:
+    return {
         "source": data.name,
-        "hash": corpus_hash,
+        "hash": _hash([CACHE_FORMAT, source.fingerprint, data.val_fraction, tokenizer.sha256]),
         "val_fraction": data.val_fraction,
         "tokenizer": {"name": config.name, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
     }
-    prepare(folder, source, tokenizer, data.val_fraction, facts, notify)
-    return folder
+
+
+def _unprepared(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, config: TokenizerConfig, notify: Callable[[str], None]
+) -> Corpus:
+    split = choose_split(source, data.val_fraction)
+    texts: list[str] = []
+    taken = 0
+    for _, document in source.documents():
+        texts += [text for side, text in split(document) if side == "val"]
+        taken += len(document.text.encode())
+        if taken >= VALIDATION_BYTES:
+            break
+    if not texts:
+        raise ValueError(
+            f"data.val_fraction={data.val_fraction} holds out nothing of the first {taken / 1e6:.1f} MB of "
+            f"{source.where}: raise it"
+        )
+    tokens, lengths = tokenize(texts, tokenizer)
+    val = TokenStream(tokens, np.cumsum(lengths) - lengths)
+    manifest = _facts(data, source, tokenizer, config) | {"prepared": False}
+    notify(
+        f"data       {data.name} {manifest['hash'][:8]}: trained on as it comes, in its own order, whatever the seed; "
+        f"{len(tokens):,} validation tokens from the first {taken / 1e6:.1f} MB"
+    )
+    notify("           nothing is kept: a run that goes on reads again, from the beginning, all it was trained on")
+    return Corpus((Part(data.name, None, 1.0, Unprepared(source, split, tokenizer), val),), tokenizer, manifest)
 
 
 def _mixture(configs: dict[str, tuple[float, DataConfig]], manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,11 @@ def main(composed: DictConfig) -> None:
 def prepare(composed: DictConfig) -> None:
     config = load_config(composed)
 
+    from data.config import HubData
     from data.corpus import load_corpus
+
+    if isinstance(config.data, HubData) and not config.data.prepare:
+        raise ValueError("data.prepare=false leaves nothing to prepare: leave it out, or train")
 
     corpus = load_corpus(config.data, config.tokenizer, cli.say)
     for part in corpus.parts:

@@ -15,9 +15,11 @@ import pytest
 import tokenizers
 
 from data import corpus as corpus_module
+from data import packing
 from data import prepare as prepare_module
-from data.config import BytesTokenizer, FileTokenizer, HubTokenizer, MixData, TextData, TokenizerConfig
+from data.config import BytesTokenizer, FileTokenizer, HubData, HubTokenizer, MixData, TextData, TokenizerConfig
 from data.corpus import load_corpus
+from data.packing import PackedRows, training_rows
 from data.prepare import damaged_files
 from data.sources import open_source
 from data.split import choose_split
@@ -385,6 +387,59 @@ def test_a_tokenizer_without_a_separator_asks_for_one(config, tmp_path):
     ):
         load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b"))
     assert Tokenizer.load(tmp_path / "t.json", "<x>").separator_id == 2
+
+
+# ------------------------------------------------------------------------------- streams that are not prepared
+
+
+@pytest.fixture
+def stream(config, monkeypatch):
+    """The configuration of a stream with the documents of `config`, which is in `config`'s order."""
+    import datasets
+
+    train = [document.text for _, document in open_source(config).documents()]
+    rows = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in train))
+    monkeypatch.setattr("data.hub._load", lambda config: rows)
+    monkeypatch.setattr("data.hub._commit", lambda config: config.revision)
+    return HubData(path="a/b", streaming=True, prepare=False, val_fraction=0.2, cache_dir=config.cache_dir)
+
+
+@pytest.mark.parametrize("characters", [1, 5000, 10**9])
+@pytest.mark.parametrize("mask", [True, False])
+def test_an_unprepared_stream_gives_the_rows_of_the_prepared_one_in_its_own_order(
+    config, stream, monkeypatch, characters, mask
+):
+    monkeypatch.setattr(packing, "STREAMED_CHARS", characters)
+    prepared = PackedRows(load(config, BytesTokenizer()).parts[0].train, 700, mask)
+    rows = training_rows(load(stream, BytesTokenizer()), 700, mask)
+
+    def assert_row(position):
+        for one, other in zip(rows.at(0, position), prepared[position % len(prepared)], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    for position in [*range(2 * len(prepared)), 3, 4, 9, 0, len(prepared) + 1]:  # two epochs; back, on, and back
+        assert_row(position)
+    with pytest.raises(ValueError, match=r"seq_len=9999999 needs at least 10000000 tokens and data\.path=a/b has only"):
+        training_rows(load(stream, BytesTokenizer()), 9_999_999, mask).at(0, 0)
+
+
+def test_an_unprepared_stream_says_what_it_cannot_promise_and_writes_no_tokens(config, stream):
+    lines: list[str] = []
+    corpus = load_corpus(stream, TOKENIZER, lines.append)
+    assert [path.suffix for path in Path(config.cache_dir).iterdir()] == [".lock", ".json"]  # of the tokenizer
+    assert any("trained on as it comes, in its own order, whatever the seed" in line for line in lines)
+    assert any("a run that goes on reads again, from the beginning, all it was trained on" in line for line in lines)
+    (part,) = corpus.parts
+    assert texts(corpus, part.val) == expected(config)[1]
+    assert corpus.manifest["prepared"] is False
+    other = load(HubData(**{**vars(stream), "revision": "v2"}))
+    assert other.manifest["hash"] != corpus.manifest["hash"]
+
+
+def test_an_unprepared_stream_whose_beginning_holds_nothing_out_says_so(stream, monkeypatch):
+    monkeypatch.setattr(corpus_module, "VALIDATION_BYTES", 1)  # one document, and that is trained on
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.2 holds out nothing of the first .*: raise it"):
+        load(stream, BytesTokenizer())
 
 
 # ------------------------------------------------------------------------------------------------------- mix

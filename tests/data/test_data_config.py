@@ -80,6 +80,15 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
         (lambda: TextData(path="x", field=""), r"data\.field is empty"),
         (lambda: StdlibData(packing="tight"), r"data\.packing=tight is unknown; use end_to_end or best_fit"),
         (lambda: HubData(path=""), r"data\.path is empty: data=hf needs"),
+        (lambda: HubData(path="x", prepare=False), r"data\.prepare=false is for streams: set data\.streaming=true"),
+        (
+            lambda: HubData(path="x", prepare=False, streaming=True, packing="best_fit"),
+            r"data\.packing=best_fit needs all documents at once",
+        ),
+        (
+            lambda: MixData(parts={"a": {"name": "hf", "path": "x", "streaming": True, "prepare": False}}),
+            r"data\.parts\.a\.prepare=false is not possible in a mixture",
+        ),
         (lambda: HubData(path="x", max_bytes=0), r"data\.max_bytes=0 is not possible"),
         (lambda: SyntheticData(task="sort"), r"data\.task=sort is unknown; use copy or needle"),
         (lambda: SyntheticData(documents=1), r"data\.documents=1 is too few"),
