@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from data.files import find_root
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.files import expand, find_root
 
 PACKINGS = ("end_to_end", "best_fit")
 TASKS = ("copy", "needle")
@@ -66,7 +69,7 @@ class FileTokenizer(TokenizerConfig):
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer.path has its own")
 
     def check(self) -> None:
-        if not Path(self.path).expanduser().is_file():
+        if not os.path.isfile(expand(self.path)):
             raise ValueError(f"tokenizer.path={self.path} is no file: name a tokenizer.json")
 
     @property
@@ -170,6 +173,9 @@ class HubData(DataConfig):
     revision: str = "main"
     streaming: bool = False
     """True: read over the network while preparing, keeping no copy of the dataset itself."""
+    prepare: bool = True
+    """False: train on the stream as it comes, in its own order, and keep nothing. A run that goes on reads again all
+    that came before."""
     max_bytes: int | None = None
     """Take documents until they have this many bytes; null: all of them."""
 
@@ -177,6 +183,10 @@ class HubData(DataConfig):
         super().__post_init__()
         if not self.path.strip():
             raise ValueError("data.path is empty: data=hf needs data.path=NAME of a dataset, or a folder")
+        if not self.prepare and not self.streaming:
+            raise ValueError("data.prepare=false is for streams: set data.streaming=true, too, or leave it out")
+        if not self.prepare and self.packing != "end_to_end":
+            raise ValueError(f"data.packing={self.packing} needs all documents at once: leave out data.prepare=false")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"data.max_bytes={self.max_bytes} is not possible; use 1 or more, or null for everything")
 
@@ -223,7 +233,7 @@ class MixData(DataConfig):
 
     def sources(self) -> dict[str, tuple[float, DataConfig]]:
         """Weight and checked configuration of each part; what all have in common is the mixture's."""
-        shared = {f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "name"}
+        shared: dict[Any, Any] = {f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "name"}
         result = {}
         for key, part in self.parts.items():
             where = f"data.parts.{key}"
@@ -231,7 +241,8 @@ class MixData(DataConfig):
                 raise ValueError(f"{where}={part} is not possible; write {{weight: 1, name: stdlib}}")
             settings = dict(part)
             weight, name = settings.pop("weight", 1), settings.pop("name", None)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            # Not to infinity: weights are added up.
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e18:
                 raise ValueError(f"{where}.weight={weight} is not possible; use a number above 0")
             if name not in SOURCES or name == "mix":
                 known = ", ".join(source for source in SOURCES if source != "mix")
@@ -241,9 +252,16 @@ class MixData(DataConfig):
                 known = ", ".join(sorted(own | {"name", "weight"}))
                 raise ValueError(f"{where}.{min(unknown)} is not a setting; {name} has {known}")
             try:
-                result[key] = float(weight), SOURCES[name](**shared, **settings)
-            except (TypeError, ValueError) as error:
+                typed = OmegaConf.merge(OmegaConf.structured(SOURCES[name]), {**shared, **settings})
+                source = OmegaConf.to_object(typed)
+            except OmegaConfBaseException as error:
+                raise ValueError(f"{where}.{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
+            except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+            assert isinstance(source, DataConfig)
+            if isinstance(source, HubData) and not source.prepare:
+                raise ValueError(f"{where}.prepare=false is not possible in a mixture: leave it out")
+            result[key] = float(weight), source
         return result
 
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, FileTokenizer, HubTokenizer, MixData, TokenizerConfig
-from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare
+from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixData, TokenizerConfig
+from data.files import expand
+from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare, tokenize
 from data.sources import Source, open_source
-from data.split import choose_split
+from data.split import Split, choose_split
 from data.tokenizer import Tokenizer
 
 # Raise this when the same inputs come to give other tokens: caches made before are then made anew.
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
+VALIDATION_BYTES = 2**24  # of a stream that is not prepared: what of it is held out, is evaluated on
 TRAINING_BYTES = 2**26  # of text to learn a tokenizer from: 20 s on two cores; more changes little
 
 
@@ -46,13 +48,22 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
+class Unprepared:
+    """Documents that are read and tokenized only when they are trained on."""
+
+    source: Source
+    split: Split
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
 class Part:
-    """One source's tokens, where they lie, and its share of what is trained on."""
+    """One source's tokens, the folder they lie in, if they do, and its share of what is trained on."""
 
     name: str
-    folder: Path
+    folder: Path | None
     weight: float
-    train: TokenStream
+    train: TokenStream | Unprepared
     val: TokenStream
 
 
@@ -65,7 +76,12 @@ class Corpus:
     manifest: dict[str, Any]
 
 
-def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[str], None] = print) -> Corpus:
+def load_corpus(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    notify: Callable[[str], None] = print,
+    model_vocab_size: int | None = None,
+) -> Corpus:
     """Take the tokens of a source from the cache, or make them.
 
     `data.cache_dir` has a folder `<source>-<hash>` for each source, and a file for each tokenizer that was trained.
@@ -73,14 +89,26 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     for each thing a user should know.
 
     Raises:
-        ValueError: the source or the tokenizer cannot be read, or data.cache_dir cannot be written.
+        ValueError: the source or the tokenizer cannot be read, data.cache_dir cannot be written, or the tokenizer has
+            more ids than `model_vocab_size`, where that is given.
     """
+    named = load_named_tokenizer(tokenizer)  # first of all, like the cache: known before the slow part
+    if named is not None and model_vocab_size is not None and named.vocab_size > model_vocab_size:
+        where = f"tokenizer.path={tokenizer.path}" if isinstance(tokenizer, FileTokenizer) else "the tokenizer"
+        raise ValueError(
+            f"{where} has {named.vocab_size} ids, more than model.vocab_size={model_vocab_size}: "
+            f"set model.vocab_size={named.vocab_size} or more, or take another tokenizer"
+        )
     configs = data.sources() if isinstance(data, MixData) else {data.name: (1.0, data)}
-    sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
-    cache = Path(data.cache_dir).expanduser()
+    cache = expand(data.cache_dir)
     try:
-        cache.mkdir(parents=True, exist_ok=True)  # first of all: known before the slow part
-        trained = load_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
+        cache.mkdir(parents=True, exist_ok=True)
+        sources = {name: (config, open_source(config)) for name, (_, config) in configs.items()}
+        if isinstance(data, HubData) and not data.prepare:
+            ((_, source),) = sources.values()
+            trained = named or train_tokenizer(data, tokenizer, [source], cache, notify)
+            return _unprepared(data, source, trained, tokenizer, notify)
+        trained = named or train_tokenizer(data, tokenizer, [source for _, source in sources.values()], cache, notify)
         folders = {
             name: _prepare(config, source, trained, tokenizer, cache, notify)
             for name, (config, source) in sources.items()
@@ -104,10 +132,8 @@ def load_corpus(data: DataConfig, tokenizer: TokenizerConfig, notify: Callable[[
     return Corpus(tuple(parts), trained, manifest)
 
 
-def load_tokenizer(
-    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, notify: Callable[[str], None]
-) -> Tokenizer:
-    """The tokenizer that was named; "bpe" is trained on the train documents of the sources, once.
+def load_named_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that there is before any text; None for "bpe", which is trained.
 
     Raises:
         ValueError: it cannot be read.
@@ -120,6 +146,13 @@ def load_tokenizer(
         return Tokenizer.wrap(fetch_tokenizer(config), f"tokenizer.path={config.path}", config.separator)
     if isinstance(config, FileTokenizer):
         return Tokenizer.load(config.path, config.separator)
+    return None
+
+
+def train_tokenizer(
+    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, notify: Callable[[str], None]
+) -> Tokenizer:
+    """A tokenizer trained on the train documents of the sources, or the one that was trained on them before."""
     assert config.vocab_size is not None
     settings = [CACHE_FORMAT, config.vocab_size, TRAINING_BYTES, data.val_fraction, *(s.fingerprint for s in sources)]
     file = cache / f"tokenizer-{_hash(settings)[:16]}.json"
@@ -152,16 +185,46 @@ def _prepare(
     cache: Path,
     notify: Callable[[str], None],
 ) -> Path:
-    corpus_hash = _hash([CACHE_FORMAT, source.fingerprint, data.val_fraction, tokenizer.sha256])
-    folder = cache / f"{data.name}-{corpus_hash[:16]}"
-    facts = {
+    facts = _facts(data, source, tokenizer, config)
+    folder = cache / f"{data.name}-{facts['hash'][:16]}"
+    prepare(folder, source, tokenizer, data.val_fraction, facts, notify)
+    return folder
+
+
+def _facts(data: DataConfig, source: Source, tokenizer: Tokenizer, config: TokenizerConfig) -> dict[str, Any]:
+    return {
         "source": data.name,
-        "hash": corpus_hash,
+        "hash": _hash([CACHE_FORMAT, source.fingerprint, data.val_fraction, tokenizer.sha256]),
         "val_fraction": data.val_fraction,
         "tokenizer": {"name": config.name, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256},
     }
-    prepare(folder, source, tokenizer, data.val_fraction, facts, notify)
-    return folder
+
+
+def _unprepared(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, config: TokenizerConfig, notify: Callable[[str], None]
+) -> Corpus:
+    split = choose_split(source, data.val_fraction)
+    texts: list[str] = []
+    taken = 0
+    for _, document in source.documents():
+        texts += [text for side, text in split(document) if side == "val"]
+        taken += len(document.text.encode())
+        if taken >= VALIDATION_BYTES:
+            break
+    if not texts:
+        raise ValueError(
+            f"data.val_fraction={data.val_fraction} holds out nothing of the first {taken / 1e6:.1f} MB of "
+            f"{source.where}: raise it"
+        )
+    tokens, lengths = tokenize(texts, tokenizer)
+    val = TokenStream(tokens, np.cumsum(lengths) - lengths)
+    manifest = _facts(data, source, tokenizer, config) | {"prepared": False}
+    notify(
+        f"data       {data.name} {manifest['hash'][:8]}: trained on as it comes, in its own order, whatever the seed; "
+        f"{len(tokens):,} validation tokens from the first {taken / 1e6:.1f} MB"
+    )
+    notify("           nothing is kept: a run that goes on reads again, from the beginning, all it was trained on")
+    return Corpus((Part(data.name, None, 1.0, Unprepared(source, split, tokenizer), val),), tokenizer, manifest)
 
 
 def _mixture(configs: dict[str, tuple[float, DataConfig]], manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -34,16 +34,25 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {
 REMEMBERED_BYTES = 2**26  # the hashes of larger files are kept: to hash takes a second for each GB
 
 
+def expand(path: str) -> Path:
+    """A path that may begin with "~"; that of somebody unknown stays as it is, and is then not found."""
+    return Path(os.path.expanduser(path))
+
+
 def find_root(path: str) -> Path:
     """The file that a path names, or the folder that it names files in.
 
     Raises:
         ValueError: there is none.
     """
-    given = Path(path).expanduser()
-    if given.exists():
-        return given
-    if next(glob.iglob(str(given), recursive=True), None) is None:
+    given = expand(path)
+    try:
+        if given.exists():
+            return given
+        matches = "\0" not in path and any(glob.iglob(str(given), recursive=True))
+    except OSError as error:
+        raise ValueError(f"data.path={path} cannot be read: {error.strerror}") from error
+    if not matches:
         raise ValueError(f"data.path={path} does not exist: name a file, a folder or a glob")
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
 
@@ -51,17 +60,21 @@ def find_root(path: str) -> Path:
 def find_files(path: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the text files that a file, folder or glob stands for.
 
+    Links are followed. A file that links lead to once more, under a later name, is not taken twice.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a folder cannot be read.
     """
-    given, root = Path(path).expanduser(), find_root(path)
+    given, root = expand(path), find_root(path)
     if root.is_file():
         return root.parent, [root]
     if root == given:
         found = list(walk(root, skip=lambda name: name.startswith(".")))
     else:
         found = [Path(match) for match in glob.glob(str(given), recursive=True)]
-    files = [file for file in found if kind_of(file) in TEXT_SUFFIXES and file.is_file()]
+    # No folders; what is no file either, such as a link to nowhere, is named when it is read.
+    texts = [path for path in found if kind_of(path) in TEXT_SUFFIXES and not os.path.isdir(path)]
+    files = list({os.path.realpath(path): path for path in sorted(texts, reverse=True)}.values())
     if not files:
         raise ValueError(
             f"data.path={path} matches no text files: looked for {' '.join((*PROSE, *RECORDS))}, source code, "
@@ -72,12 +85,30 @@ def find_files(path: str) -> tuple[Path, list[Path]]:
 
 def kind_of(path: Path) -> str:
     """The suffix that says what a file holds: that of notes.jsonl.gz is .jsonl."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    return (Path(path.stem).suffix if is_packed(path) else path.suffix).lower()
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSED
 
 
 def walk(root: Path, skip: Callable[[str], bool]) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not skip(name)]
+    """The files below a folder, through links too, each folder once.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not skip(name))
         yield from (Path(folder, name) for name in files)
 
 
@@ -112,7 +143,7 @@ def read_bytes(path: Path) -> bytes:
 
 def _open(path: Path) -> Any:
     """A binary file, unpacked as it is read."""
-    return COMPRESSED[path.suffix](path) if path.suffix in COMPRESSED else path.open("rb")
+    return COMPRESSED[path.suffix.lower()](path) if is_packed(path) else path.open("rb")
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -131,7 +162,7 @@ def _decode(content: bytes, where: Path | str) -> str:
     if (nul := content.find(b"\0")) >= 0:
         raise ValueError(f"{where} is binary or UTF-16 (NUL at byte {nul}): convert it to UTF-8 text or leave it out")
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")  # the mark that some editors begin a file with
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}): convert it to UTF-8 or leave it out") from error
 
@@ -163,8 +194,10 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[tuple[str, str]
     import pyarrow
     import pyarrow.parquet
 
+    # Parquet is read from its end: what was packed once more is unpacked whole.
+    content = pyarrow.BufferReader(read_bytes(path)) if is_packed(path) else path
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(content)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is no parquet file, or cut short: fetch it again or leave it out") from error
     with file:
@@ -176,16 +209,18 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[tuple[str, str]
         number = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    if text is not None:
-                        yield f"{name}:{number:08d}", text_of({field: text}, field, f"{path}:{number}")
+                for text in batch.column(0):
+                    where = f"{path}:{number}"
+                    yield f"{name}:{number:08d}", text_of({field: text.as_py()}, field, where)
                     number += 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number} is not UTF-8 (byte {error.start}): repair the row") from error
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{path} is damaged at row {number}: fetch it again or leave it out") from error
 
 
 def text_of(record: dict[str, Any], field: str, where: str) -> str:
-    """The text of a record.
+    """The text of a record; nothing, where it is null.
 
     Raises:
         ValueError: it has none.
@@ -193,22 +228,40 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str:
     fields = ", ".join(map(repr, record))
     if field not in record:
         raise ValueError(f"{where} has no field {field!r}: set data.field to one of {fields}")
-    text = record[field]
+    text = "" if record[field] is None else record[field]
     if not isinstance(text, str):
         kind = type(text).__name__
         raise ValueError(f"{where} field {field!r} is {kind}, not text: set data.field to one of {fields}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where} field {field!r} holds half a surrogate pair, which is no text: repair the line")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} field {field!r} holds half a surrogate pair, which is no text: repair the line"
+        ) from error
     return text
 
 
-def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
-    """SHA-256 of each file, and the bytes of all. Those of large files are remembered by size and time of change.
+def hash_tree(root: Path, files: list[Path], cache_dir: str) -> tuple[str, int]:
+    """A SHA-256 of the names, below a root, and contents of files, in their order; and the bytes of all.
 
     Raises:
         ValueError: a file cannot be read.
     """
-    memory_file = Path(cache_dir).expanduser() / "file-hashes.json"
+    hashes, size = hash_files(files, cache_dir)
+    digest = hashlib.sha256()
+    for path, content in zip(files, hashes, strict=True):
+        digest.update(hashlib.sha256(relative_name(path, root).encode()).digest() + bytes.fromhex(content))
+    return digest.hexdigest(), size
+
+
+def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
+    """SHA-256 of each file, and the bytes of all. Those of large files are remembered by size and times of change: of
+    the content, which may be set to anything, and of the file's entry, which may not.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    memory_file = expand(cache_dir) / "file-hashes.json"
     try:
         memory = json.loads(memory_file.read_text(encoding="utf-8"))
         memory = memory if isinstance(memory, dict) else {}
@@ -218,15 +271,15 @@ def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
     for path in files:
         try:
             status = path.stat()
-            key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns]
+            key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             known = memory.get(key)
-            if isinstance(known, list) and known[:2] == stamp and status.st_size >= REMEMBERED_BYTES:
-                digest = str(known[2])
+            if isinstance(known, list) and known[:3] == stamp and status.st_size >= REMEMBERED_BYTES:
+                digest = str(known[3])
             else:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 # A change within the same tick of the clock would go unseen, so what is new is not remembered.
-                if status.st_size >= REMEMBERED_BYTES and time.time_ns() - status.st_mtime_ns > 2_000_000_000:
+                if status.st_size >= REMEMBERED_BYTES and time.time_ns() - max(stamp[1:]) > 2_000_000_000:
                     memory[key], learned = [*stamp, digest], True
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from data.config import HubData, HubTokenizer
-from data.files import text_of
+from data.files import expand, hash_tree, text_of, walk
 
 ROWS = 4096
 """Rows of a part, so that preparation can resume at any of them."""
@@ -27,25 +27,27 @@ def open_hub(config: HubData) -> tuple[str, list[Part]]:
     Raises:
         ValueError: it is not there, not allowed, or the Hub cannot be reached; within seconds.
     """
-    import datasets
-
-    # Bars and warnings of other people's would tear our lines apart.
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    dataset = _load(config)
+    _hush()
+    settings = [config.subset, config.split, config.field, config.max_bytes]
+    if os.path.isdir(folder := expand(config.path)):
+        # What `datasets` says of a folder may stay the same while its files change, and depends on where it lies.
+        files = sorted(walk(folder, skip=lambda name: name.startswith(".")))
+        identity, _ = hash_tree(folder, files, config.cache_dir)
+        dataset = _load_folder(config, folder, identity)
+    else:
+        dataset = _load(config)
+        # What a stream will hold cannot be known before it is read: the commit is all there is to go by.
+        identity = _commit(config) if config.streaming else str(dataset._fingerprint)
+        settings += [config.path, config.revision]
     columns = dataset.column_names
     if columns and config.field not in columns:
         raise ValueError(
             f"data.path={config.path} has no column {config.field!r}: set data.field to one of "
             f"{', '.join(map(repr, columns))}"
         )
-    settings = [config.path, config.subset, config.split, config.field, config.revision, config.max_bytes]
     if config.streaming:
-        # What a stream will hold cannot be known before it is read: the commit is all there is to go by.
-        identity = _commit(config)
         parts: list[Part] = [partial(_read_stream, dataset, config)]
     else:
-        identity = str(dataset._fingerprint)
         rows = dataset.num_rows
         parts = [partial(_read_rows, dataset, config, first, min(first + ROWS, rows)) for first in range(0, rows, ROWS)]
         if config.max_bytes is not None:
@@ -53,33 +55,59 @@ def open_hub(config: HubData) -> tuple[str, list[Part]]:
     return hashlib.sha256(repr([*settings, identity]).encode()).hexdigest(), parts
 
 
+def _hush() -> None:
+    """Bars and complaints of other people's would tear our lines apart: what matters of them is in the exceptions."""
+    import datasets
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    for log in (datasets.logging, huggingface_hub.logging):
+        log.set_verbosity(logging.CRITICAL)
+
+
+def _load_folder(config: HubData, folder: Path, identity: str) -> Any:
+    import datasets
+
+    what = _what(config)
+    if config.streaming:
+        raise ValueError(f"{what} is a folder, which is read in place: leave out data.streaming")
+    try:
+        if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            # It knows files by name and time; of these very bytes it has a copy under their hash, or makes one.
+            cache = os.path.join(datasets.config.HF_DATASETS_CACHE, identity[:16])
+            return datasets.load_dataset(str(folder), config.subset, split=config.split, cache_dir=cache)
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets and its readers raise their own
+        raise ValueError(_explain(config, error, is_local=True)) from error
+    if not isinstance(saved, datasets.DatasetDict):
+        if config.split != "train":
+            raise ValueError(f"{what} was saved as one dataset, without splits: leave out data.split={config.split}")
+        return saved
+    if config.split not in saved:
+        known = ", ".join(map(repr, saved))
+        raise ValueError(f"{what} has no split {config.split!r}: set data.split to one of {known}")
+    return saved[config.split]
+
+
 def _load(config: HubData) -> Any:
     import datasets
     from datasets import DownloadConfig
 
-    folder = Path(config.path).expanduser()
-    if config.path.startswith(("/", "./", "../", "~")) and not folder.is_dir():
-        raise ValueError(f"data.path={config.path} does not exist: name a folder, or a dataset of the Hugging Face Hub")
-    is_local = folder.is_dir()
-    if is_local and config.streaming:
-        raise ValueError(f"data.path={config.path} is a folder, which is read in place: leave out data.streaming")
+    path = expand(config.path)
+    if os.path.exists(path):
+        raise ValueError(f"{_what(config)} is a file: name the folder it is in, or read it with data=text")
+    if config.path.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"{_what(config)} does not exist: name a folder, or a dataset of the Hugging Face Hub")
+    _check_reachable(config)
     try:
-        if is_local and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
-            loaded = datasets.load_from_disk(str(folder))
-            return loaded[config.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        if not is_local:
-            _check_reachable(config)
         return datasets.load_dataset(
-            str(folder) if is_local else config.path,
+            config.path,
             config.subset,
             split=config.split,
             streaming=config.streaming,
-            **({} if is_local else {"revision": config.revision, "download_config": DownloadConfig(max_retries=1)}),
+            revision=config.revision,
+            download_config=DownloadConfig(max_retries=1),
         )
-    except ValueError as error:
-        if str(error).startswith("data.path="):
-            raise
-        raise ValueError(_explain(config, error)) from error
     except Exception as error:  # datasets, its file systems and the Hub's client raise their own
         raise ValueError(_explain(config, error)) from error
 
@@ -102,53 +130,75 @@ def fetch_tokenizer(config: HubTokenizer) -> Any:
     import tokenizers
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    _hush()
     file = try_to_load_from_cache(config.path, "tokenizer.json", revision=config.revision)
+    if not isinstance(file, str):
+        _check_reachable(config)
     try:
         if not isinstance(file, str):
-            _check_reachable(config)
             file = hf_hub_download(config.path, "tokenizer.json", revision=config.revision, etag_timeout=PATIENCE_S)
         return tokenizers.Tokenizer.from_file(file)
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith("tokenizer.path="):
-            raise
         raise ValueError(_explain(config, error)) from error
 
 
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+
+
 def _check_reachable(config: HubData | HubTokenizer) -> None:
-    """The Hub's client tries again and again for a minute or more; a look at the door takes seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+    """The Hub's client tries again and again for a minute or more; one look at the door, through whatever proxy it goes
+    through, takes seconds.
+
+    Raises:
+        ValueError: nobody answers.
+    """
+    from huggingface_hub import get_session
+
+    if _offline():
         return  # it is in the cache, or the client says so at once
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return
-    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    port = address.port or (443 if address.scheme == "https" else 80)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.create_connection((address.hostname or "huggingface.co", port), timeout=PATIENCE_S).close()
-    except OSError as error:
+        status = get_session().head(endpoint, timeout=PATIENCE_S).status_code
+        trouble = f"it answers {status}" if status >= 500 else ""
+    except Exception as error:  # of the client's library, whichever that is
+        trouble = _cause(error) or type(error).__name__
+    if trouble:
         raise ValueError(
-            f"{_what(config)}: cannot reach {address.hostname} ({error}); use what is on this machine, or "
+            f"{_what(config)}: cannot reach {urlparse(endpoint).hostname} ({trouble}); use what is on this machine, or "
             f"HF_HUB_OFFLINE=1 if it has been fetched before"
-        ) from error
+        )
 
 
 def _what(config: HubData | HubTokenizer) -> str:
     return f"{'data' if isinstance(config, HubData) else 'tokenizer'}.path={config.path}"
 
 
-def _explain(config: HubData | HubTokenizer, error: Exception) -> str:
-    name, text = type(error).__name__, " ".join(str(error).split())
+def _cause(error: BaseException) -> str:
+    """What was wrong in the first place, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
+
+
+def _explain(config: HubData | HubTokenizer, error: Exception, is_local: bool = False) -> str:
+    name, text = type(error).__name__, str(error)
     what = _what(config)
-    if "Gated" in name or "gated" in text:
-        return f"{what} is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN"
     if "script" in text and ("no longer supported" in text or "trust_remote_code" in text):
         return (
             f"{what} is made by a script of its own, which is never run; use a dataset of parquet, json or text files"
         )
-    if "NotFound" in name or "doesn't exist" in text or "does not exist" in text:
-        return f"{what} is not on the Hub, or not for you to see: check the name, subset and split, or set HF_TOKEN"
-    if "Offline" in name or "offline" in text.lower():
+    if is_local:
+        return f"{what} cannot be loaded: {_cause(error)}"
+    if "Gated" in name or "is a gated" in text:  # of what is not there it is said that it may be "private or gated"
+        return f"{what} is gated: accept its terms on its page, then log in (hf auth login) or set HF_TOKEN"
+    if "Offline" in name + text or ("LocalEntryNotFound" in name + text and _offline()):
         return f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE"
-    return f"{what} cannot be loaded: {text[:300]}"
+    if "EntryNotFound" in name and isinstance(config, HubTokenizer) and "LocalEntry" not in name:
+        return f"{what} has no tokenizer.json: name another repository, or use tokenizer=file"
+    if "LocalEntry" not in name and ("NotFound" in name or "doesn't exist" in text or "does not exist" in text):
+        return f"{what} is not on the Hub, or not for you to see: check the name, subset and split, or set HF_TOKEN"
+    return f"{what} cannot be loaded: {_cause(error)}"
 
 
 def _read_rows(dataset: Any, config: HubData, first: int, last: int) -> Iterator[tuple[str, str]]:
@@ -157,9 +207,8 @@ def _read_rows(dataset: Any, config: HubData, first: int, last: int) -> Iterator
     except Exception as error:
         raise ValueError(_explain(config, error)) from error
     for number, text in enumerate(texts, start=first):
-        if text is not None:
-            where = f"{config.path}:{number}"
-            yield where, text_of({config.field: text}, config.field, where)
+        where = f"{config.path}:{number}"
+        yield where, text_of({config.field: text}, config.field, where)
 
 
 def _read_stream(dataset: Any, config: HubData) -> Iterator[tuple[str, str]]:
@@ -172,8 +221,6 @@ def _read_stream(dataset: Any, config: HubData) -> Iterator[tuple[str, str]]:
             return
         except Exception as error:
             raise ValueError(_explain(config, error)) from error
-        if record.get(config.field) is None and config.field in record:
-            continue
         where = f"{config.path}:{number}"
         text = text_of(record, config.field, where)
         taken += len(text.encode())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import Row, Rows
+from data.packing import Row, Rows, TrainRows
 
 PREFETCHED_BATCHES = 4
 
@@ -82,7 +82,7 @@ class Loader:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: TrainRows,
         batch_size: int,
         *,
         seed: int,

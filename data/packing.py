@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.corpus import Corpus, TokenStream
+from data.corpus import Corpus, TokenStream, Unprepared
+from data.prepare import Progressed, batches, tokenize
+
+STREAMED_CHARS = 2**20  # tokenized at once of what was not prepared: a fraction of a second
 
 
 class Row(NamedTuple):
@@ -26,14 +30,10 @@ class Row(NamedTuple):
     starts: np.ndarray | None
 
 
-class Rows(Protocol):
-    """What a loader reads: rows in their own order by index, and in the order of training by position."""
+class TrainRows(Protocol):
+    """What a loader reads: rows in the order of training."""
 
     seq_len: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Row: ...
 
     def at(self, seed: int, position: int) -> Row:
         """The row at a global position of training: a pure function of its arguments."""
@@ -45,6 +45,14 @@ class Rows(Protocol):
         ...
 
 
+class Rows(TrainRows, Protocol):
+    """Rows that also have an order of their own."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
 def pack(corpus: Corpus, split: str, seq_len: int, document_mask: bool, packing: str = "end_to_end") -> Rows:
     """The rows of a split.
 
@@ -53,6 +61,18 @@ def pack(corpus: Corpus, split: str, seq_len: int, document_mask: bool, packing:
     """
     parts = [(part.weight, PackedRows(getattr(part, split), seq_len, document_mask, packing)) for part in corpus.parts]
     return parts[0][1] if len(parts) == 1 else MixedRows([weight for weight, _ in parts], [rows for _, rows in parts])
+
+
+def training_rows(corpus: Corpus, seq_len: int, document_mask: bool, packing: str = "end_to_end") -> TrainRows:
+    """The rows that are trained on, prepared or not.
+
+    Raises:
+        ValueError: there is too little text for one row.
+    """
+    documents = corpus.parts[0].train
+    if isinstance(documents, Unprepared):
+        return StreamedRows(documents, seq_len, document_mask)
+    return pack(corpus, "train", seq_len, document_mask, packing)
 
 
 class PackedRows:
@@ -138,6 +158,55 @@ class PackedRows:
             document = np.searchsorted(starts, begins, side="right") - 1
             away = np.bincount(document, (ends - begins) * (begins != starts[document]), minlength=len(starts))
         return float(away[fits].sum() / max(1, lengths[fits].sum()))
+
+
+class StreamedRows:
+    """Rows of documents that were not prepared, end to end, in the source's own order, epoch after epoch.
+
+    `at` is a pure function of the position if the source gives the same documents each time, but not a cheap one: it
+    reads and tokenizes all that comes before, unless that was asked for just now. Positions should increase.
+
+    Raises:
+        ValueError: from `at`, where all documents together are too short for a row.
+    """
+
+    def __init__(self, documents: Unprepared, seq_len: int, document_mask: bool) -> None:
+        self.documents, self.seq_len, self.document_mask = documents, seq_len, document_mask
+        self.max_documents = seq_len if document_mask else 1  # none is known before it is read
+        self._rows, self._next = self._read(), 0
+
+    def at(self, seed: int, position: int) -> Row:
+        if position < self._next:
+            self._rows, self._next = self._read(), 0
+        row = next(islice(self._rows, position - self._next, None))
+        self._next = position + 1
+        return row
+
+    def _read(self) -> Iterator[Row]:
+        source, split, tokenizer = self.documents.source, self.documents.split, self.documents.tokenizer
+        while True:
+            number = 0
+            tokens, starts = np.empty(0, tokenizer.dtype), np.empty(0, np.int64)
+            for *_, batch in batches(source, split, STREAMED_CHARS, Progressed()):
+                texts = [text for side, text in batch if side == "train"]
+                if not texts:
+                    continue
+                more, lengths = tokenize(texts, tokenizer)
+                starts = np.append(starts, len(tokens) + np.cumsum(lengths) - lengths)
+                tokens = np.append(tokens, more)
+                if len(tokens) <= self.seq_len:
+                    continue
+                rows = PackedRows(TokenStream(tokens, starts), self.seq_len, self.document_mask)
+                yield from (rows[index] for index in range(len(rows)))
+                number += len(rows)
+                # What is left begins with a document, or with the rest of one.
+                end = len(rows) * self.seq_len
+                tokens, starts = tokens[end:], np.append(0, starts[starts > end] - end)
+            if number == 0:
+                raise ValueError(
+                    f"seq_len={self.seq_len} needs at least {self.seq_len + 1} tokens and "
+                    f"{source.where} has only {len(tokens)}: lower seq_len"
+                )
 
 
 @dataclass(frozen=True)

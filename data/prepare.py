@@ -144,7 +144,7 @@ def _fill(
     try:
         with _bar(source.size) as advance:
             advance(resumed)
-            for part, documents, batch in ahead(_batches(source, split, done)):
+            for part, documents, batch in ahead(batches(source, split, BATCH_CHARS, done)):
                 for side, writer in writers.items():
                     writer.write([text for to, text in batch if to == side])
                 done.part, done.documents = part, documents
@@ -186,8 +186,10 @@ def _fill(
         notify(f"           {new / 1e6:,.0f} MB in {seconds:,.0f} s, {new / 1e6 / seconds:.1f} MB/s")
 
 
-def _batches(source: Source, split: Split, done: Progressed) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
-    """(part, documents of it so far, (side, text) of some documents), from where `done` says."""
+def batches(
+    source: Source, split: Split, characters: int, done: Progressed
+) -> Iterator[tuple[int, int, list[tuple[str, str]]]]:
+    """(part, documents of it so far, (side, text) of documents with so many characters), from where `done` says."""
     batch: list[tuple[str, str]] = []
     size, at, number = 0, done.part, 0
     skip = done.documents
@@ -199,7 +201,7 @@ def _batches(source: Source, split: Split, done: Progressed) -> Iterator[tuple[i
             continue
         batch.extend(split(document))
         size += len(document.text)
-        if size >= BATCH_CHARS:
+        if size >= characters:
             yield at, number, batch
             batch, size = [], 0
     if batch:
@@ -213,6 +215,15 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
+
+
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Documents as token ids end to end, each behind a separator: (tokens,) of the tokenizer's type; and their lengths:
+    (documents,) int64."""
+    encoded = tokenizer.encode_batch(texts)
+    separator = np.array([tokenizer.separator_id], tokenizer.dtype)
+    ids = np.concatenate([part for one in encoded for part in (separator, one)])
+    return ids, np.array([1 + len(tokens) for tokens in encoded], np.int64)
 
 
 class StreamWriter:
@@ -236,11 +247,9 @@ class StreamWriter:
         """Append documents, each behind a separator."""
         if not texts:
             return
-        encoded = self.tokenizer.encode_batch(texts)
-        lengths = np.array([1 + len(tokens) for tokens in encoded], np.int64)
-        separator = np.array([self.tokenizer.separator_id], self.tokenizer.dtype)
+        ids, lengths = tokenize(texts, self.tokenizer)
         tokens, starts = self.files
-        tokens.write(np.concatenate([part for one in encoded for part in (separator, one)]).tobytes())
+        tokens.write(ids.tobytes())
         starts.write((self.counts.tokens + np.cumsum(lengths) - lengths).tobytes())
         self.counts.documents += len(texts)
         self.counts.bytes += sum(len(text.encode()) for text in texts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, HubData, StdlibData, SyntheticData, TextData
-from data.files import find_files, hash_files, read_bytes, read_file, relative_name, walk
+from data.files import find_files, hash_tree, read_bytes, read_file, relative_name, walk
 
 # Tests are not on every machine, site-packages are the user's, and encodings are tables of numbers.
 STDLIB_SKIPPED = frozenset(
@@ -69,7 +69,8 @@ def open_source(config: DataConfig) -> Source:
 
 def _open_stdlib(config: StdlibData) -> Source:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in walk(root, skip=lambda name: name in STDLIB_SKIPPED) if path.suffix == ".py"]
+    found = walk(root, skip=lambda name: name in STDLIB_SKIPPED) if root.is_dir() else ()
+    files = [path for path in found if path.suffix == ".py"]
     if not files:
         raise ValueError(
             f"data=stdlib: no Python sources in {root} (a zipped or stripped Python): use data=text data.path=..."
@@ -98,12 +99,10 @@ def _of_files(
     root: Path, files: list[Path], read: Callable[[Path], Iterator[Document]], config: StdlibData | TextData
 ) -> Source:
     files.sort(key=lambda path: relative_name(path, root))
-    hashes, size = hash_files(files, config.cache_dir)
-    digest = hashlib.sha256(getattr(config, "field", "").encode())
-    for path, content in zip(files, hashes, strict=True):
-        digest.update(hashlib.sha256(relative_name(path, root).encode()).digest() + bytes.fromhex(content))
+    digest, size = hash_tree(root, files, config.cache_dir)
+    fingerprint = hashlib.sha256(f"{digest} {getattr(config, 'field', '')}".encode()).hexdigest()
     where = f"data.path={config.path}" if isinstance(config, TextData) else f"data={config.name}"
-    return Source(where, digest.hexdigest(), [partial(read, path) for path in files], size)
+    return Source(where, fingerprint, [partial(read, path) for path in files], size)
 
 
 def _open_hub(config: HubData) -> Source:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,10 @@ SPLIT_PATTERN = (
     r"|\s+"
 )
 
-# SPLIT_PATTERN never joins a line end to a non-blank after it, so text cut there yields the same tokens.
-SAFE_CUT = re.compile(r"\n(?=\S)")
+# Where text can be cut and yield the same tokens: between words, and after a line. So it is with SPLIT_PATTERN and with
+# what the tokenizers of GPT-2, Llama 3, Qwen and others split by; `_can_be_cut` looks.
+SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|(?<=\S)\n(?=[^\W\d_])")
+CUT_EXAMPLE = ("word", " word.\n", "word", " word\n", "word")
 PIECE_CHARS = 32_768
 # An encoded token costs about 100 bytes until its id is taken out: a batch of 8M characters, some 200 MB.
 BATCH_PIECES = 256
@@ -94,8 +95,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of many texts, in parallel: one array (tokens,) of `dtype` each, without separators.
 
-        Memory beyond the texts and the result is bounded, however long a text is, where text can be cut without
-        changing its tokens: with a tokenizer that was trained here.
+        Memory beyond the texts and the result is bounded, however long a text is, and all cores work on it, where it
+        can be cut without changing its tokens: almost always; not with SentencePiece's tokenizers.
         """
         dtype = self.dtype
         ids: list[list[np.ndarray]] = [[np.empty(0, dtype)] for _ in texts]
@@ -109,7 +110,15 @@ class Tokenizer:
 
     @cached_property
     def _can_be_cut(self) -> bool:
-        return json.dumps(SPLIT_PATTERN) in self._backend.to_str()
+        """Whether the tokenizer splits at every `SAFE_CUT` before anything else, whatever is on the other side."""
+        splitter, whole = self._backend.pre_tokenizer, "".join(CUT_EXAMPLE)
+        if splitter is None:
+            return False
+        spans = [span for _, span in splitter.pre_tokenize_str(whole)]
+        cuts = list(accumulate(map(len, CUT_EXAMPLE)))[:-1]
+        if any(begin < cut < end for begin, end in spans for cut in cuts):
+            return False
+        return self.encode(whole) == [token for piece in CUT_EXAMPLE for token in self.encode(piece)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; separators show as <|endoftext|>, and bytes that are not UTF-8 as U+FFFD."""
@@ -146,7 +155,7 @@ class Tokenizer:
             ValueError: the file is missing, is no tokenizer, or has no such token.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).expanduser().read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
         return cls.wrap(backend, str(path), separator)
@@ -163,8 +172,14 @@ class Tokenizer:
         if backend.token_to_id(separator) is None:
             hint = f", for example {known[0]}" if known else ""
             raise ValueError(f"{where} has no token {separator!r}: set tokenizer.separator to one that it has{hint}")
+        backend.add_special_tokens([separator])  # in case the file calls it an ordinary one, which text could write
         kind = BytesTokenizer if backend.get_vocab() == byte_vocabulary() else cls
-        return kind(backend, separator)
+        tokenizer = kind(backend, separator)
+        if tokenizer.separator_id in tokenizer.encode(separator):
+            raise ValueError(
+                f"{where} makes {separator!r} of text that says so: set tokenizer.separator to another token"
+            )
+        return tokenizer
 
 
 class BytesTokenizer(Tokenizer):

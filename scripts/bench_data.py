@@ -8,7 +8,6 @@ loader as training does.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from data.config import PACKINGS, FileTokenizer, TextData, TokenizerConfig
 from data.corpus import load_corpus
 from data.loader import Loader
 from data.packing import pack
+from data.prepare import Progressed
 from scripts.record import collect_facts, heading, write, write_json
 
 BATCHES = [(1, 16384), (1, 131072), (16, 1024)]
@@ -94,7 +94,7 @@ def measure_preparation(folder: Path, megabytes: int) -> dict[str, Any]:
     whole = prepare(text, folder / "again", folder / "tokenizer.json")
     prepare(text, folder / "killed", folder / "tokenizer.json", kill_after_s=0.6 * whole["seconds"])
     (part,) = (path for path in (folder / "killed").iterdir() if path.is_dir())
-    saved = json.loads((part / "progress.json").read_text(encoding="utf-8"))
+    saved = Progressed.load(part / "progress.json")
     resumed = prepare(text, folder / "killed", folder / "tokenizer.json")
     assert token_files(folder / "killed") == token_files(folder / "again"), "a killed preparation gave other files"
     cores = len(os.sched_getaffinity(0))
@@ -105,7 +105,7 @@ def measure_preparation(folder: Path, megabytes: int) -> dict[str, Any]:
         "seconds_with_a_new_tokenizer": with_training,
         **whole,
         "mb_per_cpu_second": size / 1e6 / whole["cpu_seconds"],
-        "killed_after_bytes": saved["train"]["bytes"] + saved["val"]["bytes"],
+        "killed_after_bytes": saved.train.bytes + saved.val.bytes,
         "resumed_seconds": resumed["seconds"],
     }
 

@@ -20,15 +20,21 @@ CHARS = 200  # of a document's beginning and of its end
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(composed: DictConfig) -> None:
+    cli.job(inspect, composed)
+
+
+def inspect(composed: DictConfig) -> None:
     config = load_config(composed)
 
     from data.config import PACKINGS
-    from data.corpus import load_corpus
-    from data.packing import PackedRows, pack
+    from data.corpus import Unprepared, load_corpus
+    from data.packing import PackedRows, training_rows
     from data.prepare import damaged_files
 
     corpus = load_corpus(config.data, config.tokenizer, cli.say)
     for part in corpus.parts:
+        if part.folder is None or isinstance(part.train, Unprepared):
+            continue  # nothing is kept that could be counted
         if damaged := damaged_files(part.folder):
             raise ValueError(
                 f"{part.folder / damaged[0]} is not what was written: remove {part.folder} to make it anew"
@@ -41,7 +47,7 @@ def main(composed: DictConfig) -> None:
                 f"  {packing:10}  {len(packed):,} rows of {config.seq_len:,}; of the tokens in documents that fit into "
                 f"one, {packed.cut_fraction:.2%} are cut off from their beginning"
             )
-    rows = pack(corpus, "train", config.seq_len, config.data.document_mask, config.data.packing)
+    rows = training_rows(corpus, config.seq_len, config.data.document_mask, config.data.packing)
     for position in range(ROWS):
         cli.say(f"\nrow {position} of training")
         row = rows.at(config.seed, position)

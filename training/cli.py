@@ -68,14 +68,18 @@ def run(main: Callable[[], None], interrupted: str = "the run folder holds what 
     sys.exit(_failures[0] if _failures else 0)
 
 
-def job(task: Callable[[DictConfig], dict[str, float]], composed: DictConfig) -> None:
-    """Run one job of a Hydra application, turning what a person can cause into one line."""
+def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictConfig) -> None:
+    """Run one job of a Hydra application, turning what a person can cause into one line.
+
+    A task's last metrics, where it has any, are a row of the table at the end of a sweep.
+    """
     if _job_folder() and any(override.startswith("run_dir=") for override in HydraConfig.get().overrides.task):
         composed.run_dir += _job_folder()  # jobs share the folder that was named for the sweep
     gc.collect()  # what the sweep's job before left in cycles: 0.5 GiB of weights, once, in this one's peak
     try:
         summary = task(composed)
-        _results.append((list(HydraConfig.get().overrides.task), summary))
+        if summary:
+            _results.append((list(HydraConfig.get().overrides.task), summary))
     except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:
             raise

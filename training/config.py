@@ -146,12 +146,8 @@ class TrainConfig:
                 f"use {nearest}, or null for one micro-batch"
             )
         self.model.check_seq_len(self.seq_len)
-        if self.tokenizer.vocab_size is not None:
-            self.check_vocab_size(self.tokenizer.vocab_size)
-
-    def check_vocab_size(self, vocab_size: int) -> None:
-        """Raises ValueError where the tokenizer has ids that the model does not."""
-        if vocab_size > self.model.vocab_size:
+        vocab_size = self.tokenizer.vocab_size  # None: a file's, which the trainer looks at
+        if vocab_size is not None and vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size={vocab_size} is larger than model.vocab_size={self.model.vocab_size}; "
                 f"lower the first or raise the second"

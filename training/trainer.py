@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.corpus import Corpus, load_corpus
 from data.loader import Batch, Loader, eval_batches
-from data.packing import pack
+from data.packing import pack, training_rows
 from model.generate import generate
 from model.gpt import GPT
 
@@ -63,10 +63,9 @@ class Trainer:
         check_run_folder(config)
         self.folder = Path(config.run_dir)
 
-        self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify)
-        config.check_vocab_size(self.corpus.tokenizer.vocab_size)
+        self.corpus: Corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
         mask = config.data.document_mask
-        self.train_rows = pack(self.corpus, "train", config.seq_len, mask, config.data.packing)
+        self.train_rows = training_rows(self.corpus, config.seq_len, mask, config.data.packing)
         val_rows = pack(self.corpus, "val", self.val_seq_len(), mask)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes().astype(np.int64))

@@ -15,9 +15,11 @@ import pytest
 import tokenizers
 
 from data import corpus as corpus_module
+from data import packing
 from data import prepare as prepare_module
-from data.config import BytesTokenizer, FileTokenizer, HubTokenizer, MixData, TextData, TokenizerConfig
+from data.config import BytesTokenizer, FileTokenizer, HubData, HubTokenizer, MixData, TextData, TokenizerConfig
 from data.corpus import load_corpus
+from data.packing import PackedRows, training_rows
 from data.prepare import damaged_files
 from data.sources import open_source
 from data.split import choose_split
@@ -153,8 +155,9 @@ def test_building_twice_gives_the_same_bytes_in_batches_of_any_size(config, tmp_
 
 @pytest.mark.parametrize("change", ["text", "name", "val_fraction", "vocab_size"])
 def test_every_input_of_the_tokens_changes_the_hash(config, tmp_path, change):
-    before = load(config).manifest["hash"]
-    tokenizer = TOKENIZER
+    # Bytes: that one tokenizer follows from the text, too.
+    tokenizer = TOKENIZER if change == "vocab_size" else BytesTokenizer()
+    before = load(config, tokenizer).manifest["hash"]
     if change == "text":
         (tmp_path / "text" / "00.txt").write_text("another text\n")
     elif change == "name":
@@ -349,6 +352,17 @@ def test_a_tokenizer_file_is_used_as_it_is(config, tmp_path):
     assert other.manifest["hash"] != corpus.manifest["hash"]
 
 
+def test_a_vocabulary_larger_than_the_models_is_refused_before_anything_is_read(config, tmp_path, monkeypatch):
+    Tokenizer.train(expected(config)[0], 300).save(tmp_path / "t.json")
+    tokenizer = FileTokenizer(path=str(tmp_path / "t.json"))
+    with monkeypatch.context() as patched:
+        patched.setattr(corpus_module, "open_source", lambda _: pytest.fail("read"))
+        with pytest.raises(ValueError, match=r"tokenizer\.path=.*t\.json has 300 ids, more than model\.vocab_size=299"):
+            load_corpus(config, tokenizer, model_vocab_size=299)
+    assert not Path(config.cache_dir).exists()
+    load_corpus(config, tokenizer, lambda line: None, model_vocab_size=300)
+
+
 def test_a_tokenizer_of_the_hub_comes_from_its_cache_or_in_one_line(config, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -356,21 +370,77 @@ def test_a_tokenizer_of_the_hub_comes_from_its_cache_or_in_one_line(config, tmp_
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "t.json"))
         assert load(config, HubTokenizer(path="gpt2")).tokenizer.vocab_size == 264
-    for name in ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"tokenizer\.path=no/such: cannot reach 127\.0\.0\.1"):
         load(config, HubTokenizer(path="no/such"))
 
 
 def test_a_tokenizer_without_a_separator_asks_for_one(config, tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<x>": 2}, []))
     backend.save(str(tmp_path / "t.json"))
     with pytest.raises(ValueError, match=r"t\.json has none of .*: name its end of text, tokenizer\.separator="):
         load(config, FileTokenizer(path=str(tmp_path / "t.json")))
     with pytest.raises(ValueError, match=r"t\.json has no token 'c': set tokenizer\.separator"):
         load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="c"))
-    assert load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b")).tokenizer.separator_id == 1
+    with pytest.raises(
+        ValueError, match=r"t\.json makes 'b' of text that says so: set tokenizer\.separator to another"
+    ):
+        load(config, FileTokenizer(path=str(tmp_path / "t.json"), separator="b"))
+    assert Tokenizer.load(tmp_path / "t.json", "<x>").separator_id == 2
+
+
+# ------------------------------------------------------------------------------- streams that are not prepared
+
+
+@pytest.fixture
+def stream(config, monkeypatch):
+    """The configuration of a stream with the documents of `config`, which is in `config`'s order."""
+    import datasets
+
+    train = [document.text for _, document in open_source(config).documents()]
+    rows = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in train))
+    monkeypatch.setattr("data.hub._load", lambda config: rows)
+    monkeypatch.setattr("data.hub._commit", lambda config: config.revision)
+    return HubData(path="a/b", streaming=True, prepare=False, val_fraction=0.2, cache_dir=config.cache_dir)
+
+
+@pytest.mark.parametrize("characters", [1, 5000, 10**9])
+@pytest.mark.parametrize(("seq_len", "mask"), [(700, True), (700, False), (5000, True)])  # a document has about 2000
+def test_an_unprepared_stream_gives_the_rows_of_the_prepared_one_in_its_own_order(
+    config, stream, monkeypatch, characters, seq_len, mask
+):
+    monkeypatch.setattr(packing, "STREAMED_CHARS", characters)
+    prepared = PackedRows(load(config, BytesTokenizer()).parts[0].train, seq_len, mask)
+    rows = training_rows(load(stream, BytesTokenizer()), seq_len, mask)
+
+    def assert_row(position):
+        for one, other in zip(rows.at(0, position), prepared[position % len(prepared)], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    for position in [*range(2 * len(prepared)), 3, 4, 9, 0, len(prepared) + 1]:  # two epochs; back, on, and back
+        assert_row(position)
+    with pytest.raises(ValueError, match=r"seq_len=9999999 needs at least 10000000 tokens and data\.path=a/b has only"):
+        training_rows(load(stream, BytesTokenizer()), 9_999_999, mask).at(0, 0)
+
+
+def test_an_unprepared_stream_says_what_it_cannot_promise_and_writes_no_tokens(config, stream):
+    lines: list[str] = []
+    corpus = load_corpus(stream, TOKENIZER, lines.append)
+    assert [path.suffix for path in Path(config.cache_dir).iterdir()] == [".lock", ".json"]  # of the tokenizer
+    assert any("trained on as it comes, in its own order, whatever the seed" in line for line in lines)
+    assert any("a run that goes on reads again, from the beginning, all it was trained on" in line for line in lines)
+    (part,) = corpus.parts
+    assert texts(corpus, part.val) == expected(config)[1]
+    assert corpus.manifest["prepared"] is False
+    other = load(HubData(**{**vars(stream), "revision": "v2"}))
+    assert other.manifest["hash"] != corpus.manifest["hash"]
+
+
+def test_an_unprepared_stream_whose_beginning_holds_nothing_out_says_so(stream, monkeypatch):
+    monkeypatch.setattr(corpus_module, "VALIDATION_BYTES", 1)  # one document, and that is trained on
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.2 holds out nothing of the first .*: raise it"):
+        load(stream, BytesTokenizer())
 
 
 # ------------------------------------------------------------------------------------------------------- mix

@@ -80,6 +80,15 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
         (lambda: TextData(path="x", field=""), r"data\.field is empty"),
         (lambda: StdlibData(packing="tight"), r"data\.packing=tight is unknown; use end_to_end or best_fit"),
         (lambda: HubData(path=""), r"data\.path is empty: data=hf needs"),
+        (lambda: HubData(path="x", prepare=False), r"data\.prepare=false is for streams: set data\.streaming=true"),
+        (
+            lambda: HubData(path="x", prepare=False, streaming=True, packing="best_fit"),
+            r"data\.packing=best_fit needs all documents at once",
+        ),
+        (
+            lambda: MixData(parts={"a": {"name": "hf", "path": "x", "streaming": True, "prepare": False}}),
+            r"data\.parts\.a\.prepare=false is not possible in a mixture",
+        ),
         (lambda: HubData(path="x", max_bytes=0), r"data\.max_bytes=0 is not possible"),
         (lambda: SyntheticData(task="sort"), r"data\.task=sort is unknown; use copy or needle"),
         (lambda: SyntheticData(documents=1), r"data\.documents=1 is too few"),
@@ -102,6 +111,12 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
             r"data\.parts\.a\.cache_dir is not a setting",
         ),
         (lambda: MixData(parts={"a": {"name": "text"}}), r"data\.parts\.a: data\.path is empty"),
+        (lambda: MixData(parts={"a": {"name": "stdlib", "weight": 1e308}}), r"data\.parts\.a\.weight=1e\+308 is not"),
+        (
+            lambda: MixData(parts={"a": {"name": "synthetic", "documents": 10.5}}),
+            r"data\.parts\.a\.documents: Value '10\.5' .* Integer",
+        ),
+        (lambda: MixData(parts={"a": {"name": "hf", "path": "x", "max_bytes": "all"}}), r"\.a\.max_bytes: Value 'all'"),
     ],
 )
 def test_a_bad_value_is_one_line_naming_the_key(build, message):

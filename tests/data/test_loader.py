@@ -48,6 +48,8 @@ def test_a_batch_stacks_rows_and_counts_visible_pairs(load):
     assert batch.visible_pairs == (1 + 2 + 3 + 1) + (1 + 2 + 1 + 2)
     assert type(batch.visible_pairs) is int
     assert batch.num_tokens == 8
+    assert collate(rows, window=2).visible_pairs == (1 + 2 + 2 + 1) + (1 + 2 + 1 + 2)
+    assert next(load(rows, 2, window=1)).visible_pairs == 8
 
 
 def test_without_document_mask_a_batch_is_plain_causal():

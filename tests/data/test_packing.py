@@ -179,6 +179,9 @@ def test_each_part_of_a_mixture_goes_through_its_own_epochs():
     ]
     of_second = [row for part, row in visited if part == 1]
     assert sorted(of_second[:5]) == sorted(of_second[5:10]) == list(range(5))
+    of_equals = MixedRows([1, 1], [first, first])
+    by_part = [[of_equals.at(3, p).tokens[0] // 4 for p in range(14) if of_equals.locate(p)[0] == i] for i in (0, 1)]
+    assert by_part[0] != by_part[1]
     assert len(rows) == 12
     assert rows[0].tokens[0] == 0
     assert rows.max_documents == 1

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
 from data.tokenizer import SEPARATOR, Tokenizer
@@ -25,24 +27,62 @@ def test_decoding_gives_the_text_back_and_token_bytes_add_up(text):
     assert TOKENIZER.separator_id not in ids
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.sampled_from(["\n", "\r\n", " ", "\t", "\x1c", "\u2028", "a", "if", "'s", "(", "12", "é"])).map("".join)
+def byte_level(pre_tokenizer, normalizer=None):
+    """In the manner of GPT-2."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer:
+        backend.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return Tokenizer.wrap(backend, "a test", None)
+
+
+GPT2 = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+PREFIXED = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True))
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NORMALIZED = byte_level(
+    pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(GPT4), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    normalizers.NFC(),
+)
+BITS = [*"\n\n  \t\x1c\u2028a(_漢e\u0301", "\r\n", "if", "'s", ". ", "12"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(BITS)).map("".join))
 def test_a_text_encoded_in_pieces_has_the_tokens_of_the_whole(text):
     size, data.tokenizer.PIECE_CHARS = data.tokenizer.PIECE_CHARS, 3
     try:
         pieces = list(data.tokenizer._pieces(text))
-        (ids,) = TOKENIZER.encode_batch([text])
+        assert "".join(pieces) == text
+        for tokenizer in (TOKENIZER, GPT2, NORMALIZED):
+            assert tokenizer._can_be_cut
+            (ids,) = tokenizer.encode_batch([text])
+            assert ids.tolist() == tokenizer.encode(text)
     finally:
         data.tokenizer.PIECE_CHARS = size
-    assert "".join(pieces) == text
-    assert ids.tolist() == TOKENIZER.encode(text)
+
+
+def test_a_tokenizer_that_puts_something_before_a_text_is_given_it_whole():
+    assert not PREFIXED._can_be_cut
+    assert not Tokenizer.wrap(sentencepiece_like(), "a test", None)._can_be_cut
 
 
 def test_a_long_text_is_really_cut_into_pieces(monkeypatch):
     monkeypatch.setattr(data.tokenizer, "PIECE_CHARS", 100)
     assert max(map(len, data.tokenizer._pieces(TEXTS[0]))) < 200
+    assert max(map(len, data.tokenizer._pieces("one line " * 1000))) < 200
     assert Tokenizer.train(TEXTS, 320)._backend.to_str() == TOKENIZER._backend.to_str()
 
 
@@ -141,6 +181,20 @@ def test_a_tokenizer_of_another_kind_keeps_texts_and_bytes(tmp_path):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
     assert tokenizer.encode_batch([text])[0].tolist() == ids
     assert Tokenizer.load(tmp_path / "t.json", "<s>").separator_id == 1
+
+
+def test_a_separator_that_text_could_write_is_made_special_or_refused(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(GPT2._backend.to_str())
+    backend.add_tokens(["</s>"])  # an ordinary one, which the library finds in text
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.load(tmp_path / "t.json", "</s>")
+    text = "a</s>b"
+    assert tokenizer.separator_id not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), ("a", -1.0)], 0))
+    backend.save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match=r"t\.json makes '</s>' of text that says so"):
+        Tokenizer.load(tmp_path / "t.json")
 
 
 def test_truncation_and_padding_in_a_file_are_ignored(tmp_path):

@@ -8,14 +8,17 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data.config import HubData
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint, Manifest
 from training.checkpoint.saver import Saver
@@ -111,6 +114,19 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
     config: MakeConfig, tmp_path: Path, optimizer: str, stop_at: int, during: str
 ) -> None:
     check_stopped_and_resumed(config, tmp_path, f"optimizer={optimizer}", stop_at=stop_at, during=during)
+
+
+def test_a_run_on_a_stream_that_is_not_prepared_goes_on_where_it_was(
+    config: MakeConfig, tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": path.read_text()} for path in sorted(text_folder.iterdir()))
+
+    monkeypatch.setattr("data.hub._load", lambda _: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr("data.hub._commit", lambda _: "a commit")
+    data = HubData(path="a/b", streaming=True, prepare=False, val_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+    streamed = lambda *overrides: replace(config(*overrides), data=data)  # noqa: E731
+    check_stopped_and_resumed(streamed, tmp_path, stop_at=5, during="step")
 
 
 @pytest.mark.gpu
