@@ -24,4 +24,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="the same command goes on from here")
+    cli.run(main)

@@ -117,55 +117,58 @@ class Trainer:
             ValueError: the run folder cannot be written, or resume and init_from name what does not fit.
             NonFiniteError, SaveFailed, Interrupted: see `training.errors`.
         """
-        config, device = self.config, self.runtime.device
-        self.run_folder = RunFolder(config)
+        self.run_folder = RunFolder(self.config)
         status = "failed"
-        try:
-            with self.interrupt, closing(self.start()) as batches:
-                first = self.step + 1
-                self.report()
-                self.stop_if_asked()
-                for self.step in range(first, config.num_steps + 1):
-                    with self.throughput.waiting_for_data():
-                        micro_batches = [next(batches) for _ in range(config.accumulation)]
-                    num_tokens = sum(batch.num_tokens for batch in micro_batches)
-
-                    loss = torch.zeros((), device=device)
-                    for batch in micro_batches:
-                        # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
-                        micro_loss = self.loss(batch) / num_tokens
-                        micro_loss.backward()
-                        loss += micro_loss.detach()
-
-                    grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-                    good = self.guard.check(self.step, loss, grad_norm)
-                    rate = learning_rate(
-                        config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate
-                    )
-                    self.optimizer.step(rate, good)
-                    self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
-                    self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
-
-                    if self.step == first:  # now the optimizer's moments are there, and no step is measured yet
-                        self.saver.reserve(self.tensors())
-                    if self.due(config.log_every, first=True):
-                        self.log_training(grad_norm, rate)
-                    self.report()
-                    self.stop_if_asked()
-                    if self.due(config.checkpoint.every):
-                        self.save()
+        with self.interrupt:  # to the very end: a second SIGTERM must not cut short what the first one asked for
+            try:
+                with closing(self.start()) as batches:
+                    self.train(batches)
                 self.save_weights()
                 self.saver.finish(raises=True)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            self.saver.finish()
-            if self.loggers.started:
-                self.loggers.finish(status)
-            self.run_folder.close()
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                self.saver.finish()
+                if self.loggers.started:
+                    self.loggers.finish(status)
+                self.run_folder.close()
         return self.summary
+
+    def train(self, batches: Loader) -> None:
+        """The loop, from the step after the one restored to the last."""
+        config, device = self.config, self.runtime.device
+        first = self.step + 1
+        self.report()
+        self.stop_if_asked()
+        for self.step in range(first, config.num_steps + 1):
+            with self.throughput.waiting_for_data():
+                micro_batches = [next(batches) for _ in range(config.accumulation)]
+            num_tokens = sum(batch.num_tokens for batch in micro_batches)
+
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
+                micro_loss = self.loss(batch) / num_tokens
+                micro_loss.backward()
+                loss += micro_loss.detach()
+
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+            good = self.guard.check(self.step, loss, grad_norm)
+            rate = learning_rate(config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate)
+            self.optimizer.step(rate, good)
+            self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+            self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
+
+            if self.step == first:  # now the optimizer's moments are there, and no step is measured yet
+                self.saver.reserve(self.tensors())
+            if self.due(config.log_every, first=True):
+                self.log_training(grad_norm, rate)
+            self.report()
+            self.stop_if_asked()
+            if self.due(config.checkpoint.every):
+                self.save()
 
     def due(self, every: int, first: bool = False) -> bool:
         """Whether something done every so many steps (0: never) is due: always at the last step."""

@@ -72,13 +72,15 @@ trap 'sleep 0.3; echo saved; exit 75' USR1 TERM
 echo "$@"
 for i in $(seq 100); do sleep 0.05; done
 """
+STARTING = TRAINING.replace("trap", "# trap")  # Python, before it listens
 
 
+@pytest.mark.parametrize(("training", "said"), [(TRAINING, "saved\n"), (STARTING, "")])
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
-    tmp_path: Path, sent: signal.Signals
+    tmp_path: Path, sent: signal.Signals, training: str, said: str
 ) -> None:
-    commands = {".venv/bin/python": TRAINING, "bin/scontrol": '#!/bin/bash\necho "scontrol $@"\n'}
+    commands = {".venv/bin/python": training, "bin/scontrol": '#!/bin/bash\necho "scontrol $@"\n'}
     for name, text in commands.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
@@ -91,7 +93,7 @@ def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
     time.sleep(0.2)
     job.send_signal(sent)
     out, _ = job.communicate(timeout=20)
-    assert (job.returncode, out) == (0, "saved\nscontrol requeue 42\n")
+    assert (job.returncode, out) == (0, f"{said}scontrol requeue 42\n")
     refused = subprocess.run(command[:2], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "name the run" in refused.stderr
