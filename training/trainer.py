@@ -26,8 +26,8 @@ from data.packing import pack
 from model.generate import generate
 from model.gpt import GPT
 
+from .checkpoint import fits, state
 from .checkpoint import folder as checkpoints
-from .checkpoint import state
 from .checkpoint.saver import Saver, Tensors, save_problem
 from .config import TrainConfig
 from .errors import SaveFailed
@@ -249,15 +249,16 @@ class Trainer:
         """
         config = self.config
         facts = run_facts(config, self.runtime, self.attention, self.corpus)
-        events = self.restore()
         try:
+            events = self.restore()
             checkpoints.write_whole(
                 self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode()
             )
             checkpoints.write_whole(self.folder / "facts.json", (json.dumps(facts, indent=2) + "\n").encode())
             self.corpus.tokenizer.save(self.folder / "tokenizer.json")
         except OSError as error:
-            raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+            why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
+            raise ValueError(f"{why}; free some space or make it writable, or choose another") from error
         for line in start_up_lines(config, facts):
             self.notify(line)
         self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts, self.step, events))
@@ -280,15 +281,16 @@ class Trainer:
             self.run_folder.cut_records({}, None)
             if self.config.init_from:
                 tokenizer = self.corpus.manifest["tokenizer"]["sha256"]
-                state.load_initial(self.model, self.config.init_from, tokenizer, self.notify)
+                state.load_initial(self.model, self.config, tokenizer, self.notify)
             return 0
         path, manifest = found
-        changes = state.check_fits(path, asdict(self.config), self.corpus.manifest["hash"])
-        if manifest.step > self.config.num_steps:
-            raise ValueError(
-                f"max_steps={self.config.num_steps} is less than the {manifest.step} steps of {path}; raise it"
-            )
+        changes = fits.check_resume(path, manifest, self.config)
         values = state.read(path)
+        if values["data"] != (ours := self.corpus.manifest["hash"]):
+            raise ValueError(
+                f"data.name={self.config.data.name} does not fit {path}, which was trained on another text "
+                f"({values['data'][:8]}, not {ours[:8]}); restore it, or use init_from={path} for a new run"
+            )
         try:
             loop = state.read_tensors(path / "loop.safetensors")
             state.load_model_tensors(self.model, path / "model.safetensors")
@@ -366,4 +368,5 @@ class Trainer:
                 os.replace(part / target.name, target)
                 checkpoints.sync(self.folder)
         except (OSError, SafetensorError) as error:
-            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder)}") from error
+            needed = sum(parameter.nbytes for parameter in self.model.parameters())
+            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder, needed)}") from error
