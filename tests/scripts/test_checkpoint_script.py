@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -60,6 +61,18 @@ def test_prune_leaves_the_newest_and_the_best_and_refuses_while_the_newest_is_da
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2
+
+
+def test_prune_refuses_a_run_that_is_being_trained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run / "run.lock", "w") as lock:
+        lock.write("process 7 on node")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as ended:
+            main(["prune", str(run)])
+    assert ended.value.code == 2
+    assert "is being trained by process 7 on node; stop that" in capsys.readouterr().err
+    assert len(checkpoints.candidates(run)) == 5
 
 
 def test_the_script_needs_no_torch(tmp_path: Path) -> None:

@@ -79,8 +79,9 @@ class Manifest:
             and set(manifest.files) == set(FILES)  # names come from here, never from the file: no path leads elsewhere
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
             and all(isinstance(size, int) and isinstance(digest, str) for size, digest in manifest.files.values())
-            and isinstance(manifest.step, int)
+            and all(type(getattr(manifest, name)) is int for name in ("step", "tokens", "world_size"))
             and isinstance(manifest.val_loss, float | int | None)
+            and isinstance(manifest.versions, dict)
         )
         if not well_formed:
             raise DamagedCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
