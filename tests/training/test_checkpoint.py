@@ -429,6 +429,17 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert part.startswith(".step-00000002.part-")
 
 
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = checkpoints.sync
+    monkeypatch.setattr(checkpoints, "sync", lambda path: (synced.append(path.name), sync(path)))
+    fit(config("max_steps=1"))
+    assert synced[0] == "metrics.jsonl"
+    assert "model.safetensors" in synced
+
+
 def test_what_a_killed_save_left_is_swept_by_the_next_process(config: MakeConfig, run: Callable[..., Path]) -> None:
     folder = run()
     part = folder / "checkpoints" / ".step-00000008.part-123"
