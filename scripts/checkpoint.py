@@ -13,7 +13,7 @@ from pathlib import Path
 
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint
-from training.run_folder import LOCK
+from training.run_folder import LOCK, take
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,16 +54,17 @@ def show(found: list[Path], read_all: bool) -> int:
 
 
 def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    with open(options.run / LOCK, "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            parser.error(f"{options.run} is being trained; its own checkpoint.keep_last removes what is surplus")
-        try:
+    try:
+        with open(options.run / LOCK, "ab+") as lock:
+            take(lock, fcntl.LOCK_EX, str(options.run))
             gone = checkpoints.prune(options.run, options.keep_last, options.keep_every, not options.no_best)
-        except DamagedCheckpoint as damage:
-            print(f"nothing removed: the newest checkpoint is damaged: {damage}")
-            return 1
+    except DamagedCheckpoint as damage:
+        print(f"nothing removed: the newest checkpoint is damaged: {damage}")
+        return 1
+    except ValueError as error:  # it is being trained, and its own checkpoint.keep_last removes what is surplus
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{options.run} cannot be written: {error.strerror}")
     for path in gone:
         print(f"removed {path}")
     return 0

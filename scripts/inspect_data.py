@@ -73,4 +73,4 @@ def histogram(lengths: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="the same command goes on from here")
+    cli.run(main)

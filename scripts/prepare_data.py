@@ -32,4 +32,4 @@ def prepare(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, interrupted="the same command goes on from here")
+    cli.run(main)

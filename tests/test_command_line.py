@@ -301,17 +301,22 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(h
 def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tuple[str, list[str]]:
     """SIGTERM at a moment to the run and all that it has started, as Slurm and `timeout` send it; what the run printed.
     It ends with code 75 and one line, having saved."""
-    process = begin(home, *arguments)
+    process, err = begin(home, *arguments), list[str]()
+    assert process.stderr is not None
     try:
         wait_for(moment, process)
         os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        for line in process.stderr:
+            err.append(line)
+            if line.startswith("error: "):  # PyTorch has warnings of its own
+                os.killpg(process.pid, signal.SIGTERM)  # once more, while Python ends
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 75, err
-    (line,) = (line for line in err.splitlines() if line.startswith("error: "))  # PyTorch has warnings of its own
+    (line,) = (line for line in err if line.startswith("error: "))
     assert line.startswith("error: interrupted by SIGTERM; saved ")
-    saved = Path(line.rpartition(" ")[2])
+    saved = Path(line.rpartition(" ")[2].strip())
     assert (home / saved / "manifest.json").exists()
     return saved.name, out.splitlines()
 
@@ -334,6 +339,24 @@ def test_a_run_that_is_asked_inside_a_save_ends_with_a_good_checkpoint(home: Pat
     (resumed,) = (line for line in done.out if line.startswith("resume "))
     assert f"saving/checkpoints/{saved}, verified" in resumed
     assert not list(folder.glob("checkpoints/.step-*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75)])
+def test_a_run_that_is_asked_before_it_trains_has_nothing_to_save_and_says_so(home: Path, name: str, code: int) -> None:
+    (home / "much").mkdir(exist_ok=True)
+    (home / "much" / "a.txt").write_text("a line of a long text\n" * 200_000)
+    cache = home / f"cache-{name}"
+    much = ["data.path=much", f"data.cache_dir={cache}", f"run_dir=early-{name}"]
+    process = begin(home, *much)
+    try:
+        wait_for(cache.exists, process)  # the data is being prepared
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (code, f"error: interrupted by {name}; the same command goes on\n")
+    assert "run  " not in out
+    assert not (home / f"early-{name}").exists()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")

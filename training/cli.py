@@ -1,9 +1,9 @@
 """The command line's manners: one line for each mistake, an exit code for each ending, a table after a sweep.
 
 Exit codes: 0 finished; 1 a bug, with its traceback; 2 the command or configuration cannot work; 3 out of memory;
-4 the loss or a gradient was not finite, or spiked; 5 what was trained could not be saved; 75 stopped on request and
-saved: the same command goes on; 130 stopped by Ctrl-C, saved too. A sweep goes on after a failed job and ends with its
-code; an interruption ends it.
+4 the loss or a gradient was not finite, or spiked; 5 what was trained could not be saved; 75 stopped on request, with
+all saved that there was: the same command goes on; 130 stopped by Ctrl-C, likewise. A sweep goes on after a failed job
+and ends with its code; an interruption ends it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.table import Table
 
 from .config import dotted_keys, unknown_key
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
+from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -42,8 +43,9 @@ _results: list[tuple[list[str], dict[str, float]]] = []  # of a sweep's jobs: ov
 _failures: list[int] = []  # exit codes
 
 
-def run(main: Callable[[], None], interrupted: str = "the run folder holds what was measured until now") -> None:
+def run(main: Callable[[], None]) -> None:
     """Run a Hydra application and end the process with the right exit code."""
+    listen(leave)  # until the process ends; a trainer listens itself while there is something to save
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
     # 1.0k against 3.6k tokens/s; on idle cores there is little between them.
@@ -51,7 +53,10 @@ def run(main: Callable[[], None], interrupted: str = "the run folder holds what 
     register_resolvers()
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
-        main()
+        try:
+            main()
+        finally:
+            keep_exit_code()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:
             raise
@@ -60,9 +65,6 @@ def run(main: Callable[[], None], interrupted: str = "the run folder holds what 
     except Interrupted as stopped:
         _error(str(stopped))
         _failures.insert(0, stopped.code)
-    except KeyboardInterrupt:  # before the first step or after the last
-        _error(f"interrupted; {interrupted}")
-        _failures.insert(0, 130)
     if len(_results) > 1:
         _print_comparison()
     sys.exit(_failures[0] if _failures else 0)

@@ -133,6 +133,8 @@ class TrainConfig:
         _require(self.compile in ("auto", True, False), "compile", self.compile, "use auto, true or false")
         _require(bool(self.resume), "resume", repr(self.resume), "use auto, none or the path of a run or a checkpoint")
         _require(self.max_time is None or self.max_time > 0, "max_time", self.max_time, "use minutes, or null")
+        # It is part of run_dir's default value.
+        _require("/" not in self.model.name, "model.name", self.model.name, "use a name without a slash")
         for name in ("run_dir", "resume", "init_from"):
             _require("\0" not in (getattr(self, name) or ""), name, repr(getattr(self, name)), "name a folder")
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "name a folder")
@@ -237,7 +239,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 SECRET_KEY = re.compile(r"(api_?key|secret|password|passwd|credential|(^|_)token$)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|^hf_[A-Za-z0-9]{20,}$|^[0-9a-f]{40}$")
+SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{20,}")
+WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # as a commit's hash, which a revision may be
 
 
 def refuse_secrets(items: Any, prefix: str = "") -> None:
@@ -250,7 +253,11 @@ def refuse_secrets(items: Any, prefix: str = "") -> None:
         key = str(name)
         if isinstance(value, dict | list):
             refuse_secrets(value, f"{prefix}{key}.")
-        elif value and (SECRET_KEY.search(key) or SECRET_VALUE.search(str(value))):
+        elif value and (
+            SECRET_KEY.search(key)
+            or SECRET_VALUE.search(str(value))
+            or (WANDB_KEY.fullmatch(str(value)) and key != "revision")
+        ):
             raise ValueError(
                 f"{prefix}{key} looks like a secret, and the config is saved and uploaded with the run; "
                 f"use the environment instead (WANDB_API_KEY, HF_TOKEN)"

@@ -83,9 +83,14 @@ class Guard:
         if new:
             self.seen = int(skipped)
             self.counters[2] = self.counters[1]
-            facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows_of(int(step))}
-            with open(self.record, "a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
+            rows = rows_of(int(step))
+            facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
+            try:
+                with open(self.record, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(facts) + "\n")
+            except OSError as error:
+                where = f"its rows were {rows[0]} to {rows[-1]}, which {self.record} does not hold: {error.strerror}"
+                self.notify(f"bad step   {int(step)}: {where}")
             finite = all(map(torch.isfinite, torch.tensor([loss, grad_norm])))
             what = (
                 f"the loss spiked to {loss:.4g} at step {int(step)}"

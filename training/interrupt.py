@@ -1,7 +1,8 @@
 """How a run is asked to stop: a signal, a file called STOP in its folder, or its own max_time.
 
 A request is noted, and the loop answers where its state is whole: after the step, or between two batches of an
-evaluation. A second Ctrl-C ends the process at once.
+evaluation. A second Ctrl-C ends the process at once. Before there is anything to save (imports, preparation of the
+data, construction of the model) a signal ends the process at once, with the same exit code.
 
 Signals often go to every process of a group: from Ctrl-C, from `timeout`, from Slurm. A compiler that dies of one fails
 the run, and PyTorch (2.11, 2.13) waits for ever for a compile worker that has died of one. So the main thread blocks
@@ -15,15 +16,69 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import NoReturn
 
 from .errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL_SECONDS = 1.0  # looking for STOP on a network file system takes up to a millisecond
 STARTED = time.monotonic()  # of the process, nearly: imports are outside, data and compilation are inside
+
+
+def listen(hear: Callable[[signal.Signals], None]) -> Callable[[], None]:
+    """Call `hear` for each of SIGNALS that arrives, in a thread of its own, whatever the main thread is at.
+
+    Returns:
+        What ends that: afterwards signals are again what they were before.
+    """
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        return lambda: None
+    # nohup, or a shell that starts us in the background, has some of them ignored, and so they stay
+    numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    heard, tell = socket.socketpair()
+    tell.setblocking(False)
+    tell_fd = tell.detach()  # open until `end`, whether or not somebody keeps that
+    wakeup_fd = signal.set_wakeup_fd(tell_fd, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+
+    def work() -> None:
+        with heard:
+            while byte := heard.recv(1):
+                if byte[0] in handlers:
+                    hear(signal.Signals(byte[0]))
+
+    # Before they are blocked, so that they reach this thread.
+    threading.Thread(target=work, daemon=True).start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def end() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_fd)
+        os.close(tell_fd)  # the thread reads the end, and returns
+
+    return end
+
+
+def leave(number: signal.Signals) -> NoReturn:
+    """End the process at once: there is nothing to save. An exception would be lost in some import or callback."""
+    os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
+    os._exit(code_of(number.name))
+
+
+def keep_exit_code() -> None:
+    """For the last second of a process, in which Python gives signals back their power to kill it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def code_of(reason: str) -> int:
+    return 130 if reason == "SIGINT" else Interrupted.code
 
 
 class Interrupt:
@@ -38,46 +93,23 @@ class Interrupt:
         self.stop_file = folder / "STOP"
         self.deadline = None if max_minutes is None else STARTED + 60 * max_minutes
         self._reason = ""
+        self._interrupted = False
         self._next_look = 0.0
-        self._handlers: dict[signal.Signals, Any] = {}
-        self._heard: socket.socket | None = None
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
-            return self
-        # nohup, or a shell that starts us in the background, has some of them ignored, and so they stay
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._heard, self._tell = socket.socketpair()
-        self._tell.setblocking(False)
-        self._wakeup_fd = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
-        # Before they are blocked, so that they reach this thread.
-        threading.Thread(target=self._listen, args=(self._heard,), daemon=True).start()
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        self._end = listen(self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._heard is None:
-            return
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_fd)
-        self._tell.close()  # the listener reads the end, and returns
+        self._end()
 
-    def _listen(self, heard: socket.socket) -> None:
-        interrupted = False
-        with heard:
-            while byte := heard.recv(1):
-                number = signal.Signals(byte[0])
-                if number not in self._handlers:
-                    continue
-                if number == signal.SIGINT and interrupted:
-                    os._exit(130)
-                interrupted |= number == signal.SIGINT
-                self._reason = self._reason or number.name
+    def _note(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            os._exit(130)
+        self._interrupted |= number == signal.SIGINT
+        self._reason = self._reason or number.name
 
     def reason(self) -> str:
         """Why the run shall stop; "" while it shall not."""
@@ -86,12 +118,12 @@ class Interrupt:
             self._reason = "max_time"
         if not self._reason and now >= self._next_look:
             self._next_look = now + POLL_SECONDS
-            if self.stop_file.exists():
-                self.stop_file.unlink(missing_ok=True)
-                self._reason = "the STOP file"
+            with suppress(OSError):  # a file system that does not answer now is no reason to end
+                if self.stop_file.exists():
+                    self._reason = "the STOP file"
+                    self.stop_file.unlink(missing_ok=True)
         return self._reason
 
     def end(self, saved: Path) -> Interrupted:
         """What to raise once `saved` is written."""
-        code = 130 if self._reason == "SIGINT" else Interrupted.code
-        return Interrupted(f"interrupted by {self._reason}; saved {saved}", code)
+        return Interrupted(f"interrupted by {self._reason}; saved {saved}", code_of(self._reason))

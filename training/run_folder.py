@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
+from .checkpoint import fits
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
@@ -40,6 +43,44 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value and value not in ("auto", "none") and not Path(value).exists():
             raise ValueError(f"{name}={value} does not exist; name a run folder or a checkpoint")
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES)
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {why}; choose another")
+    if holds_a_run:
+        with suppress(OSError), open(run / LOCK, "rb") as lock:
+            take(lock, fcntl.LOCK_SH, config.run_dir)
+    _check_fits(config)
+
+
+def _check_fits(config: TrainConfig) -> None:
+    """Ask the checkpoint that the run will most likely begin with; only its configuration is read and verified."""
+    resume = None if config.resume in ("auto", "none") else config.resume
+    places = ((config.run_dir, fits.check_resume), (resume, fits.check_resume), (config.init_from, fits.check_init))
+    for place, check_fits in places:
+        path = Path(place or os.devnull)
+        for candidate in [path] if checkpoints.is_checkpoint(path) else checkpoints.candidates(path):
+            with suppress(DamagedCheckpoint):
+                check_fits(candidate, checkpoints.verify(candidate, only=["config.json"]), config)
+                return
+
+
+def take(lock: BinaryIO, kind: int, run_dir: str) -> None:
+    """Lock a run folder. It is held by the open file, not by its content: it goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process has it, or this file system has no locks.
+    """
+    for patience in (0.1, 0.1, 0.1, 0):  # another process may be looking only, or may be dying
+        try:
+            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(patience)
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another disk") from error
+    lock.seek(0)
+    owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
+    raise ValueError(f"run_dir={run_dir} is being trained by {owner}; stop that, or choose another")
 
 
 class RunFolder:
@@ -55,22 +96,17 @@ class RunFolder:
         self.path = Path(config.run_dir)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock: TextIOWrapper = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            self._lock: BinaryIO = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
         try:
-            # Held by the open file, not by its content: it goes with the process, however that ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            owner = self._lock.read(200).strip() or "another process"
+            take(self._lock, fcntl.LOCK_EX, config.run_dir)
+        except ValueError:
             self._lock.close()
-            raise ValueError(
-                f"run_dir={config.run_dir} is being trained by {owner}; stop that, or choose another"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+            raise
+        with suppress(OSError):  # on a full disk it stays without a name
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         checkpoints.sweep(self.path)
 
     def close(self) -> None:
@@ -129,7 +165,7 @@ def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path,
         ValueError: there is none, or it is damaged.
     """
     path = Path(value)
-    if checkpoints.NAME.fullmatch(path.resolve().name):
+    if checkpoints.is_checkpoint(path):
         try:
             found: tuple[Path, Manifest] | None = path, checkpoints.verify(path)
         except DamagedCheckpoint as damage:
@@ -137,5 +173,6 @@ def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path,
     else:
         found = checkpoints.newest(path, notify)
     if found is None:
-        raise ValueError(f"{setting}={value} holds no good checkpoint; name a run folder or a checkpoint")
+        file = " or a model.safetensors" if setting == "init_from" else ""
+        raise ValueError(f"{setting}={value} holds no good checkpoint; name a run folder or a checkpoint{file}")
     return found

@@ -26,8 +26,8 @@ from data.packing import pack, training_rows
 from model.generate import generate
 from model.gpt import GPT
 
+from .checkpoint import fits, state
 from .checkpoint import folder as checkpoints
-from .checkpoint import state
 from .checkpoint.saver import Saver, Tensors, save_problem
 from .config import TrainConfig
 from .errors import SaveFailed
@@ -116,55 +116,58 @@ class Trainer:
             ValueError: the run folder cannot be written, or resume and init_from name what does not fit.
             NonFiniteError, SaveFailed, Interrupted: see `training.errors`.
         """
-        config, device = self.config, self.runtime.device
-        self.run_folder = RunFolder(config)
+        self.run_folder = RunFolder(self.config)
         status = "failed"
-        try:
-            with self.interrupt, closing(self.start()) as batches:
-                first = self.step + 1
-                self.report()
-                self.stop_if_asked()
-                for self.step in range(first, config.num_steps + 1):
-                    with self.throughput.waiting_for_data():
-                        micro_batches = [next(batches) for _ in range(config.accumulation)]
-                    num_tokens = sum(batch.num_tokens for batch in micro_batches)
-
-                    loss = torch.zeros((), device=device)
-                    for batch in micro_batches:
-                        # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
-                        micro_loss = self.loss(batch) / num_tokens
-                        micro_loss.backward()
-                        loss += micro_loss.detach()
-
-                    grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-                    good = self.guard.check(self.step, loss, grad_norm)
-                    rate = learning_rate(
-                        config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate
-                    )
-                    self.optimizer.step(rate, good)
-                    self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
-                    self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
-
-                    if self.step == first:  # now the optimizer's moments are there, and no step is measured yet
-                        self.saver.reserve(self.tensors())
-                    if self.due(config.log_every, first=True):
-                        self.log_training(grad_norm, rate)
-                    self.report()
-                    self.stop_if_asked()
-                    if self.due(config.checkpoint.every):
-                        self.save()
+        with self.interrupt:  # to the very end: a second SIGTERM must not cut short what the first one asked for
+            try:
+                with closing(self.start()) as batches:
+                    self.train(batches)
                 self.save_weights()
                 self.saver.finish(raises=True)
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            self.saver.finish()
-            if self.loggers.started:
-                self.loggers.finish(status)
-            self.run_folder.close()
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                self.saver.finish()
+                if self.loggers.started:
+                    self.loggers.finish(status)
+                self.run_folder.close()
         return self.summary
+
+    def train(self, batches: Loader) -> None:
+        """The loop, from the step after the one restored to the last."""
+        config, device = self.config, self.runtime.device
+        first = self.step + 1
+        self.report()
+        self.stop_if_asked()
+        for self.step in range(first, config.num_steps + 1):
+            with self.throughput.waiting_for_data():
+                micro_batches = [next(batches) for _ in range(config.accumulation)]
+            num_tokens = sum(batch.num_tokens for batch in micro_batches)
+
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
+                micro_loss = self.loss(batch) / num_tokens
+                micro_loss.backward()
+                loss += micro_loss.detach()
+
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+            good = self.guard.check(self.step, loss, grad_norm)
+            rate = learning_rate(config.schedule, self.step, config.num_steps, config.step_tokens, config.learning_rate)
+            self.optimizer.step(rate, good)
+            self.losses += torch.where(good, torch.stack([loss, torch.ones_like(loss)]), 0.0)
+            self.throughput.count_step(num_tokens, sum(batch.visible_pairs for batch in micro_batches))
+
+            if self.step == first:  # now the optimizer's moments are there, and no step is measured yet
+                self.saver.reserve(self.tensors())
+            if self.due(config.log_every, first=True):
+                self.log_training(grad_norm, rate)
+            self.report()
+            self.stop_if_asked()
+            if self.due(config.checkpoint.every):
+                self.save()
 
     def due(self, every: int, first: bool = False) -> bool:
         """Whether something done every so many steps (0: never) is due: always at the last step."""
@@ -245,15 +248,16 @@ class Trainer:
         """
         config = self.config
         facts = run_facts(config, self.runtime, self.attention, self.corpus)
-        events = self.restore()
         try:
+            events = self.restore()
             checkpoints.write_whole(
                 self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))).encode()
             )
             checkpoints.write_whole(self.folder / "facts.json", (json.dumps(facts, indent=2) + "\n").encode())
             self.corpus.tokenizer.save(self.folder / "tokenizer.json")
         except OSError as error:
-            raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+            why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
+            raise ValueError(f"{why}; free some space or make it writable, or choose another") from error
         for line in start_up_lines(config, facts):
             self.notify(line)
         self.loggers.start(RunInfo(self.folder.name, self.folder, asdict(config), facts, self.step, events))
@@ -276,15 +280,16 @@ class Trainer:
             self.run_folder.cut_records({}, None)
             if self.config.init_from:
                 tokenizer = self.corpus.manifest["tokenizer"]["sha256"]
-                state.load_initial(self.model, self.config.init_from, tokenizer, self.notify)
+                state.load_initial(self.model, self.config, tokenizer, self.notify)
             return 0
         path, manifest = found
-        changes = state.check_fits(path, asdict(self.config), self.corpus.manifest["hash"])
-        if manifest.step > self.config.num_steps:
-            raise ValueError(
-                f"max_steps={self.config.num_steps} is less than the {manifest.step} steps of {path}; raise it"
-            )
+        changes = fits.check_resume(path, manifest, self.config)
         values = state.read(path)
+        if values["data"] != (ours := self.corpus.manifest["hash"]):
+            raise ValueError(
+                f"data.name={self.config.data.name} does not fit {path}, which was trained on another text "
+                f"({values['data'][:8]}, not {ours[:8]}); restore it, or use init_from={path} for a new run"
+            )
         try:
             loop = state.read_tensors(path / "loop.safetensors")
             state.load_model_tensors(self.model, path / "model.safetensors")
@@ -362,4 +367,5 @@ class Trainer:
                 os.replace(part / target.name, target)
                 checkpoints.sync(self.folder)
         except (OSError, SafetensorError) as error:
-            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder)}") from error
+            needed = sum(parameter.nbytes for parameter in self.model.parameters())
+            raise SaveFailed(f"{target} was not written: {save_problem(error, self.folder, needed)}") from error

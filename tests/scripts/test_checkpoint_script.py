@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -62,6 +63,18 @@ def test_prune_leaves_the_newest_and_the_best_and_refuses_while_the_newest_is_da
         assert ended.value.code == 2
 
 
+def test_prune_refuses_a_run_that_is_being_trained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run / "run.lock", "w") as lock:
+        lock.write("process 7 on node")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as ended:
+            main(["prune", str(run)])
+    assert ended.value.code == 2
+    assert "is being trained by process 7 on node; stop that" in capsys.readouterr().err
+    assert len(checkpoints.candidates(run)) == 5
+
+
 def test_the_script_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, scripts.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -72,13 +85,15 @@ trap 'sleep 0.3; echo saved; exit 75' USR1 TERM
 echo "$@"
 for i in $(seq 100); do sleep 0.05; done
 """
+STARTING = TRAINING.replace("trap", "# trap")  # Python, before it listens
 
 
+@pytest.mark.parametrize(("training", "said"), [(TRAINING, "saved\n"), (STARTING, "")])
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
-    tmp_path: Path, sent: signal.Signals
+    tmp_path: Path, sent: signal.Signals, training: str, said: str
 ) -> None:
-    commands = {".venv/bin/python": TRAINING, "bin/scontrol": '#!/bin/bash\necho "scontrol $@"\n'}
+    commands = {".venv/bin/python": training, "bin/scontrol": '#!/bin/bash\necho "scontrol $@"\n'}
     for name, text in commands.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
@@ -91,7 +106,7 @@ def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
     time.sleep(0.2)
     job.send_signal(sent)
     out, _ = job.communicate(timeout=20)
-    assert (job.returncode, out) == (0, "saved\nscontrol requeue 42\n")
+    assert (job.returncode, out) == (0, f"{said}scontrol requeue 42\n")
     refused = subprocess.run(command[:2], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "name the run" in refused.stderr

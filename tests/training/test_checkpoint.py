@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -19,13 +23,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.config import HubData
+from scripts.checkpoint import main as checkpoint_script
 from training.checkpoint import folder as checkpoints
+from training.checkpoint import saver
 from training.checkpoint.folder import DamagedCheckpoint, Manifest
 from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig, TrainConfig
 from training.errors import Interrupted, NonFiniteError, SaveFailed
 from training.loggers import read_metrics
-from training.run_folder import RunFolder
+from training.run_folder import LOCK, RunFolder
+from training.run_folder import check as check_run_folder
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -163,7 +170,7 @@ def test_what_was_recorded_after_the_checkpoint_is_recorded_once(config: MakeCon
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(config: MakeConfig, run: Callable[..., Path]) -> None:
     folder = run()
-    before = exact(Trainer(config(), silently))
+    before = exact(Trainer(config("max_steps=6"), silently))
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(ValueError, match="holds a finished run, no checkpoint; choose another, or remove it"):
         fit(config("max_steps=6", "eval_every=0"))
@@ -232,6 +239,9 @@ def test_a_checkpoint_that_does_not_fit_says_which_field_differs(
     with pytest.raises(ValueError, match=said) as refused:
         Trainer(config("max_steps=6", override), silently).fit()
     assert "\n" not in str(refused.value)
+    if not override.startswith("data."):  # the configuration alone tells: before the text is read or torch is loaded
+        with pytest.raises(ValueError, match=said):
+            check_run_folder(config("max_steps=6", override))
     assert ((folder / "metrics.jsonl").read_bytes(), (folder / "config.yaml").read_bytes()) == before
 
 
@@ -357,19 +367,19 @@ def test_no_manifest_does_anything_but_be_refused(data: bytes) -> None:
         Manifest.from_json(data)
 
 
-@pytest.mark.parametrize("field", ["files", "step", "format", "val_loss"])
+@pytest.mark.parametrize("field", [*Manifest.__dataclass_fields__])
 @settings(max_examples=60, deadline=None)
 @given(value=JSON_VALUES | st.dictionaries(st.sampled_from([*FILES, "../x", "/etc/passwd"]), JSON_VALUES))
 def test_a_manifest_forged_with_a_right_digest_leads_nowhere(field: str, value: Any) -> None:
     facts: dict[str, Any] = {"format": 1, "step": 1, "tokens": 1, "world_size": 1, "val_loss": None, "versions": {}}
     files = {name: [1, "0" * 64] for name in checkpoints.FILES}
     data = Manifest(**{**facts, "config_sha256": "", "files": files, field: value}).to_json()
-    try:
-        manifest = Manifest.from_json(data)
-    except DamagedCheckpoint:
-        return
-    assert set(manifest.files) == set(checkpoints.FILES)
-    assert isinstance(manifest.step, int)
+    with TemporaryDirectory() as run:
+        path = checkpoints.path_of(Path(run), 1)
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_bytes(data)
+        assert checkpoints.newest(Path(run), silently) is None, "no file is what this says"
+        assert checkpoint_script(["list", run]) in (0, 1), "no traceback"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -435,6 +445,17 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     assert part.startswith(".step-00000002.part-")
 
 
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = checkpoints.sync
+    monkeypatch.setattr(checkpoints, "sync", lambda path: (synced.append(path.name), sync(path)))
+    fit(config("max_steps=1"))
+    assert synced[0] == "metrics.jsonl"
+    assert "model.safetensors" in synced
+
+
 def test_what_a_killed_save_left_is_swept_by_the_next_process(config: MakeConfig, run: Callable[..., Path]) -> None:
     folder = run()
     part = folder / "checkpoints" / ".step-00000008.part-123"
@@ -447,11 +468,24 @@ def test_what_a_killed_save_left_is_swept_by_the_next_process(config: MakeConfig
 
 
 def test_two_processes_cannot_train_in_one_folder(config: MakeConfig) -> None:
+    refusal = rf"is being trained by process {os.getpid()} on .*; stop that, or choose"
+    late = Trainer(config(), silently)  # began before the first one held the folder
     first = RunFolder(config())
-    with pytest.raises(ValueError, match=rf"is being trained by process {os.getpid()} on .*; stop that, or choose"):
-        Trainer(config(), silently).fit()
+    with pytest.raises(ValueError, match=refusal):
+        late.fit()
+    with pytest.raises(ValueError, match=refusal):
+        check_run_folder(config())  # before anything slow, or out of memory
     first.close()
+    check_run_folder(config())
     fit(config())
+
+
+def test_who_only_looks_at_a_run_folder_keeps_nobody_out(config: MakeConfig) -> None:
+    RunFolder(config()).close()
+    with open(Path(config().run_dir) / LOCK, "rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.15, looking.close).start()
+        RunFolder(config()).close()
 
 
 # ---- which ones stay
@@ -509,7 +543,53 @@ def test_a_new_run_begins_with_the_weights_of_another(
         assert all(map(torch.equal, trainer.model.parameters(), old.model.parameters()))
         assert not trainer.optimizer.adamw.state
     with pytest.raises(ValueError, match=r"is \(300, 32\), the model's is \(300, 64\)"):
-        fit(config("model.dim=64", f"init_from={origin}", f"run_dir={tmp_path / 'wide'}"))
+        fit(config("model.dim=64", f"init_from={origin / 'model.safetensors'}", f"run_dir={tmp_path / 'wide'}"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (["model.dim=64"], "model.dim=64 does not fit .*, which was trained with model.dim=32"),
+        (["model.vocab_size=310"], "model.vocab_size=310 does not fit"),
+        # The same shapes: only the configuration tells 4 heads of 8 from 2 of 16.
+        (["model.n_heads=4", "model.n_kv_heads=2"], "model.head_dim=8 does not fit"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_by_the_field_that_differs(
+    config: MakeConfig, run: Callable[..., Path], tmp_path: Path, override: list[str], said: str
+) -> None:
+    origin = run()
+    for source in (origin, checkpoints.path_of(origin, 6)):
+        new = config(*override, f"init_from={source}", f"run_dir={tmp_path / 'new'}")
+        with pytest.raises(ValueError, match=said):
+            check_run_folder(new)
+        with pytest.raises(ValueError, match=said):
+            Trainer(new, silently).fit()
+
+
+def test_a_new_run_may_attend_otherwise_and_says_so(
+    config: MakeConfig, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    new = config("model.window=8", "model.rotary.theta=500000", f"init_from={run()}", f"run_dir={tmp_path / 'new'}")
+    Trainer(new, lines.append).fit()
+    changed = [line.strip() for line in lines if "changed: " in line]
+    assert changed == ["changed: model.rotary.theta 10000.0 → 500000.0", "changed: model.window None → 8"]
+
+
+def test_a_copy_of_a_checkpoint_is_one_whatever_it_is_called(
+    config: MakeConfig, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "backup of friday"
+    shutil.copytree(checkpoints.path_of(run(), 6), copy)
+    for setting, first in (("resume", 7), ("init_from", 1)):
+        new = config("max_steps=7", "eval_every=0", f"run_dir={tmp_path / setting}")
+        setattr(new, setting, str(copy))
+        trained = [record["step"] for record in exact(fit(new)) if "train/loss" in record]
+        assert trained == list(range(first, 8))
+    damage(copy / "model.safetensors", "flipped")
+    with pytest.raises(ValueError, match=r"init_from=.*backup of friday is damaged: model.safetensors has changed"):
+        fit(config(f"init_from={copy}", f"run_dir={tmp_path / 'new'}"))
 
 
 # ---- surroundings
@@ -557,13 +637,21 @@ def test_a_disk_that_fills_costs_a_line_and_no_checkpoint(config: MakeConfig, sm
     assert not list((trainer.folder / "checkpoints").glob(".*"))
 
 
+def test_a_run_that_begins_on_a_full_disk_is_refused_in_one_line(config: MakeConfig, small_disk: Path) -> None:
+    with open(small_disk / "filler", "ab", buffering=0) as filler, suppress(OSError):
+        while filler.write(b"\0" * 4096):
+            pass
+    with pytest.raises(ValueError, match=r"run_dir=.* cannot be written: No space left on device; free some space"):
+        fit(config(f"run_dir={small_disk / 'run'}"))
+
+
 def test_the_disk_may_fill_in_the_middle_of_a_save(
     config: MakeConfig, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(config(f"run_dir={small_disk / 'run'}", "max_steps=2", "checkpoint.every=1"), silently)
     (small_disk / "filler").write_bytes(b"\0" * (20 * 2**20 - 300_000))
-    monkeypatch.setattr(trainer.saver, "_need_space", lambda needed: None)  # there was room when it was asked
-    with pytest.raises(SaveFailed, match=r"was not written.*disk full: .* MB free; free some"):
+    monkeypatch.setattr(saver, "need_space", lambda folder, needed: None)  # there was room when it was asked
+    with pytest.raises(SaveFailed, match=r"was not written.*disk full: .* MB needed, .* MB free; free some"):
         trainer.fit()
     assert not list((trainer.folder / "checkpoints").glob(".*"))
 
@@ -591,8 +679,9 @@ def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
     assert trainer.step == 6
     assert any("step-00000004 was not written" in line and "Read-only file system" in line for line in lines)
     assert checkpoints.verify(checkpoints.path_of(trainer.folder, 2)).step == 2
-    with pytest.raises(ValueError, match=r"run_dir=.* cannot be written: Read-only file system; choose another"):
-        fit(config(f"run_dir={small_disk / 'run'}"))
+    for path in (small_disk / "run", small_disk / "new" / "run"):
+        with pytest.raises(ValueError, match=r"run_dir=.* cannot be written: Read-only file system; choose another"):
+            check_run_folder(config("max_steps=6", f"run_dir={path}"))
 
 
 # ---- bad steps
@@ -625,6 +714,16 @@ def test_bad_steps_are_skipped_counted_and_their_batch_is_written_down(config: M
     assert (first["step"], second["step"]) == (4, 8)
     assert first["rows"] == trainer.rows_of(4)
     assert len(first["rows"]) == 8
+
+
+def test_a_bad_step_that_cannot_be_written_down_is_told(config: MakeConfig) -> None:
+    lines: list[str] = []
+    trainer = Trainer(config(), lines.append)
+    spoil(trainer, {2})
+    trainer.guard.record = trainer.folder  # as little to be written to as a file on a full disk
+    with pytest.raises(NonFiniteError, match="at step 2; no parameter took that step"):
+        trainer.fit()
+    assert any(line.startswith("bad step   2: its rows were 4 to 7, which") for line in lines)
 
 
 def test_a_spike_is_a_bad_step_and_an_ordinary_loss_is_none(config: MakeConfig) -> None:

@@ -200,6 +200,7 @@ def test_a_key_named_like_a_secret_is_refused_and_its_value_never_shown(composed
     [
         ("https://me:open-sesame@example.org/x", "sesame"),
         (HF_TOKEN, HF_TOKEN),
+        (f"https://{HF_TOKEN}@huggingface.co/x", HF_TOKEN),
         (HEX, HEX),
         ([HF_TOKEN], HF_TOKEN),
         (["fine", {"deep": HEX}], HEX),
@@ -220,6 +221,15 @@ def test_a_value_that_looks_like_a_secret_is_refused_and_never_shown(
 @pytest.mark.parametrize("value", ["def ", "https://example.org/a:b", "tokens", "hf_short", "0123abcd", None, ""])
 def test_an_innocent_value_is_no_secret(composed: Composed, value: str | None) -> None:
     assert load_config(changed(composed, "logger.wandb.notes", value)).logger.wandb.notes == value
+
+
+def test_a_revision_may_be_a_commit(composed: Composed) -> None:
+    config = load_config(composed("data=hf", "data.path=me/mine", f"data.revision={HEX}"))
+    assert config.data.revision == HEX  # type: ignore[attr-defined]
+
+
+def test_the_name_of_a_model_leads_to_no_other_folder(composed: Composed) -> None:
+    assert "model.name=../../x is not possible" in refusal(composed("model.name=../../x"))
 
 
 # ---- arithmetic

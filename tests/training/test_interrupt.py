@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from training.interrupt import Interrupt
+
 ROOT = Path(__file__).resolve().parents[2]
 WAITING = """
 import subprocess, sys, threading, time
@@ -72,3 +74,13 @@ def test_a_second_ctrl_c_ends_a_process_whatever_its_main_thread_is_at(tmp_path)
         assert time.monotonic() - began < 5
     finally:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_stop_file_that_cannot_be_removed_stops_all_the_same(tmp_path):
+    (tmp_path / "STOP").mkdir()
+    interrupt = Interrupt(tmp_path, None)
+    assert interrupt.reason() == "the STOP file"
+    assert (interrupt.end(tmp_path).code, str(interrupt.end(tmp_path))) == (
+        75,
+        f"interrupted by the STOP file; saved {tmp_path}",
+    )

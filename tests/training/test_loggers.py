@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,42 @@ def test_jsonl_of_a_resumed_run_appends_and_drops_the_half_line_of_a_killed_one(
     logger.log(2, 20, {})
     logger.finish("finished")
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_it_does_with_each_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 100
+
+    class SmallDisk(io.FileIO):
+        """As a file system that has `room` bytes left: it takes what fits, then refuses."""
+
+        def write(self, data: Any) -> int:
+            nonlocal room
+            if not room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            count = super().write(data[:room])
+            room -= count
+            return count
+
+    said: list[str] = []
+    logger = JsonlLogger(said.append)
+    logger.start(run_info(tmp_path))
+    monkeypatch.setattr("builtins.open", lambda path, mode, buffering: SmallDisk(path, mode.replace("b", "")))
+    for step in range(1, 9):
+        logger.log(step, 10 * step, {"train/loss": 1.0})
+        logger.sample(step, 10 * step, "once")
+        if step == 6:
+            assert (tmp_path / "metrics.jsonl").stat().st_size + (tmp_path / "samples.md").stat().st_size == 100
+            room = 10_000
+    logger.finish("finished")
+    monkeypatch.undo()
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert (tmp_path / "samples.md").read_text().count("## step") == 8
+    assert [line.partition(" waits in memory")[0] for line in said] == [
+        f"record     {tmp_path / name}" for name in ("metrics.jsonl", "samples.md")
+    ]
+    assert all("No space left on device; free some space" in line for line in said)
 
 
 def test_samples_are_fenced_so_that_no_text_can_close_the_fence(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from data.loader import Batch
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.config import TrainConfig, load_config
-from training.errors import NonFiniteError
+from training.errors import Interrupted, NonFiniteError
 from training.loggers import read_metrics
 from training.loggers.base import Logger, RunInfo
 from training.trainer import Trainer
@@ -322,6 +325,26 @@ def test_an_interrupted_run_says_so_and_keeps_its_record(config: MakeConfig) -> 
         trainer.fit()
     assert statuses == ["interrupted"]
     assert [record["step"] for record in records(trainer)] == [0, 1, 2]
+
+
+def test_a_second_sigterm_does_not_cut_the_loggers_short(config: MakeConfig) -> None:
+    """As Slurm sends it; W&B may upload for half a minute after the save."""
+    trainer, deaths = Trainer(config(), silently), list[int]()
+
+    class Slow(Broken):
+        def finish(self, status: str) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    trainer.loggers.loggers.append(Slow("nothing"))
+    trainer.interrupt._reason = "SIGTERM"
+    before = signal.signal(signal.SIGTERM, lambda number, frame: deaths.append(number))
+    try:
+        with pytest.raises(Interrupted, match="by SIGTERM; saved"):
+            trainer.fit()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not deaths
 
 
 # ---- the run folder

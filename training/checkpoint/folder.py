@@ -79,8 +79,9 @@ class Manifest:
             and set(manifest.files) == set(FILES)  # names come from here, never from the file: no path leads elsewhere
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
             and all(isinstance(size, int) and isinstance(digest, str) for size, digest in manifest.files.values())
-            and isinstance(manifest.step, int)
+            and all(type(getattr(manifest, name)) is int for name in ("step", "tokens", "world_size"))
             and isinstance(manifest.val_loss, float | int | None)
+            and isinstance(manifest.versions, dict)
         )
         if not well_formed:
             raise DamagedCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
@@ -101,8 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(data)
 
 
-def verify(folder: Path) -> Manifest:
-    """Read every byte of a checkpoint and compare it with the manifest.
+def verify(folder: Path, only: Iterable[str] = FILES) -> Manifest:
+    """Read every byte of a checkpoint, or of some of its files, and compare it with the manifest.
 
     Raises:
         DamagedCheckpoint: names the first file that is missing, has another size or another content.
@@ -121,8 +122,17 @@ def verify(folder: Path) -> Manifest:
             raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(check, manifest.files))
+        list(pool.map(check, only))
     return manifest
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError where it is none."""
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON") from error
+    return values if isinstance(values, dict) else {}
 
 
 def sha256(path: Path, from_disk: bool) -> str:
@@ -222,6 +232,11 @@ def checkpoints_of(run: Path) -> Path:
 
 def path_of(run: Path, step: int) -> Path:
     return checkpoints_of(run) / f"step-{step:08}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path means one checkpoint, whatever a copy of it is called, and not a run folder."""
+    return bool(NAME.fullmatch(path.resolve().name)) or (path.is_dir() and os.access(path / MANIFEST, os.F_OK))
 
 
 def candidates(run: Path) -> list[Path]:

@@ -137,7 +137,7 @@ class Saver:
         try:
             began = time.perf_counter()
             copied()
-            self._need_space(needed)
+            need_space(self.run, needed)
             for record in texts["state.json"]["records"]:  # no checkpoint may be older than the lines it counts on
                 folder.sync(self.run / record)
             writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
@@ -145,9 +145,8 @@ class Saver:
             seconds = time.perf_counter() - began
             self.add_metrics({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
         except (OSError, SafetensorError) as error:
-            self._failure = (
-                f"checkpoint {path} was not written, older ones are untouched: {save_problem(error, self.run)}"
-            )
+            why = save_problem(error, self.run, needed)
+            self._failure = f"checkpoint {path} was not written, older ones are untouched: {why}"
         except Exception as error:  # a bug of ours must not end a run that goes well
             self._failure = f"checkpoint {path} was not written: {type(error).__name__}: {error}"
         else:
@@ -158,24 +157,23 @@ class Saver:
             except OSError as error:
                 self._failure = f"old checkpoints could not be removed: {error.strerror}"
 
-    def _need_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.run).free
-        if free < needed:
-            reason = (
-                f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free; free some, or lower checkpoint.keep_last"
-            )
-            raise OSError(errno.ENOSPC, f"disk full: {reason}")
-
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, str(path))  # lets other threads run: they waited 5 ms at most while 0.4 GB were written
 
 
-def save_problem(error: OSError | SafetensorError, folder: Path) -> str:
-    """One line; safetensors tells the system's errors as text."""
-    if isinstance(error, OSError) and error.strerror and error.strerror != os.strerror(errno.ENOSPC):
-        return error.strerror
+def need_space(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of a folder has not that many bytes left."""
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def save_problem(error: OSError | SafetensorError, folder: Path, needed: int) -> str:
+    """One line: why `needed` bytes could not be written into a folder. safetensors tells system errors as text."""
+    if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+        return error.strerror or str(error)
     if isinstance(error, OSError) or "os error 28" in str(error):
         free = shutil.disk_usage(folder).free
-        return f"disk full: {free / 1e6:,.1f} MB free; free some, or lower checkpoint.keep_last"
+        sizes = f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+        return f"disk full: {sizes}; free some, or lower checkpoint.keep_last"
     return " ".join(str(error).split())[:300]

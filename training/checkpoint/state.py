@@ -1,10 +1,9 @@
-"""What of a run must survive, as named tensors and JSON, and whether it fits the run that would go on with it."""
+"""What of a run must survive, as named tensors and JSON."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from training.config import TrainConfig
 from training.optimizer import Optimizer
 from training.run_folder import find
 
-# A run that goes on with another value of one of these would be neither the old run nor a new one.
-MUST_AGREE = (
-    "model",
-    "tokenizer",
-    "optimizer.name",
-    "seq_len",
-    "tokens_per_step",
-    "seed",
-    "data.document_mask",
-    "data.packing",
-)
-MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
+from . import fits
+from .folder import read_json
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -83,14 +73,6 @@ def read(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON") from error
-    return values if isinstance(values, dict) else {}
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Raises ValueError where it is no safetensors file."""
     try:
@@ -100,13 +82,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
 
 
-def load_initial(model: nn.Module, value: str, tokenizer_sha256: str, notify: Callable[[str], None]) -> None:
+def load_initial(model: nn.Module, config: TrainConfig, tokenizer_sha256: str, notify: Callable[[str], None]) -> None:
     """init_from=PATH: the weights of a checkpoint, of a run's newest good checkpoint, or of a safetensors file.
 
     Raises:
         ValueError: there are none, they are of another architecture, or of another tokenizer.
     """
-    path = Path(value)
+    assert config.init_from is not None
+    value, path = config.init_from, Path(config.init_from)
     if path.is_file():
         load_model_tensors(model, path)
         notify(f"init       weights of {path}; whether its tokenizer is this run's cannot be told from a file")
@@ -117,8 +100,11 @@ def load_initial(model: nn.Module, value: str, tokenizer_sha256: str, notify: Ca
             f"init_from={value} was trained with another tokenizer, so its embeddings mean other tokens; "
             f"train on the text and tokenizer.vocab_size it was trained with"
         )
+    changes = fits.check_init(found, manifest, config)
     load_model_tensors(model, found / "model.safetensors")
     notify(f"init       weights of {found} (step {manifest.step:,}), verified")
+    for change in changes:
+        notify(f"           changed: {change}")
 
 
 # ---- random numbers: nothing in the loop draws any today, and whatever will draws the same after a resume
@@ -145,45 +131,3 @@ def set_random(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     version, words, gauss = values["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(values["numpy"]))
-
-
-# ---- does it fit?
-
-
-def check_fits(path: Path, ours: dict[str, Any], our_data: str) -> list[str]:
-    """Compare a checkpoint's configuration with this run's.
-
-    Args:
-        ours: this run's configuration, as plain values. our_data: the hash of its corpus.
-    Returns:
-        What differs and may: "learning_rate 0.001 → 0.0005".
-    Raises:
-        ValueError: names the first field that must not differ, with both values.
-    """
-    theirs, state = read_json(path / "config.json"), read(path)
-    before, now = dict(flat(theirs)), dict(flat(ours))
-    changes = []
-    for key in sorted(set(before) | set(now)):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key not in MAY_DIFFER and any(key == field or key.startswith(f"{field}.") for field in MUST_AGREE):
-            raise ValueError(
-                f"{key}={new} does not fit {path}, which was trained with {key}={old}; "
-                f"use that, or init_from={path} for a new run that begins with its weights"
-            )
-        changes.append(f"{key} {old} → {new}")
-    if state["data"] != our_data:
-        raise ValueError(
-            f"data.name={now.get('data.name')} does not fit {path}, which was trained on another text "
-            f"({state['data'][:8]}, not {our_data[:8]}); restore it, or use init_from={path} for a new run"
-        )
-    return changes
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -27,7 +27,7 @@ def build_loggers(config: LoggerConfig, *, max_steps: int, notify: Callable[[str
 
     Raises ValueError if TensorBoard is asked for and not installed.
     """
-    loggers: list[Logger] = [JsonlLogger(), Console(max_steps)]
+    loggers: list[Logger] = [JsonlLogger(notify), Console(max_steps)]
     if config.tensorboard:
         loggers.append(TensorBoardLogger())
     if config.wandb.mode != "disabled":

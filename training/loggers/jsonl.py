@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from io import TextIOWrapper
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from training.loggers.base import Logger, RunInfo
@@ -20,16 +19,18 @@ NOT_FINITE = {"nan", "inf", "-inf"}
 
 
 class JsonlLogger(Logger):
-    """Appends to <folder>/metrics.jsonl and <folder>/samples.md, flushing every line."""
+    """Appends to <folder>/metrics.jsonl and <folder>/samples.md. What a full disk does not take waits until it does."""
 
     name = "jsonl"
 
+    def __init__(self, notify: Callable[[str], None] = print) -> None:
+        self._notify = notify
+
     def start(self, run: RunInfo) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        self._samples = run.folder / "samples.md"
-        metrics = run.folder / "metrics.jsonl"
-        _cut_half_line(metrics)
-        self._metrics: TextIOWrapper = open(metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        _cut_half_line(run.folder / "metrics.jsonl")
+        self._metrics = Appender(run.folder / "metrics.jsonl", self._notify)
+        self._samples = Appender(run.folder / "samples.md", self._notify)
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, "tokens": tokens} | {name: _plain(value) for name, value in metrics.items()}
@@ -38,11 +39,34 @@ class JsonlLogger(Logger):
     def sample(self, step: int, tokens: int, text: str) -> None:
         # A fence longer than any run of backticks in the text cannot be closed by it.
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-        with open(self._samples, "a", encoding="utf-8", errors="replace") as file:
-            file.write(f"## step {step:,} ({tokens:,} tokens)\n\n{fence}text\n{text}\n{fence}\n\n")
+        self._samples.write(f"## step {step:,} ({tokens:,} tokens)\n\n{fence}text\n{text}\n{fence}\n\n")
 
     def finish(self, status: str) -> None:
-        self._metrics.close()
+        for file in (self._metrics, self._samples):
+            if file.waiting:
+                file.write("")
+            if file.waiting:
+                self._notify(f"record     the last {len(file.waiting):,} bytes of {file.path} could not be written")
+
+
+class Appender:
+    """Appends to a file, at once; what cannot be written now is kept in `waiting` and comes before what is next."""
+
+    def __init__(self, path: Path, notify: Callable[[str], None]) -> None:
+        self.path, self.waiting = path, b""
+        self._notify = notify
+
+    def write(self, text: str) -> None:
+        had_trouble = bool(self.waiting)
+        self.waiting += text.encode("utf-8", "replace")
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting) :]  # a disk may take half a line
+        except OSError as error:
+            if not had_trouble:
+                why = f"{error.strerror}; free some space, or make it writable"
+                self._notify(f"record     {self.path} waits in memory until it can be written: {why}")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, float]]:
