@@ -41,8 +41,8 @@ MASKS = {
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
-    """What the compiler made of a kernel: bytes of shared memory, of stack, instructions, and whether the products
-    wait for one another ("serialized")."""
+    """What the compiler made of a kernel: bytes of shared memory, of stack, instructions, whether the products wait for
+    one another ("serialized"), and the barriers that Triton chose for itself."""
     signature = {p.name: "constexpr" if p.name in constants else types[p.name] for p in kernel.params}
     pointers = [(i,) for i, p in enumerate(kernel.params) if signature[p.name].startswith("*")]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
@@ -64,6 +64,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
         "stack": int(stack[1]),
         "serialized": "serialized" in said,
         "instructions": [name for name in names if name in ptx],
+        # at which its own code meets; the kernels' own have their numbers in registers
+        "barriers": sorted({int(n) for n in re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync(?:\.aligned)?\s+(\d+)", ptx)}),
     }
 
 

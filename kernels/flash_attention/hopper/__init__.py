@@ -32,20 +32,23 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
     The figures are TFLOP/s on an H100 (bf16, causal, 16k tokens, heads · head_dim = 2048); docs/kernels/hopper.md has
     them all.
     """
-    consumers, stages, n = 2, 2, 128
+    consumers, key_stages, value_stages, n = 2, 2, 3, 128
     if head_dim <= 64:
-        stages = 4
+        key_stages, value_stages = 4, 4
         # Three consumers hide more of the softmax: 541 against 495 at 16k. Rows of 1k waste too much of their tiles of
         # 192 queries: 215 against 321.
         if S_k > 2048:
             consumers = 3
             # Half as many keys in a block waste less at the ends of a window: 372 against 317 where it is 1k.
             if window is not None and window <= 2048:
-                stages, n = 8, 64
+                n = 64
     elif head_dim > 128:
         n = 64
-    columns = columns_of(head_dim)
-    return Forward(**vars(kind), consumers=consumers, stages=stages, columns=columns, own_out=head_dim <= 128), n
+    config = Forward(
+        **vars(kind), consumers=consumers, key_stages=key_stages, value_stages=value_stages,
+        columns=columns_of(head_dim), own_out=head_dim <= 128,
+    )  # fmt: skip
+    return config, n
 
 
 def columns_of(head_dim: int) -> tuple[int, ...]:
@@ -62,6 +65,7 @@ def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     return Backward(
         **vars(kind), n=64 if wide else 128, stages=2,
         keys_in_registers=small, persistent=small, deterministic=deterministic and not wide,
+        staggered=not (kind.causal or deterministic or wide),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_pass import CONSUMERS, Keys, M, Queries, load, locate
+from .backward_pass import CONSUMERS, Keys, M, Queries, load, locate, next_tile
 from .common import Mask, async_load, async_store, barriers, seen_by, sees, start_of, tanh
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
@@ -156,9 +156,7 @@ def dkdv_consumer(
         send(c, 0, p, s, dp, queries, exchange, CONFIG)
         last = CONFIG.group * (t3 - t0) - 1
         for step in range(0, last):
-            t += 1
-            if CONFIG.group > 1:
-                t = gl.where(t == t3, t0, t)  # the next head
+            t = next_tile(t, t0, t3)
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(c, False, step, t * M, n0, masked, dk, dv, k, v, queries, exchange, mask, CONFIG)
         dk, dv = consume(c, True, last, t * M, n0, False, dk, dv, k, v, queries, exchange, mask, CONFIG)

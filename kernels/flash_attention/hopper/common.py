@@ -89,6 +89,24 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
     return bars
 
 
+FREE_BARRIERS = gl.constexpr(5)
+"""Of the 16 barriers at which a program's threads can meet, Triton uses the first: two, and one for each partition."""
+
+
+@gluon.jit
+def meet(number, THREADS: gl.constexpr):
+    """Wait at a barrier until THREADS threads have come or reported there, the callers among them."""
+    SYNC: gl.constexpr = f"bar.sync $1, {THREADS}; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(SYNC, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def report(number, THREADS: gl.constexpr):
+    """Be counted at a barrier, and go on. Unlike `mbarrier.arrive` it does not make the callers wait for each other."""
+    ARRIVE: gl.constexpr = f"bar.arrive $1, {THREADS}; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(ARRIVE, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
+
+
 class Queue(NamedTuple):
     """Work for programs that stay: items in order, each taken once. Only the producer asks for the next one."""
 

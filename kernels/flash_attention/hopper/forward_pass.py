@@ -1,9 +1,10 @@
 """Flash attention's forward pass for Hopper, in Gluon: TMA, asynchronous products, and warps with one task each.
 
 A program is one producer warp, which loads tiles by TMA, and two or three consumer warp groups, each with 64 queries
-of its own. Barriers in shared memory connect them: a tile is `full` when its bytes have arrived and `empty` when every
-consumer has read it. A consumer keeps two products in flight, the scores of block i + 1 and the values of block i, and
-computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2).
+of its own. A barrier in shared memory says that a tile has arrived, and at one of the multiprocessor's the consumers
+report that they have read it. A consumer keeps two products in flight, the scores of block i + 1 and the values of
+block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
+products in turns, so that one's products run under another's softmax (section 3.1 there).
 
 Programs stay and take tile after tile from a queue, the longest first, so that one tile's loads run under the end of
 the one before. docs/kernels/hopper.md has the measurements.
@@ -27,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import (
+    FREE_BARRIERS,
     LN2,
     LOG2E,
     Kind,
@@ -35,11 +37,11 @@ from .common import (
     async_store,
     barriers,
     make_queue,
+    meet,
     next_item,
     receive_item,
+    report,
     seen_by,
-    sees,
-    start_of,
     tanh,
 )
 
@@ -50,8 +52,9 @@ class Forward(Kind):
 
     consumers: int
     """Warp groups with 64 queries each."""
-    stages: int
-    """Tiles of keys, and of values, in shared memory."""
+    key_stages: int
+    value_stages: int
+    """Tiles of keys, and of values, in shared memory. A tile of values is read a block after the keys of its own."""
     columns: tuple[int, ...]
     """How head_dim is cut into powers of two, which is what a product can have: 96 is 64 + 32. Tiles in shared memory
     have the next power of two, and what is beyond these columns is left alone."""
@@ -60,11 +63,13 @@ class Forward(Kind):
 
 
 class Ring(NamedTuple):
-    """Tiles of keys or values in shared memory, and the barriers of each."""
+    """Tiles of keys or values in shared memory, used in turn."""
 
     tiles: Any
     full: Any
-    empty: Any
+    """A barrier for each: it has arrived."""
+    read: Any
+    """The first of as many of the multiprocessor's barriers: consumers have read it."""
 
 
 class Queries(NamedTuple):
@@ -100,8 +105,7 @@ def blocks_seen(m0, M: gl.constexpr, b, mask, N: gl.constexpr, CONFIG: gl.conste
 @gluon.jit
 def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask, CONFIG: gl.constexpr):
     N: gl.constexpr = keys.tiles.shape[3]
-    D: gl.constexpr = keys.tiles.shape[4]
-    BYTES: gl.constexpr = keys.tiles.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = 64 * keys.tiles.shape[4] * keys.tiles.dtype.primitive_bitwidth // 8
     CONSUMERS: gl.constexpr = CONFIG.consumers
     n = 0
     step = 0
@@ -111,21 +115,56 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
         i0, i1, _, _ = blocks_seen(m0, 64 * CONSUMERS, b, mask, N, CONFIG)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(queries.empty.index(c), (n & 1) ^ 1)
-            mbarrier.expect(queries.full.index(c), 64 * D * BYTES)
+            mbarrier.expect(queries.full.index(c), BYTES)
             async_load(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(c), queries.q.index(c))
         for i in range(i0, i1):
-            stage = step % CONFIG.stages
-            phase = step // CONFIG.stages & 1
-            at = [b, h // CONFIG.group, i * N, 0]
-            mbarrier.wait(keys.empty.index(stage), phase ^ 1)
-            mbarrier.expect(keys.full.index(stage), N * D * BYTES)
-            async_load(k_rows, at, keys.full.index(stage), keys.tiles.index(stage))
-            mbarrier.wait(values.empty.index(stage), phase ^ 1)
-            mbarrier.expect(values.full.index(stage), N * D * BYTES)
-            async_load(v_rows, at, values.full.index(stage), values.tiles.index(stage))
+            load_tile(k_rows, [b, h // CONFIG.group, i * N, 0], keys, step, CONFIG)
+            load_tile(v_rows, [b, h // CONFIG.group, i * N, 0], values, step, CONFIG)
             step += 1
         n += 1
         item = next_item(queue, n)
+
+
+@gluon.jit
+def load_tile(rows, at, ring, step, CONFIG: gl.constexpr):
+    """The step's tile, in the place of one that all consumers have read."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    BYTES: gl.constexpr = ring.tiles.shape[3] * ring.tiles.shape[4] * ring.tiles.dtype.primitive_bitwidth // 8
+    stage = step % STAGES
+    if step >= STAGES:
+        meet(ring.read + stage, 32 + 128 * CONFIG.consumers)
+    mbarrier.expect(ring.full.index(stage), BYTES)
+    async_load(rows, at, ring.full.index(stage), ring.tiles.index(stage))
+
+
+@gluon.jit
+def await_tile(ring, step, wanted):
+    """Wait until the step's tile has arrived, if it is wanted."""
+    STAGES: gl.constexpr = ring.tiles.shape[0]
+    mbarrier.wait(ring.full.index(step % STAGES), step // STAGES & 1, pred=wanted)
+
+
+@gluon.jit
+def tile_of(ring, step):
+    """[N, D]: the step's tile."""
+    return ring.tiles.index(step % ring.tiles.shape[0]).reshape([ring.tiles.shape[3], ring.tiles.shape[4]])
+
+
+@gluon.jit
+def release(ring, step, CONFIG: gl.constexpr):
+    """The calling consumer has read the step's tile."""
+    report(ring.read + step % ring.tiles.shape[0], 32 + 128 * CONFIG.consumers)
+
+
+@gluon.jit
+def take_turn(c: gl.constexpr):
+    """Wait until the consumer before c has started its products."""
+    meet(FREE_BARRIERS + c, 256)
+
+
+@gluon.jit
+def pass_turn(c: gl.constexpr, CONFIG: gl.constexpr):
+    report(FREE_BARRIERS + (c + 1) % CONFIG.consumers, 256)
 
 
 @gluon.jit
@@ -137,12 +176,9 @@ def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
 
 @gluon.jit
 def multiply_scores(q, keys, step, scores: gl.constexpr, CONFIG: gl.constexpr):
-    """Start q kᵀ of the step's keys, once they are there."""
+    """Start q kᵀ of the step's keys."""
     N: gl.constexpr = keys.tiles.shape[3]
-    D: gl.constexpr = keys.tiles.shape[4]
-    stage = step % CONFIG.stages
-    mbarrier.wait(keys.full.index(stage), step // CONFIG.stages & 1)
-    k = keys.tiles.index(stage).reshape([N, D])
+    k = tile_of(keys, step)
     s = gl.zeros([64, N], gl.float32, scores)
     s = warpgroup_mma(part(q, 0, CONFIG), part(k, 0, CONFIG).permute((1, 0)), s, use_acc=False, is_async=True)
     for i in gl.static_range(1, len(CONFIG.columns)):
@@ -152,12 +188,8 @@ def multiply_scores(q, keys, step, scores: gl.constexpr, CONFIG: gl.constexpr):
 
 @gluon.jit
 def multiply_values(p, values, step, outs, CONFIG: gl.constexpr):
-    """Start out + p v of the step's values, once they are there."""
-    N: gl.constexpr = values.tiles.shape[3]
-    D: gl.constexpr = values.tiles.shape[4]
-    stage = step % CONFIG.stages
-    mbarrier.wait(values.full.index(stage), step // CONFIG.stages & 1)
-    v = values.tiles.index(stage).reshape([N, D])
+    """Start out + p v of the step's values: as many products as head_dim has parts."""
+    v = tile_of(values, step)
     sums = ()
     for i in gl.static_range(len(CONFIG.columns)):
         sums += (multiply_part(p, part(v, i, CONFIG), outs[i]),)
@@ -208,15 +240,15 @@ def store_outputs(outs, tile, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def pass_over(n_blocks, step, keys, values, CONFIG: gl.constexpr):
+def pass_over(c: gl.constexpr, n_blocks, step, keys, values, CONFIG: gl.constexpr):
     """Leave blocks to the other consumers; returns the steps so far."""
     for _ in range(n_blocks):
-        stage = step % CONFIG.stages
-        phase = step // CONFIG.stages & 1
-        mbarrier.wait(keys.full.index(stage), phase)
-        mbarrier.arrive(keys.empty.index(stage), count=1)
-        mbarrier.wait(values.full.index(stage), phase)
-        mbarrier.arrive(values.empty.index(stage), count=1)
+        take_turn(c)
+        pass_turn(c, CONFIG)
+        await_tile(keys, step, True)
+        release(keys, step, CONFIG)
+        await_tile(values, step, True)
+        release(values, step, CONFIG)
         step += 1
     return step
 
@@ -228,24 +260,45 @@ def by_thread(x):
 
 
 @gluon.jit
-def softmax(s, row_max, row_sum, m0, start, n0, full_from, full_to, mask, CONFIG: gl.constexpr):
-    """One block of the online softmax: p, the new maximum and sum, and the factor for everything before."""
-    scores: gl.constexpr = s.type.layout
+def hide(s, n, first, width):
+    """s, with −inf where a key n is not in its row's [first, first + width).
+
+    In words of PTX, since ptxas would compare all of them before it chooses among any, and put the answers away bit by
+    bit: 453 instructions with 160 registers where this takes 161.
+    """
+    n, _ = gl.broadcast(n, s)
+    first, _ = gl.broadcast(gl.expand_dims(first, 1), s)
+    width, _ = gl.broadcast(gl.expand_dims(width, 1), s)
+    HIDE: gl.constexpr = """{
+        .reg .pred hidden; .reg .u32 at;
+        sub.u32 at, $2, $3; setp.ge.u32 hidden, at, $4; selp.f32 $0, 0fFF800000, $1, hidden;
+    }"""
+    return gl.inline_asm_elementwise(HIDE, "=f,f,r,r,r", [s, n, first, width], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def maximum(s, row_max, first, width, n0, full_from, full_to, mask, CONFIG: gl.constexpr):
+    """The first half of a block's online softmax: the masked scores, the new maximum, what to subtract, and the factor
+    for everything before."""
     N: gl.constexpr = s.shape[1]
     if CONFIG.softcap:
         s = tanh(s * mask.cap)
     if (n0 < full_from) | (n0 + N > full_to):
-        m = gl.expand_dims(m0 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
-        n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, scores)), 0)
-        s = gl.where(sees(mask, m, start, n, CONFIG), s, float("-inf"))
+        n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
+        s = hide(s, n, first, width)
     new_max = gl.maximum(row_max, gl.max(s, 1) * mask.factor)
     # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
     pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return s, new_max, pivot, gl.exp2(row_max - pivot)
+
+
+@gluon.jit
+def weigh(s, pivot, rescale, row_sum, dtype: gl.constexpr, mask):
+    """The second half: p, and the new sums."""
     p = gl.exp2(s * mask.factor - gl.expand_dims(pivot, 1))
-    rescale = gl.exp2(row_max - pivot)
     # The four threads of a row add up at the very end: a shuffle less in every block.
     row_sum = row_sum * along_rows(rescale, row_sum) + by_thread(p)
-    return p, new_max, row_sum, rescale
+    return p.to(dtype), row_sum
 
 
 @gluon.jit
@@ -267,6 +320,8 @@ def consumer(
     q = queries.q.index(c).reshape([64, D])
     n = 0
     step = 0
+    if c == CONFIG.consumers - 1:
+        pass_turn(c, CONFIG)  # the first one begins
     item = receive_item(queue, n)
     while item < queue.n_items:
         b, h, m0 = locate(item, n_tiles, CONFIG)
@@ -277,40 +332,50 @@ def consumer(
         i0 = gl.maximum(gl.minimum(i0, tile_i1), tile_i0)
         i1 = gl.maximum(gl.minimum(i1, tile_i1), i0)
         m = m0 + gl.arange(0, 64, row)
-        start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
+        first, end = seen_by(mask, m, b, CONFIG)
+        first = gl.maximum(first, 0) + gl.zeros([64], gl.int32, row)
+        width = gl.maximum(end - first, 0)
         row_max = gl.full([64], float("-inf"), gl.float32, row)
         row_sum = by_thread(gl.zeros([64, N], gl.float32, scores))
         if sinks_ptr is not None:
             row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + h).to(gl.float32) * LOG2E
             row_sum += 0.25
         outs = zero_outputs(CONFIG)
-        step = pass_over(i0 - tile_i0, step, keys, values, CONFIG)
+        step = pass_over(c, i0 - tile_i0, step, keys, values, CONFIG)
         mbarrier.wait(queries.full.index(c), n & 1)
         if i0 < i1:
+            await_tile(keys, step, True)
+            take_turn(c)
             s = multiply_scores(q, keys, step, scores, CONFIG)
+            pass_turn(c, CONFIG)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(keys.empty.index(step % CONFIG.stages), count=1)
-            p, row_max, row_sum, rescale = softmax(
-                s, row_max, row_sum, m0, start, i0 * N, full_from, full_to, mask, CONFIG
-            )
-            p = p.to(dtype)
+            release(keys, step, CONFIG)
+            s, row_max, pivot, rescale = maximum(s, row_max, first, width, i0 * N, full_from, full_to, mask, CONFIG)
+            await_tile(keys, step + 1, i0 + 1 < i1)
+            await_tile(values, step, True)
+            p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
             for i in range(i0 + 1, i1):
+                take_turn(c)
                 s = multiply_scores(q, keys, step + 1, scores, CONFIG)
                 outs = multiply_values(p, values, step, outs, CONFIG)
-                s = warpgroup_mma_wait(1, deps=[s])
-                mbarrier.arrive(keys.empty.index((step + 1) % CONFIG.stages), count=1)
-                p, row_max, row_sum, rescale = softmax(
-                    s, row_max, row_sum, m0, start, i * N, full_from, full_to, mask, CONFIG
-                )
+                pass_turn(c, CONFIG)
+                s = warpgroup_mma_wait(len(CONFIG.columns), deps=[s])
+                release(keys, step + 1, CONFIG)
+                s, row_max, pivot, rescale = maximum(s, row_max, first, width, i * N, full_from, full_to, mask, CONFIG)
+                # Here, and not where the tiles are used: it takes no time under the maximum, and ptxas, which moves a
+                # wait for products to the front of straight code, finds the next one's front after the maximum.
+                await_tile(keys, step + 2, i + 1 < i1)
+                await_tile(values, step + 1, True)
                 outs = wait_values(outs)
-                mbarrier.arrive(values.empty.index(step % CONFIG.stages), count=1)
+                release(values, step, CONFIG)
+                # Before the exponentials, whose gaps these products fill.
                 outs = scale_outputs(outs, rescale)
-                p = p.to(dtype)
+                p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
                 step += 1
             if CONFIG.own_out:
                 mbarrier.arrive(queries.empty.index(c), count=1)
             outs = wait_values(multiply_values(p, values, step, outs, CONFIG))
-            mbarrier.arrive(values.empty.index(step % CONFIG.stages), count=1)
+            release(values, step, CONFIG)
             step += 1
         elif CONFIG.own_out:
             mbarrier.arrive(queries.empty.index(c), count=1)
@@ -327,7 +392,7 @@ def consumer(
         if not CONFIG.own_out:
             tma.store_wait(0)
             mbarrier.arrive(queries.empty.index(c), count=1)
-        step = pass_over(tile_i1 - i1, step, keys, values, CONFIG)
+        step = pass_over(c, tile_i1 - i1, step, keys, values, CONFIG)
         n += 1
         item = receive_item(queue, n)
     tma.store_wait(0)
@@ -341,12 +406,14 @@ def forward_kernel(
     """out and LSE; see `consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, starts_ptr, cap, factor)
-    k = gl.allocate_shared_memory(dtype, [STAGES] + k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, [STAGES] + v_rows.block_shape, v_rows.layout)
-    keys = Ring(k, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
-    values = Ring(v, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
+    k = gl.allocate_shared_memory(dtype, [CONFIG.key_stages] + k_rows.block_shape, k_rows.layout)
+    v = gl.allocate_shared_memory(dtype, [CONFIG.value_stages] + v_rows.block_shape, v_rows.layout)
+    # Of the multiprocessor's barriers: one for each consumer's turn, and one for each tile.
+    READ: gl.constexpr = FREE_BARRIERS + CONSUMERS
+    gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= 16)
+    keys = Ring(k, barriers(CONFIG.key_stages, 1), READ)
+    values = Ring(v, barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     out = q
     if CONFIG.own_out:
