@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.vocab_size < 257:
             raise ValueError(
-                f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257"
+                f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257 "
+                f"(it follows model.vocab_size)"
             )
 
     def check(self) -> None:
@@ -66,7 +68,7 @@ class FileTokenizer(TokenizerConfig):
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size} is not possible: tokenizer.path has its own")
 
     def check(self) -> None:
-        if not Path(self.path).expanduser().is_file():
+        if not os.path.isfile(Path(self.path).expanduser()):
             raise ValueError(f"tokenizer.path={self.path} is no file: name a tokenizer.json")
 
     @property

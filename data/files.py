@@ -41,7 +41,7 @@ def find_root(path: str) -> Path:
         ValueError: there is none.
     """
     given = Path(path).expanduser()
-    if given.exists():
+    if os.path.exists(given):  # Path's raises where a name is too long or a folder may not be read
         return given
     if next(glob.iglob(str(given), recursive=True), None) is None:
         raise ValueError(f"data.path={path} does not exist: name a file, a folder or a glob")

@@ -101,11 +101,23 @@ MISTAKES = {
     "tokenizer=file": ["tokenizer.path", "tokenizer.path=tokenizer.json"],
     "seq_len": ["'seq_len'", "write key=value"],
     "attention=null": ["attention=null", "use auto, flash"],
+    "attention=": ["attention=", "use auto, flash"],
+    "attention=3": ["attention=3", "use auto, flash"],
+    "attention=[math,sdpa]": ["attention=[math,sdpa]", "-m attention=a,b"],
+    "seq_len=512,1024": ["seq_len=512,1024", "add -m"],
+    "+seq_len=512": ["seq_len", "without +"],
+    "lr=1e-3": ["lr", "did you mean learning_rate?"],
+    "data.path=~/notes": ["data.path", "data=codeparrot or fineweb_edu or hf or pg19 or text", "choose that too"],
+    "batch_size=1_000_000_000": ["batch_size × seq_len=512000000000", "use less than"],
+    "seed=99999999999999999999": ["seed=99999999999999999999", "below 2⁶³"],
+    "seq_len=null": ["seq_len", "it needs a value"],
     "optimizer={lr: 1}": ["optimizer", "use adamw, muon"],
     "~optimizer": ["optimizer", "use adamw, muon"],
     "+logger.wandb.api_key=sesame": ["logger.wandb.api_key", "WANDB_API_KEY"],
     "run_dir=${nowhere}": ["run_dir", "nowhere"],
     "--nope": ["--nope", "write settings as key=value"],
+    "run_dir=text/1.txt/deeper": ["run_dir=text/1.txt/deeper", "cannot be written", "choose another"],
+    "init_from=": ["init_from=''", "name a run or a checkpoint"],
     "resume=nowhere": ["resume=nowhere", "does not exist", "name a run folder or a checkpoint"],
     "init_from=nowhere": ["init_from=nowhere", "does not exist"],
     "checkpoint.keep_last=0": ["checkpoint.keep_last=0", "use 1 or more"],
@@ -178,6 +190,16 @@ def test_what_only_the_files_can_tell_is_one_line_too(
     check_refusal(ran[name], *said)
     assert ran[name].cpu_seconds < 3
     assert not (home / "refused").exists()
+
+
+def test_output_that_nobody_can_take_is_no_reason_to_end_a_run(home: Path) -> None:
+    arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "max_steps=1"]
+    for name, redirection in (("closed", ">&-"), ("full", "> /dev/full")):
+        command = ["sh", "-c", f'"$@" {redirection}', "sh", *arguments, f"run_dir={name}"]
+        done = subprocess.run(command, cwd=home, env=environment(home), stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [record["step"] for record in metrics(home / name)] == [0, 1, 1]
+        assert (home / name / "model.safetensors").exists()
 
 
 def test_a_person_who_wants_the_traceback_gets_it(home: Path) -> None:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
+
+# A run that goes on with another value of one of these would be neither the old run nor a new one.
+MUST_AGREE = (
+    "model",
+    "tokenizer",
+    "optimizer.name",
+    "seq_len",
+    "tokens_per_step",
+    "seed",
+    "data.document_mask",
+    "data.packing",
+)
+MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
 
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
@@ -21,7 +39,7 @@ RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse, before anything slow, a run_dir that cannot be used or continued, and paths that lead nowhere.
+    """Refuse, before anything slow, a run_dir that cannot be written or continued, and paths that lead nowhere.
 
     Raises:
         ValueError: one line.
@@ -32,14 +50,71 @@ def check(config: TrainConfig) -> None:
         holds_a_run = (run / LOCK).exists()
     except OSError as error:  # a file, a name that is too long, a folder that may not be read
         raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
+    try:
+        with TemporaryFile(dir=next(path for path in (run, *run.absolute().parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
     if holds_something and not holds_a_run:
         raise ValueError(f"run_dir={config.run_dir} already holds something, and no run to resume; choose another")
     if holds_something and config.resume == "none":
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another, or resume=auto to continue it")
     for name in ("resume", "init_from"):
         value = getattr(config, name)
-        if value and value not in ("auto", "none") and not Path(value).exists():
+        if value is None or value in ("auto", "none"):
+            continue
+        if not os.path.exists(value):  # Path's raises where a name is too long or a folder may not be read
             raise ValueError(f"{name}={value} does not exist; name a run folder or a checkpoint")
+        is_weights = name == "init_from" and os.path.isfile(value)
+        if not is_weights and not _checkpoints_at(Path(value)):
+            raise ValueError(f"{name}={value} holds no checkpoint; name a run folder or a checkpoint")
+    own = checkpoints.candidates(run)
+    named = [] if config.resume in ("auto", "none") else _checkpoints_at(Path(config.resume))
+    for path, manifest in checkpoints.readable(named if named and (_is_inside(config) or not own) else own):
+        with suppress(OSError):
+            saved = (path / "config.json").read_bytes()
+            if hashlib.sha256(saved).hexdigest() == manifest.config_sha256:
+                compare(path, json.loads(saved), asdict(config))
+                break
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints that resume=PATH or init_from=PATH may mean, the newest first; none is verified."""
+    return [path] if checkpoints.NAME.fullmatch(path.resolve().name) else checkpoints.candidates(path)
+
+
+def _is_inside(config: TrainConfig) -> bool:
+    """Whether resume=PATH lies in run_dir: the run goes back, and does not branch off."""
+    return Path(config.resume).resolve().is_relative_to(Path(config.run_dir).resolve())
+
+
+def compare(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between the configuration of a checkpoint and this run's, and may: "learning_rate 0.001 → 0.0005".
+
+    Raises:
+        ValueError: names the first field that must not differ, with both values.
+    """
+    before, now = dict(_flat(theirs)), dict(_flat(ours))
+    changes = []
+    for key in sorted(set(before) | set(now)):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key not in MAY_DIFFER and any(key == field or key.startswith(f"{field}.") for field in MUST_AGREE):
+            raise ValueError(
+                f"{key}={new} does not fit {path}, which was trained with {key}={old}; "
+                f"use that, or init_from={path} for a new run that begins with its weights"
+            )
+        changes.append(f"{key} {old} → {new}")
+    return changes
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 class RunFolder:
@@ -91,7 +166,7 @@ class RunFolder:
                 what = f"{len(damaged)} checkpoints, none of them good" if damaged else "a finished run, no checkpoint"
                 raise ValueError(f"run_dir={self.path} holds {what}; choose another, or remove it to begin anew")
             return newest
-        inside = Path(resume).resolve().is_relative_to(self.path.resolve())
+        inside = _is_inside(self.config)
         if not inside and (own := checkpoints.newest(self.path, notify)):
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more
             return own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from training.optimizer import Optimizer
-from training.run_folder import find
-
-# A run that goes on with another value of one of these would be neither the old run nor a new one.
-MUST_AGREE = (
-    "model",
-    "tokenizer",
-    "optimizer.name",
-    "seq_len",
-    "tokens_per_step",
-    "seed",
-    "data.document_mask",
-    "data.packing",
-)
-MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
+from training.run_folder import compare, find
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -160,30 +147,11 @@ def check_fits(path: Path, ours: dict[str, Any], our_data: str) -> list[str]:
     Raises:
         ValueError: names the first field that must not differ, with both values.
     """
-    theirs, state = read_json(path / "config.json"), read(path)
-    before, now = dict(flat(theirs)), dict(flat(ours))
-    changes = []
-    for key in sorted(set(before) | set(now)):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key not in MAY_DIFFER and any(key == field or key.startswith(f"{field}.") for field in MUST_AGREE):
-            raise ValueError(
-                f"{key}={new} does not fit {path}, which was trained with {key}={old}; "
-                f"use that, or init_from={path} for a new run that begins with its weights"
-            )
-        changes.append(f"{key} {old} → {new}")
+    changes = compare(path, read_json(path / "config.json"), ours)
+    state = read(path)
     if state["data"] != our_data:
         raise ValueError(
-            f"data.name={now.get('data.name')} does not fit {path}, which was trained on another text "
+            f"data.name={ours['data']['name']} does not fit {path}, which was trained on another text "
             f"({state['data'][:8]}, not {our_data[:8]}); restore it, or use init_from={path} for a new run"
         )
     return changes
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
