@@ -258,7 +258,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 SECRET_KEY = re.compile(r"(api_?key|secret|password|passwd|credential|(^|_)token$)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|^hf_[A-Za-z0-9]{20,}$|^[0-9a-f]{40}$")
+SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|^hf_[A-Za-z0-9]{20,}$|^wandb_v\d_[\w-]{20,}$|^[0-9a-f]{40}$")
 
 
 def refuse_secrets(items: Any, prefix: str = "") -> None:

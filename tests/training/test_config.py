@@ -184,6 +184,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(composed: Composed)
 
 # ---- secrets
 
+WANDB_KEY = "wandb_v1_" + "aB3_" * 19
 HF_TOKEN, HEX = "hf_" + "aB3" * 10, "0123456789abcdef" * 2 + "01234567"
 
 
@@ -213,6 +214,7 @@ def test_a_key_named_like_a_secret_is_refused_and_its_value_never_shown(composed
         ("https://me:open-sesame@example.org/x", "sesame"),
         (HF_TOKEN, HF_TOKEN),
         (HEX, HEX),
+        (WANDB_KEY, WANDB_KEY),
         ([HF_TOKEN], HF_TOKEN),
         (["fine", {"deep": HEX}], HEX),
         ("${oc.env:A_SECRET}", HEX),
