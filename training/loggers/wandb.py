@@ -64,6 +64,7 @@ class WandbLogger(Logger):
         # wandb reports its own errors to its server, even from an offline run, and on a dead network its attempts hold
         # up the end of the process by 10 s or more.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")  # in a sweep, a teardown forgets what `setup` was told
         import wandb  # here, because it takes half a second
 
         settings = wandb.setup(wandb.Settings(silent=True)).settings  # from the environment and wandb's own files
