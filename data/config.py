@@ -28,7 +28,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.vocab_size < 257:
             raise ValueError(
-                f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257"
+                f"tokenizer.vocab_size={self.vocab_size} is too small: 256 bytes and <|endoftext|> need at least 257 "
+                f"(it follows model.vocab_size)"
             )
 
     def check(self) -> None:

@@ -106,7 +106,10 @@ class ModelConfig:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}")
+            raise ValueError(
+                f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}; "
+                f"choose a divisor, or null for as many"
+            )
         for name, allowed in (
             ("position", ("learned", "rotary")),
             ("norm", ("rmsnorm", "layernorm")),
@@ -120,6 +123,8 @@ class ModelConfig:
             raise ValueError(f"model.rotary.scaling=ntk needs a head_dim of 4 or more, not {self.head_dim}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"model.window={self.window}: a token sees at least itself; use 1 or more, or null")
+        if self.attention_scale is not None and not self.attention_scale > 0:
+            raise ValueError(f"model.attention_scale={self.attention_scale} must be above 0; null is 1/√head_dim")
         for name in ("attention_softcap", "logit_softcap", "loss_chunk_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} is negative; use 0 to switch it off")

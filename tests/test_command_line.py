@@ -101,11 +101,23 @@ MISTAKES = {
     "tokenizer=file": ["tokenizer.path", "tokenizer.path=tokenizer.json"],
     "seq_len": ["'seq_len'", "write key=value"],
     "attention=null": ["attention=null", "use auto, flash"],
+    "attention=": ["attention=", "use auto, flash"],
+    "attention=3": ["attention=3", "use auto, flash"],
+    "attention=[math,sdpa]": ["attention=[math,sdpa]", "-m attention=a,b"],
+    "seq_len=512,1024": ["seq_len=512,1024", "add -m"],
+    "+seq_len=512": ["seq_len", "without +"],
+    "lr=1e-3": ["lr", "did you mean learning_rate?"],
+    "data.path=~/notes": ["data.path", "data=codeparrot or fineweb_edu or hf or pg19 or text", "choose that too"],
+    "batch_size=1_000_000_000": ["batch_size × seq_len=512000000000", "use less than"],
+    "seed=99999999999999999999": ["seed=99999999999999999999", "below 2⁶³"],
+    "seq_len=null": ["seq_len", "it needs a value"],
     "optimizer={lr: 1}": ["optimizer", "use adamw, muon"],
     "~optimizer": ["optimizer", "use adamw, muon"],
     "+logger.wandb.api_key=sesame": ["logger.wandb.api_key", "WANDB_API_KEY"],
     "run_dir=${nowhere}": ["run_dir", "nowhere"],
     "--nope": ["--nope", "write settings as key=value"],
+    "run_dir=text/1.txt/deeper": ["run_dir=text/1.txt/deeper", "cannot be written", "choose another"],
+    "init_from=": ["init_from=''", "name a run or a checkpoint"],
     "resume=nowhere": ["resume=nowhere", "does not exist", "name a run folder or a checkpoint"],
     "init_from=nowhere": ["init_from=nowhere", "does not exist"],
     "checkpoint.keep_last=0": ["checkpoint.keep_last=0", "use 1 or more"],
@@ -178,6 +190,26 @@ def test_what_only_the_files_can_tell_is_one_line_too(
     check_refusal(ran[name], *said)
     assert ran[name].cpu_seconds < 3
     assert not (home / "refused").exists()
+
+
+def test_output_that_nobody_can_take_is_no_reason_to_end_a_run(home: Path) -> None:
+    arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "max_steps=1"]
+    for name, redirection in (("closed", ">&-"), ("full", "> /dev/full")):
+        command = ["sh", "-c", f'"$@" {redirection}', "sh", *arguments, f"run_dir={name}"]
+        done = subprocess.run(command, cwd=home, env=environment(home), stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [record["step"] for record in metrics(home / name)] == [0, 1, 1]
+        assert (home / name / "model.safetensors").exists()
+
+
+def test_nothing_that_is_opened_takes_the_place_of_a_closed_output(home: Path) -> None:
+    """Of the two sockets that signals come through, for instance: a library's words would be taken for signals."""
+    program = (
+        "import os; from training import cli; "
+        "cli.run(lambda: exit(not os.path.samestat(os.fstat(1), os.stat(os.devnull))))"
+    )
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(command, cwd=ROOT, env=environment(home)).returncode == 0
 
 
 def test_a_person_who_wants_the_traceback_gets_it(home: Path) -> None:
@@ -270,14 +302,14 @@ ENDLESS = ["max_steps=1_000_000", "eval_every=0", "log_every=1"]
 REQUESTS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "STOP": 75}
 
 
-def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(home: Path) -> None:
-    folder = home / "long"
+def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(home: Path, no_torch: Path) -> None:
+    folder, again = home / "long", [*SMALL, *ENDLESS, "run_dir=long"]
     for name, code in REQUESTS.items():
         before = lines_of(folder)
         process = begin(home, *ENDLESS, "run_dir=long")
         try:
             wait_for(lambda before=before: lines_of(folder) > before + 3, process)  # type: ignore[misc]
-            second = run(home, *SMALL, *ENDLESS, "run_dir=long") if name == "STOP" else None
+            second = run(home, *again, PYTHONPATH=str(no_torch)) if name == "STOP" else None
             if name == "STOP":
                 (folder / "STOP").touch()
             else:
@@ -292,6 +324,8 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(h
         assert ("resume     step" in out) == (before > 0)
         if second is not None:
             check_refusal(second, "run_dir=long", f"is being trained by process {process.pid}", "choose another")
+    changed = run(home, *again, "seed=7", PYTHONPATH=str(no_torch))
+    check_refusal(changed, "seed=7 does not fit long/checkpoints/step-", "which was trained with seed=")
     assert not (folder / "STOP").exists()
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(len(steps))), "each step once, over all processes"

@@ -46,6 +46,13 @@ def test_snippets_run_in_order_and_print_what_the_page_shows(page, capsys):
         assert capsys.readouterr().out == shown, f"{page.name}, line {block.line}"
 
 
+def test_every_metric_is_defined():
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "training").rglob("*.py"))
+    metrics = set(re.findall(r'"((?:train|val|throughput|time|memory|checkpoint)/[a-z_]+)"', sources))
+    assert len(metrics) > 15
+    assert metrics <= set(re.findall(r"`([a-z]+/[a-z_]+)`", (ROOT / "docs" / "numbers.md").read_text("utf-8")))
+
+
 def test_flash_attention_quotes_every_definition_as_it_stands():
     quoted = set()
     for block in blocks(FLASH):

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from .config import dotted_keys, unknown_key
+from .config import dotted_keys, one_line, unknown_key
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
@@ -45,15 +45,20 @@ _failures: list[int] = []  # exit codes
 
 def run(main: Callable[[], None]) -> None:
     """Run a Hydra application and end the process with the right exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`): otherwise the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     listen(leave)  # until the process ends; a trainer listens itself while there is something to save
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
     # 1.0k against 3.6k tokens/s; on idle cores there is little between them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     register_resolvers()
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
         try:
+            _refuse_lists()
             main()
         finally:
             keep_exit_code()
@@ -120,11 +125,25 @@ def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
     raise ValueError(f"{message}; write settings as key=value, without dashes (--hydra-help lists the flags)")
 
 
+def _expand_home(argument: str) -> str:
+    """data.path=~/notes: the shell leaves this ~ to us, and Hydra's grammar has none but in quotes."""
+    if "'" in argument or '"' in argument:
+        return argument
+    return re.sub(r"(?<=[=:,\[ ])~(?=/|$)", lambda _: os.path.expanduser("~"), argument)
+
+
+def _refuse_lists() -> None:
+    """attention=[math,sdpa] would be one laid over the other, without a word."""
+    for group, _, value in (override.partition("=") for override in sys.argv[1:]):
+        if value.startswith("[") and _options(group):
+            raise ValueError(f"{group}={value} is not possible; name one, or -m {group}=a,b to run each in turn")
+
+
 def say(line: str) -> None:
-    """Print a line. A reader that went away (`python train.py | head`) is no reason to end a run."""
+    """Print a line. A reader that went away (`python train.py | head`) or a full disk is no reason to end a run."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -135,20 +154,28 @@ def _error(message: str) -> None:
 def explain(error: Exception) -> str:
     """One line for what Hydra says in several: what, which value, what to do instead."""
     text = str(error)
-    if "Config group override must be" in text:  # attention=null: Hydra does not say which
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return one_line(error)
+    if "Config group override must be" in text:  # attention=null, attention=3: Hydra does not say which
         for group, _, value in (override.partition("=") for override in sys.argv[1:]):
-            if value.lower() == "null" and _options(group):
+            if _options(group) and value not in _options(group):
                 return f"{group}={value} is not possible; use {', '.join(_options(group))}"
+    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if several:
+        return f"{several[1]} is several values; add -m to run each in turn (a list: [a,b]; one text: \"'a,b'\")"
+    present = re.search(r"Could not append to config. An item is already at '([^']+)'", text)
+    if present:
+        return f"{present[1]} is a setting already; write {present[1]}=…, without +"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
         group, _, field = key[1].partition(".")
         if not field and _options(group):
             return f"{group} is a choice, not a setting; use {', '.join(_options(group))}"
-        owners = [name for name in _options(group) if re.search(rf"^{field}:", _text(group, name), re.MULTILINE)]
+        owners = [name for name in _options(group) if field in _keys_of(CONFIGS / group / f"{name}.yaml")]
         if field and owners:
             return f"{key[1]} belongs to {group}={' or '.join(owners)}; choose that too"
         return unknown_key(key[1], _settings())
-    option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    option = re.search(r"Could not find '([^'/]+)/([^']*)'", text)
     if option:
         group, name = option.groups()
         near = get_close_matches(name, _options(group), n=1)
@@ -156,7 +183,8 @@ def explain(error: Exception) -> str:
         return f"{group}={name} is unknown; use {', '.join(_options(group))}{hint}"
     first = text.strip().splitlines()[0]
     if isinstance(error, OverrideParseException):
-        return f"cannot read the command: {first}; write key=value, and quote a value with special characters twice"
+        first = first.removeprefix("LexerNoViableAltException: ")
+        return f"cannot read the command: {first}; write key=value, and special characters in two quotes: \"key='a b'\""
     return first
 
 
@@ -164,15 +192,23 @@ def _options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def _text(group: str, name: str) -> str:
-    return (CONFIGS / group / f"{name}.yaml").read_text()
+def _keys_of(option: Path) -> set[str]:
+    """The settings in an option's file: its own, and those of the files that it builds on."""
+    content: Any = OmegaConf.load(option)
+    bases = [f"{base.partition('@')[0]}.yaml" for base in content.pop("defaults", []) if base != "_self_"]
+    return {*dotted_keys(content), *(key for base in bases for key in _keys_of(option.parent / base))}
 
 
 def _settings() -> list[str]:
-    """Every setting of the default configuration, and the names of the groups."""
+    """Every setting of the configuration with the options that were chosen, and the names of the groups."""
+    chosen = [
+        f"{group}={name}"
+        for group, _, name in (word.partition("=") for word in sys.argv[1:])
+        if name in _options(group)
+    ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return [*dotted_keys(compose("train")), "experiment"]
+        return [*dotted_keys(compose("train", chosen)), "experiment"]
 
 
 def _print_comparison() -> None:

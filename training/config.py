@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,8 +60,9 @@ class CheckpointConfig:
     keep_best: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_every"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), "use 0 or more")
+        # configs/train.yaml gives it eval_every's value, which may be the one that was typed.
+        _require(self.every >= 0, "checkpoint.every", self.every, "use 0 or more (it follows eval_every)")
+        _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "use 0 or more")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "use 1 or more")
 
 
@@ -138,7 +139,10 @@ class TrainConfig:
         for name in ("run_dir", "resume", "init_from"):
             _require("\0" not in (getattr(self, name) or ""), name, repr(getattr(self, name)), "name a folder")
         _require(bool(self.run_dir), "run_dir", repr(self.run_dir), "name a folder")
+        # null is no start from other weights; an empty value is a variable of the shell that was not set.
+        _require(self.init_from != "", "init_from", "''", "name a run or a checkpoint, or null")
         micro_batch = self.batch_size * self.seq_len
+        _require(micro_batch < 2**31, "batch_size × seq_len", micro_batch, "use less than 2³¹ tokens at once")
         if self.tokens_per_step is None:
             self.tokens_per_step = micro_batch
         if self.tokens_per_step < micro_batch or self.tokens_per_step % micro_batch:
@@ -184,7 +188,7 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
         config = composed if isinstance(composed, DictConfig) else OmegaConf.create(dict(composed))
         raw: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     refuse_secrets(raw)
     schema = OmegaConf.structured(TrainConfig)
     groups: dict[str, Mapping[str, type[Any]]] = {
@@ -208,15 +212,25 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
         schema.checkpoint, schema.bad_step = CheckpointConfig, BadStepConfig
         raise ValueError(unknown_key(key, dotted_keys(schema))) from error
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     assert isinstance(loaded, TrainConfig)
+    refuse_extremes(asdict(loaded))
     return loaded
 
 
-def _one_line(error: OmegaConfBaseException) -> str:
-    reason = str(error.msg or error).splitlines()[0]
-    wanted = {"Integer": "use a whole number", "Float": "use a number", "boolean": "use true or false"}
-    remedy = next((remedy for kind, remedy in wanted.items() if f"to {kind}" in reason or f"{kind}: " in reason), "")
+REMEDIES = {
+    "to Integer": "use a whole number",
+    "to Float": "use a number",
+    "valid bool": "use true or false",
+    "not a ListConfig": "use a list: [a,b]",
+    "value 'None'": "it needs a value",
+}
+
+
+def one_line(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says of a value, and what to do instead."""
+    reason = str(error.msg or error).splitlines()[0].removesuffix(".")
+    remedy = next((remedy for words, remedy in REMEDIES.items() if words in reason), None)
     return f"{error.full_key}: {reason}; {remedy or 'python train.py --cfg job shows what it may be'}"
 
 
@@ -231,16 +245,19 @@ def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The line for a key that does not exist, with its nearest neighbour."""
     known = list(known)
-    near = get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:  # dim=64 for model.dim=64
-        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    named: dict[str, list[str]] = {}  # without their groups: dim=64 for model.dim=64, and lr=1e-3 for learning_rate
+    for name in known:
+        last = name.rpartition(".")[2]
+        for short in {last, "".join(word[0] for word in last.split("_"))}:
+            named.setdefault(short, []).append(name)
+    near = named.get(key.rpartition(".")[2]) or get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "python train.py --cfg job shows every setting"
     return f"{key} is not a setting; {hint}"
 
 
 SECRET_KEY = re.compile(r"(api_?key|secret|password|passwd|credential|(^|_)token$)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{20,}")
-WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # as a commit's hash, which a revision may be
+SECRET_VALUE = re.compile(r"://[^/\s:@]+:[^/\s@]+@|\bhf_[A-Za-z0-9]{20,}|\bwandb_v\d_[\w-]{20,}")
+OLD_WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # as a commit's hash, which a revision may be
 
 
 def refuse_secrets(items: Any, prefix: str = "") -> None:
@@ -256,12 +273,26 @@ def refuse_secrets(items: Any, prefix: str = "") -> None:
         elif value and (
             SECRET_KEY.search(key)
             or SECRET_VALUE.search(str(value))
-            or (WANDB_KEY.fullmatch(str(value)) and key != "revision")
+            or (OLD_WANDB_KEY.fullmatch(str(value)) and key != "revision")
         ):
             raise ValueError(
                 f"{prefix}{key} looks like a secret, and the config is saved and uploaded with the run; "
                 f"use the environment instead (WANDB_API_KEY, HF_TOKEN)"
             )
+
+
+def refuse_extremes(items: Mapping[str, Any], prefix: str = "") -> None:
+    """NaN, infinity and what 64 bits cannot hold are values of their types, and nothing that a run can use.
+
+    Raises:
+        ValueError: names the key and the value.
+    """
+    for key, value in items.items():
+        if isinstance(value, Mapping):
+            refuse_extremes(value, f"{prefix}{key}.")
+        else:
+            within = not isinstance(value, int | float) or abs(value) < 2**63  # of NaN nothing is true
+            _require(within, f"{prefix}{key}", value, "use a finite number below 2⁶³")
 
 
 def _require(ok: bool, name: str, value: Any, remedy: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,7 +51,11 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         wanted = re.search(r"DefaultCPUAllocator.*?(\d+) bytes", str(error))
         if wanted is None:
             raise
-        raise OutOfMemory(f"out of memory: {int(wanted[1]) / GIB:.1f} GiB wanted. {advice(config)}") from error
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        raise OutOfMemory(
+            f"out of memory: {peak / GIB:.1f} GiB held at most, {int(wanted[1]) / GIB:.1f} GiB wanted. {advice(config)}"
+        ) from error
 
 
 def advice(config: TrainConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from .checkpoint import fits
@@ -21,10 +21,11 @@ from .config import TrainConfig
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
 """Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it resumes there."""
+NAMED = {"resume": "a run folder or a checkpoint", "init_from": "a run folder, a checkpoint or a model.safetensors"}
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse, before anything slow, a run_dir that cannot be used or continued, and paths that lead nowhere.
+    """Refuse, before anything slow, a run_dir that cannot be written or continued, and paths that lead nowhere.
 
     Raises:
         ValueError: one line.
@@ -39,30 +40,47 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"run_dir={config.run_dir} already holds something, and no run to resume; choose another")
     if holds_something and config.resume == "none":
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another, or resume=auto to continue it")
-    for name in ("resume", "init_from"):
-        value = getattr(config, name)
-        if value and value not in ("auto", "none") and not Path(value).exists():
-            raise ValueError(f"{name}={value} does not exist; name a run folder or a checkpoint")
-    there = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        why = os.strerror(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES)
-        raise ValueError(f"run_dir={config.run_dir} cannot be written: {why}; choose another")
+    try:
+        with TemporaryFile(dir=next(path for path in (run, *run.absolute().parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
     if holds_a_run:
         with suppress(OSError), open(run / LOCK, "rb") as lock:
             take(lock, fcntl.LOCK_SH, config.run_dir)
-    _check_fits(config)
-
-
-def _check_fits(config: TrainConfig) -> None:
-    """Ask the checkpoint that the run will most likely begin with; only its configuration is read and verified."""
     resume = None if config.resume in ("auto", "none") else config.resume
-    places = ((config.run_dir, fits.check_resume), (resume, fits.check_resume), (config.init_from, fits.check_init))
-    for place, check_fits in places:
-        path = Path(place or os.devnull)
-        for candidate in [path] if checkpoints.is_checkpoint(path) else checkpoints.candidates(path):
-            with suppress(DamagedCheckpoint):
-                check_fits(candidate, checkpoints.verify(candidate, only=["config.json"]), config)
-                return
+    for name, value in (("resume", resume), ("init_from", config.init_from)):
+        if value is None:
+            continue
+        if not os.path.exists(value):  # Path's raises where a name is too long or a folder may not be read
+            raise ValueError(f"{name}={value} does not exist; name {NAMED[name]}")
+        is_weights = name == "init_from" and os.path.isfile(value)
+        if not is_weights and not _checkpoints_at(value):
+            raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
+    _check_fits(config, resume)
+
+
+def _check_fits(config: TrainConfig, resume: str | None) -> None:
+    """Ask the checkpoint that the run will most likely begin with; only its configuration is read and verified."""
+    own = [] if resume and _is_inside(resume, config) else checkpoints.candidates(Path(config.run_dir))
+    goes_on = [*own, *(_checkpoints_at(resume) if resume else [])]
+    begins_anew = _checkpoints_at(config.init_from) if config.init_from and not goes_on else []
+    check_fits = fits.check_resume if goes_on else fits.check_init
+    for path in goes_on or begins_anew:
+        with suppress(DamagedCheckpoint):
+            check_fits(path, checkpoints.verify(path, only=["config.json"]), config)
+            return
+
+
+def _checkpoints_at(value: str) -> list[Path]:
+    """The checkpoints that resume=PATH or init_from=PATH may mean, the newest first; none is verified."""
+    path = Path(value)
+    return [path] if checkpoints.is_checkpoint(path) else checkpoints.candidates(path)
+
+
+def _is_inside(resume: str, config: TrainConfig) -> bool:
+    """Whether resume=PATH lies in run_dir: the run goes back, and does not branch off."""
+    return Path(resume).resolve().is_relative_to(Path(config.run_dir).resolve())
 
 
 def take(lock: BinaryIO, kind: int, run_dir: str) -> None:
@@ -127,7 +145,7 @@ class RunFolder:
                 what = f"{len(damaged)} checkpoints, none of them good" if damaged else "a finished run, no checkpoint"
                 raise ValueError(f"run_dir={self.path} holds {what}; choose another, or remove it to begin anew")
             return newest
-        inside = Path(resume).resolve().is_relative_to(self.path.resolve())
+        inside = _is_inside(resume, self.config)
         if not inside and (own := checkpoints.newest(self.path, notify)):
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more
             return own
@@ -173,6 +191,5 @@ def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path,
     else:
         found = checkpoints.newest(path, notify)
     if found is None:
-        file = " or a model.safetensors" if setting == "init_from" else ""
-        raise ValueError(f"{setting}={value} holds no good checkpoint; name a run folder or a checkpoint{file}")
+        raise ValueError(f"{setting}={value} holds no good checkpoint; name {NAMED[setting]}")
     return found

@@ -86,7 +86,7 @@ class SdpaConfig(AttentionConfig):
 
     def why_not(self, spec: AttentionSpec) -> str | None:
         if spec.softcap > 0:
-            return f"no SDPA kernel caps scores (softcap={spec.softcap:g}); use attention=flex or math"
+            return f"no SDPA kernel caps scores (softcap={spec.softcap:g}); use attention=auto, flex or math"
         if spec.capability is None and self.kernel in ("cudnn", "efficient"):
             return f"attention.kernel={self.kernel} runs on CUDA only; use attention.kernel=auto or math"
         if spec.capability is None or spec.is_plain:

@@ -245,6 +245,29 @@ def test_a_checkpoint_that_does_not_fit_says_which_field_differs(
     assert ((folder / "metrics.jsonl").read_bytes(), (folder / "config.yaml").read_bytes()) == before
 
 
+def test_what_two_configurations_tell_is_said_before_the_text_is_looked_at(
+    config: MakeConfig, run: Callable[..., Path]
+) -> None:
+    folder = run()
+    check_run_folder(config("max_steps=6"))
+    with pytest.raises(ValueError, match=r"model.dim=64 does not fit .*step-00000006"):
+        check_run_folder(config("model.dim=64"))
+    with pytest.raises(ValueError, match=r"seed=3 does not fit .*step-00000004"):
+        check_run_folder(config("seed=3", f"resume={checkpoints.path_of(folder, 4)}", f"run_dir={folder / 'branch'}"))
+    newest = checkpoints.path_of(folder, 6) / "config.json"
+    newest.write_text(newest.read_text().replace('"dim": 32', '"dim": 64'))  # what it says is not what was saved
+    with pytest.raises(ValueError, match=r"model.dim=64 does not fit .*step-00000004"):
+        check_run_folder(config("model.dim=64"))
+
+
+def test_a_path_that_holds_no_checkpoint_is_said_before_the_text_is_looked_at(
+    config: MakeConfig, text_folder: Path
+) -> None:
+    for setting in ("resume", "init_from"):
+        with pytest.raises(ValueError, match=f"{setting}={text_folder} holds no checkpoint; name a run"):
+            check_run_folder(config(f"{setting}={text_folder}"))
+
+
 def test_what_may_differ_is_said(config: MakeConfig, run: Callable[..., Path]) -> None:
     run()
     lines: list[str] = []

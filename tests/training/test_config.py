@@ -75,6 +75,8 @@ def test_a_plain_mapping_is_as_good(composed: Composed) -> None:
         ("optimizer.beta", "optimizer.betas"),
         ("logger.wandb.projct", "logger.wandb.project"),
         ("theta", "model.rotary.theta"),
+        ("lr", "learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_nearest_name(composed: Composed, key: str, near: str) -> None:
@@ -138,6 +140,10 @@ def test_an_unknown_choice_is_refused_by_name(composed: Composed, group: str) ->
         ("precision", "fp8"),
         ("compile", "maybe"),
         ("run_dir", ""),
+        ("seed", 2**63),
+        ("model.norm_eps", float("nan")),
+        ("model.rotary.theta", float("inf")),
+        ("optimizer.eps", float("inf")),
     ],
 )
 def test_an_impossible_value_is_refused_with_name_value_and_remedy(composed: Composed, key: str, value: Any) -> None:
@@ -145,6 +151,12 @@ def test_an_impossible_value_is_refused_with_name_value_and_remedy(composed: Com
     name, _, remedy = message.partition(" is not possible; ")
     assert name == f"{key}={value!r}" or name == f"{key}={value}"
     assert remedy
+
+
+def test_more_tokens_at_once_than_an_index_counts_are_refused(composed: Composed) -> None:
+    message = refusal(composed("seq_len=65536", "batch_size=32768"))
+    assert message == "batch_size × seq_len=2147483648 is not possible; use less than 2³¹ tokens at once"
+    load_config(composed("seq_len=65536", "batch_size=32767"))
 
 
 @pytest.mark.parametrize(("asked", "nearest"), [(100, 128), (90, 64), (97, 128), (1, 64), (63, 64), (6401, 6400)])
@@ -172,6 +184,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(composed: Composed)
 
 # ---- secrets
 
+WANDB_KEY = "wandb_v1_" + "aB3_" * 19
 HF_TOKEN, HEX = "hf_" + "aB3" * 10, "0123456789abcdef" * 2 + "01234567"
 
 
@@ -202,6 +215,7 @@ def test_a_key_named_like_a_secret_is_refused_and_its_value_never_shown(composed
         (HF_TOKEN, HF_TOKEN),
         (f"https://{HF_TOKEN}@huggingface.co/x", HF_TOKEN),
         (HEX, HEX),
+        (WANDB_KEY, WANDB_KEY),
         ([HF_TOKEN], HF_TOKEN),
         (["fine", {"deep": HEX}], HEX),
         ("${oc.env:A_SECRET}", HEX),

@@ -228,6 +228,37 @@ def test_with_a_key_and_a_server_the_run_is_online(graphql: tuple[str, list[str]
     assert any("file_stream" in body and "train/loss" in body for body in bodies)
 
 
+@pytest.fixture
+def refusing_server() -> Iterator[str]:
+    """A server that answers, and takes no key."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            self.send_response(401)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_online_run_that_the_server_refuses_is_recorded_offline(refusing_server: str, tmp_path: Path) -> None:
+    result = record_run(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": refusing_server, "NO_PROXY": "127.0.0.1"})
+    (line,) = result["lines"]
+    assert line.startswith(f"wandb      offline ({refusing_server} did not accept the run, CommError: ")
+    assert "); to upload later: wandb sync " in line
+    assert result["seconds"] < 12, "about 2 s"
+    assert any(record.WhichOneof("record_type") == "history" for record in records(tmp_path / "run"))
+
+
 # ---- the upload at the end
 
 
@@ -255,30 +286,6 @@ def test_finish_is_cut_with_one_line_when_the_upload_hangs(
     logger._run = StuckRun(error)
     logger.finish("finished")
     assert lines == ["wandb      upload cut after 0 s; to upload the rest: wandb sync /somewhere/wandb/run-1"]
-
-
-def test_an_online_run_that_the_server_refuses_is_recorded_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    class Run:
-        dir = str(tmp_path / "wandb" / "offline-run-1" / "files")
-        step = 0
-
-        def define_metric(self, *arguments: Any, **options: Any) -> None: ...
-
-    def init(*, mode: str, **options: Any) -> Run:
-        if mode == "online":
-            raise wandb.Error("permission\ndenied")
-        return Run()
-
-    monkeypatch.setattr(module, "_choose_mode", lambda *arguments: ("online", ""))
-    monkeypatch.setattr(wandb, "init", init)
-    lines: list[str] = []
-    WandbLogger(WandbConfig(), lines.append).start(RunInfo("tiny", tmp_path, {}, {}))
-    (line,) = lines
-    assert "did not accept the run, Error: permission denied); to upload later: wandb sync " in line
 
 
 def test_a_resumed_run_has_the_same_id_and_sends_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ MODES = ("auto", "online", "offline", "disabled")
 PROBE_SECONDS = 3.0
 FINISH_SECONDS = 25.0
 FINISH_GRACE_SECONDS = 5.0  # for wandb to keep that bound itself, as newer releases do
+TEARDOWN_SECONDS = 5.0  # a hundredth of one, in fact
 EXIT_CODES = {"finished": 0, "failed": 1, "interrupted": 130}
 
 
@@ -63,6 +64,7 @@ class WandbLogger(Logger):
         # wandb reports its own errors to its server, even from an offline run, and on a dead network its attempts hold
         # up the end of the process by 10 s or more.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")  # in a sweep, a teardown forgets what `setup` was told
         import wandb  # here, because it takes half a second
 
         settings = wandb.setup(wandb.Settings(silent=True)).settings  # from the environment and wandb's own files
@@ -77,6 +79,7 @@ class WandbLogger(Logger):
                 self._notify(f"wandb      {self._run.url}")
             except (wandb.Error, OSError) as error:
                 mode, why = "offline", f"{settings.base_url} did not accept the run, {one_line(error)}"
+                _within(TEARDOWN_SECONDS, wandb.teardown)  # wandb's own process holds the id of the run that it lost
         if mode == "offline":
             self._run = self._init(wandb, run, mode="offline", id=run_id)
             self._notify(f"wandb      offline ({why}); to upload later: wandb sync {Path(self._run.dir).parent}")
