@@ -64,8 +64,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
         "stack": int(stack[1]),
         "serialized": "serialized" in said,
         "instructions": [name for name in names if name in ptx],
-        # at which its own code meets; the kernels' own have their numbers in registers
-        "barriers": sorted({int(n) for n in re.findall(r"\b(?:bar|barrier)\.(?:cta\.)?sync(?:\.aligned)?\s+(\d+)", ptx)}),
+        # the kernels' own have their numbers in registers
+        "barriers": sorted({int(n) for n in re.findall(r"\bbar(?:rier)?(?:\.cta)?\.sync(?:\.aligned)?\s+(\d+)", ptx)}),
     }
 
 
