@@ -362,8 +362,8 @@ def consumer(
                 s = warpgroup_mma_wait(len(CONFIG.columns), deps=[s])
                 release(keys, step + 1, CONFIG)
                 s, row_max, pivot, rescale = maximum(s, row_max, first, width, i * N, full_from, full_to, mask, CONFIG)
-                # Here, and not where the tiles are used: it takes no time under the maximum, and ptxas, which moves a
-                # wait for products to the front of straight code, finds the next one's front after the maximum.
+                # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
+                # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
                 await_tile(keys, step + 2, i + 1 < i1)
                 await_tile(values, step + 1, True)
                 outs = wait_values(outs)
