@@ -2,8 +2,8 @@
 
     python -m scripts.kill_test --kills 200 --out runs/kill-test
 
-A process is started on the same run folder until the run has finished; every process but the last is killed: every
-other one inside a save (a temporary checkpoint folder is there), the others at a random instant of its life. The final
+A process is started on the same run folder until the run has finished; every process but the last is killed: half of
+them inside a save (a temporary checkpoint folder is there), the others at a random instant of their life. The final
 weights, optimizer state, random numbers and record must equal the undisturbed run's, byte for byte.
 """
 
@@ -61,7 +61,7 @@ def main() -> None:
     while kills < options.kills:
         before = set(half_written(killed))
         process = start(killed, settings)
-        if kills % 2:
+        if 2 * inside <= kills:  # half of them: a save that ends before the kill does not count, and another is tried
             wait_for_a_save(process, killed, chance)
         else:
             time.sleep(chance.uniform(0, startup + SECONDS_OF_TRAINING))
