@@ -134,10 +134,3 @@ def choose_tiles(
         if applies and key in tiles:
             return tiles[key]
     return HOPPER[key]
-
-
-def why_not_hopper_backward(head_dim: int, softcap: float) -> str | None:
-    """Why the portable kernels compute the gradients of such inputs on Hopper; None when the Hopper kernels do."""
-    if softcap > 0 and head_dim <= 128:
-        return "a soft cap"  # its derivative takes 32 registers more, and the loop spills 390 bytes at head_dim 128
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.flash_attention.config import choose_tiles, why_not_hopper_backward
+from kernels.flash_attention.config import choose_tiles
 
 from .base import AttentionBackend
 from .config import AttentionConfig, FlashConfig, has_hopper_kernels
@@ -25,20 +25,15 @@ class FlashAttention(AttentionBackend):
         if spec.capability is None:
             return "Triton's interpreter: exact and very slow, for tests"
         if self.implementation == "triton" or not has_hopper_kernels(spec):
-            return f"flash-gpt's portable Triton kernels; {self._tiles('forward', 'dq', 'dkdv')}"
-        reason = why_not_hopper_backward(spec.head_dim, spec.softcap)
-        if reason is None:
-            return "flash-gpt's Hopper kernels"
-        tiles = self._tiles("dq", "dkdv")
-        return f"flash-gpt's Hopper kernels forward, and its portable ones backward ({reason}); {tiles}"
+            return f"flash-gpt's portable Triton kernels; {self._tiles()}"
+        return "flash-gpt's Hopper kernels"
 
-    def _tiles(self, *kernels: str) -> str:
+    def _tiles(self) -> str:
         """Queries × keys in a tile of each of the portable kernels."""
         spec = self.spec
         assert spec.capability is not None
-        names = {"forward": "forward", "dq": "dQ", "dkdv": "dK/dV"}
         described = []
-        for kernel in kernels:
+        for kernel, name in {"forward": "forward", "dq": "dQ", "dkdv": "dK/dV"}.items():
             tiles = choose_tiles(
                 kernel,
                 spec.head_dim,
@@ -48,7 +43,7 @@ class FlashAttention(AttentionBackend):
                 local=spec.window is not None or spec.masks_documents,
                 softcap=spec.softcap > 0,
             )
-            described.append(f"{names[kernel]} {tiles.m} × {tiles.n}")
+            described.append(f"{name} {tiles.m} × {tiles.n}")
         return f"tiles of queries × keys: {', '.join(described)}"
 
     def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:

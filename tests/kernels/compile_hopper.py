@@ -75,9 +75,9 @@ def type_of(descriptor: Any) -> str:
     return f"tensordesc<{NAMES[descriptor.base.dtype]}{descriptor.block_shape}{layout}>"
 
 
-def rows(n_rows: int, head_dim: int, dtype: str, *, gluon: bool = True) -> str:
+def rows(n_rows: int, head_dim: int, dtype: str, *, n_columns: int | None = None, gluon: bool = True) -> str:
     x = torch.empty(1, n_rows, 1, head_dim, dtype=DTYPES[dtype])
-    return type_of(host.rows(x, n_rows) if gluon else host.plain_rows(x, n_rows))
+    return type_of(host.rows(x, n_rows, n_columns) if gluon else host.plain_rows(x, n_rows))
 
 
 def compile_forward(
@@ -100,14 +100,16 @@ def compile_backward(
     config = hopper.backward_config(kind, head_dim, deterministic)
     m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
-    types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
-    types |= dict.fromkeys(("starts_ptr", "taken_ptr", "turns_ptr"), "*i32")
+    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
+    types |= dict.fromkeys(("starts_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
-    types["stat_ptr"] = "*fp32"
+    types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
     sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
     if kernel is backward_pass.backward_kernel:
-        types["dq_rows"] = type_of(host.numbers(torch.empty(32 * sums), sums, 32))
+        types["sum_rows"] = type_of(host.numbers(torch.empty(32 * sums), sums, 32))
+        types["chunk_rows"] = type_of(host.numbers(torch.empty(1024), 32, 32))
+        types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr": None}
     if kernel is backward_pass.backward_kernel and not deterministic:
         absent["turns_ptr"] = None
@@ -117,16 +119,11 @@ def compile_backward(
 
 def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
     constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "NUMBERS": 4 * backward_pass.M.value}
-    pointers = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("starts_ptr", "taken_ptr", "turns_ptr"), "*i32")
-    tiles = dict.fromkeys(("out_rows", "dout_rows"), rows(constants["M"], head_dim, dtype, gluon=False))
-    return compile_kernel(backward_pass.prepare_kernel, constants, pointers | tiles | {"S": "i32", "n_tiles": "i32"})
-
-
-def compile_finish(head_dim: int, dtype: str) -> dict[str, Any]:
-    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "CONSUMERS": 2}
-    types = {"sum_ptr": "*fp32", "dq_rows": rows(constants["M"], head_dim, dtype, gluon=False)}
-    return compile_kernel(backward_pass.finish_kernel, constants, types | {"n_tiles": "i32", "scale": "fp32"})
+    types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
+    types |= dict.fromkeys(("starts_ptr", "added_ptr", "cleared_ptr", "turns_ptr", "taken_ptr"), "*i32")
+    types |= dict.fromkeys(("out_rows", "dout_rows"), rows(constants["M"], head_dim, dtype, gluon=False))
+    types |= dict.fromkeys(("S", "n_tiles", "n_places", "n_heads"), "i32")
+    return compile_kernel(backward_pass.prepare_kernel, constants, types)
 
 
 def configurations() -> Iterator[dict[str, Any]]:
@@ -145,7 +142,7 @@ def configurations() -> Iterator[dict[str, Any]]:
         if head_dim > 128:
             for kernel in (backward_wide.dkdv_kernel, backward_wide.dq_kernel):
                 yield row | {"kernel": kernel.__name__} | compile_backward(kernel, kind, head_dim, "bf16")
-        elif not softcap:
+        else:
             kernel = backward_pass.backward_kernel
             yield row | {"kernel": "backward"} | compile_backward(kernel, kind, head_dim, "bf16")
             yield row | {"kernel": "turns"} | compile_backward(kernel, kind, head_dim, "bf16", deterministic=True)
@@ -159,7 +156,6 @@ def configurations() -> Iterator[dict[str, Any]]:
                 yield row | {"kernel": kernel.__name__} | compile_backward(kernel, kind, head_dim, "fp16")
         else:
             yield row | {"kernel": "backward"} | compile_backward(backward_pass.backward_kernel, kind, head_dim, "fp16")
-            yield row | {"kernel": "finish"} | compile_finish(head_dim, "fp16")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton.experimental.gluon")
 
 SHARED_MEMORY = 232_448
-FREE_BARRIERS = 5  # hopper/common.py: the kernels count on these, of 16, and the rest not being Triton's
+FREE_BARRIERS = 5  # hopper/common.py: the forward pass counts on these, of 16, and the rest not being Triton's
 PRODUCTS = {"wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"}
 INSTRUCTIONS = {
     "forward": PRODUCTS,
@@ -28,14 +28,12 @@ INSTRUCTIONS = {
     "dkdv_kernel": PRODUCTS,
     "dq_kernel": PRODUCTS,
     "prepare": {"cp.async.bulk.tensor"},
-    "finish": {"cp.async.bulk.tensor"},
 }
-# Bytes of stack per thread. With head_dim 128, dK and dV alone fill half of the backward's registers, and numbers that
-# only the ends of its loop need wait in memory; with documents or a window, some that each masked step needs, too. The
-# forward's are for the soft cap with three consumers, which leave 160 registers to a thread; those of dq_kernel, where
-# dQ fills more than half, hold the addresses of its tiles.
-STACK = {"forward": 64, "backward": 96, "turns": 128, "dkdv_kernel": 80, "dq_kernel": 288, "prepare": 0, "finish": 0}
-STACK_LOCAL = {"backward": 192, "turns": 192, "dkdv_kernel": 144, "dq_kernel": 368}
+# Bytes of stack per thread. What the loops need is in registers, but for soft caps, and for dq_kernel with documents
+# or a window, where dQ fills more than half of them.
+STACK = {"forward": 16, "backward": 32, "turns": 32, "dkdv_kernel": 0, "dq_kernel": 32, "prepare": 0}
+STACK_LOCAL = {"backward": 64, "turns": 64, "dkdv_kernel": 64, "dq_kernel": 256}
+STACK_SOFTCAP = {"backward": 160, "turns": 160, "dq_kernel": 384}
 # Versions that the kernels were not written with put more there: up to 224 in "turns" and 560 in dq_kernel.
 OTHERS = ("3.8.0", "3.9.0")
 TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]
@@ -66,6 +64,7 @@ def test_hopper_kernels_fit_use_their_instructions_and_wait_for_no_product(trito
         assert row["shared"] <= SHARED_MEMORY, row
         assert not row["serialized"], row
         assert set(row["instructions"]) >= INSTRUCTIONS[row["kernel"]], row
-        assert all(number < FREE_BARRIERS for number in row["barriers"]), row
-        limits = STACK | STACK_LOCAL if row["mask"] in ("documents", "everything") else STACK
+        assert row["kernel"] != "forward" or all(number < FREE_BARRIERS for number in row["barriers"]), row
+        limits = STACK | (STACK_LOCAL if row["mask"] in ("documents", "everything") else {})
+        limits |= STACK_SOFTCAP if row["softcap"] else {}
         assert row["stack"] <= limits[row["kernel"]] or row["triton"] in OTHERS, row

@@ -8,9 +8,12 @@ A program owns a tile of keys: K and V stay in shared memory, dK and dV in the r
 
 Pᵀ and dSᵀ are operands straight from registers. dQ needs dS of all keys: the two consumers exchange it through shared
 memory, and use it one step later, so that neither waits for the other. What a step adds to dQ goes through shared
-memory too, where a reducer warp hands it to TMA to be added to a float32 array in global memory: in any order, so the
-last bits of dQ differ between runs, or, where they must not, in turns. Two small kernels go before and after:
-`prepare_kernel` computes the rows' statistics and clears the array, `finish_kernel` scales and rounds it.
+memory too, where a reducer warp hands it to TMA to be added to float32 sums in global memory: in any order, so the last
+bits of dQ differ between runs, or, where they must not, in turns.
+
+The sums never need to leave the L2 cache. Items of work go head after head; when all of a head's have been added, two
+finisher warps, of the items then at work, scale and round its sums into dQ, and clear their place for a later head.
+A small kernel before this one, `prepare_kernel`, computes the rows' statistics, and clears the places for the first.
 
 docs/kernels/hopper.md has the measurements, and what was tried besides.
 """
@@ -39,7 +42,10 @@ from .common import (
     async_add,
     async_load,
     async_store,
+    await_count,
+    barrier,
     barriers,
+    fence_async_global,
     make_queue,
     next_item,
     receive_item,
@@ -57,18 +63,23 @@ EXCHANGED = gl.constexpr(3)  # tiles of dS: one being read, one complete, one be
 class Backward(Kind):
     """How the kernel cuts its work."""
 
+    columns: int
+    """Of a tile: head_dim, padded."""
     n: int
     """Keys in a tile."""
     stages: int
     """Tiles of queries in shared memory."""
+    key_stages: int
+    """Tiles of keys in shared memory: with two, where they fit, the next item's arrive under this one's end."""
+    chunk_stages: int
+    """Chunks of complete sums in shared memory, 4 KiB each, on their way to dQ."""
     keys_in_registers: bool
     """K and V are read from registers, where head_dim leaves room: shared memory is what limits the kernel. At head_dim
     64, causal, 16k: 514 TFLOP/s instead of 499."""
     persistent: bool
     """Programs stay and take tile after tile from a queue, so that one tile's loads run under the end of the one
-    before: 541 instead of 514 at head_dim 64. At head_dim 128 it takes registers that the loop cannot spare (144 bytes
-    of stack, and 40 without)."""
-
+    before: 541 instead of 514 at head_dim 64. At head_dim 128 there is no place for two tiles of keys, and the loop is
+    the slower: 602 instead of 630, causal, 16k."""
     deterministic: bool
     """Programs take turns to add to a tile of dQ."""
     staggered: bool
@@ -89,8 +100,17 @@ class Keys(NamedTuple):
     v: Any
     full: Any
     done: Any
-    """First: both consumers have read K and V for the last time. Second: both have put dK and dV in their place."""
+    """Both consumers have read K and V for the last time."""
+    replaced: Any
+    """Both have put dK and dV in their place."""
     empty: Any
+
+
+@gluon.jit
+def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
+    k = gl.allocate_shared_memory(k_rows.dtype, [STAGES] + k_rows.block_shape, k_rows.layout)
+    v = gl.allocate_shared_memory(v_rows.dtype, [STAGES] + v_rows.block_shape, v_rows.layout)
+    return Keys(k, v, barriers(STAGES, 1), barriers(1, CONSUMERS), barriers(1, CONSUMERS), barriers(STAGES, 1))
 
 
 class Queries(NamedTuple):
@@ -106,13 +126,35 @@ class Queries(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """dS on its way from consumer to consumer, and dQ on its way to global memory."""
+    """dS on its way from consumer to consumer, and what it adds to dQ on its way to the sums in global memory."""
 
     ds: Any
     ds_full: Any
     dq: Any
     dq_full: Any
     dq_empty: Any
+
+
+class Chunks(NamedTuple):
+    """Sums in float32 that are complete, on their way to shared memory, and, rounded, out of it."""
+
+    sums: Any
+    full: Any
+    rounded: Any
+
+
+class Places(NamedTuple):
+    """Sums of dQ in global memory: each head's have the place of those of the head `count` before."""
+
+    count: Any
+    lag: Any
+    """Items of a head turn into dQ the sums of the head `lag` before, which nearly always are complete by then."""
+    added_ptr: Any
+    """int32, for each key head: how many of its items have added all they have to."""
+    cleared_ptr: Any
+    """int32, for each key head: how many items have done their share of turning its sums into dQ and clearing them."""
+    turns_ptr: Any
+    """int32, for each tile of queries, where programs take turns: how many items have added to its dQ."""
 
 
 @gluon.jit
@@ -181,18 +223,30 @@ def rows_by_starts(starts_ptr, n0, n1, S):
 
 
 @gluon.jit
-def producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+def producer(
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr
+):
     descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
     n = 0
     step = 0
     if CONFIG.persistent:
         item = next_item(queue, n)
         while item < queue.n_items:
+            await_place(item, places, n_tiles)
             step = load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
             n += 1
             item = next_item(queue, n)
-    else:
+    elif gl.program_id(0) < queue.n_items:
+        await_place(gl.program_id(0), places, n_tiles)
         load(gl.program_id(0), n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+
+
+@gluon.jit
+def await_place(item, places, n_tiles):
+    """Wait until the head that had the place of the item's before has left it."""
+    head = item // n_tiles
+    if head >= places.count:
+        await_count(places.cleared_ptr + head - places.count, n_tiles)
 
 
 @gluon.jit
@@ -204,10 +258,12 @@ def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.co
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
-    mbarrier.wait(keys.empty.index(0), (n & 1) ^ 1)
-    mbarrier.expect(keys.full.index(0), 2 * CONFIG.n * D * BYTES)
-    async_load(k_rows, [b, g, n0, 0], keys.full.index(0), keys.k)
-    async_load(v_rows, [b, g, n0, 0], keys.full.index(0), keys.v)
+    place = n % CONFIG.key_stages
+    full = keys.full.index(place)
+    mbarrier.wait(keys.empty.index(place), (n // CONFIG.key_stages & 1) ^ 1)
+    mbarrier.expect(full, 2 * CONFIG.n * D * BYTES)
+    async_load(k_rows, [b, g, n0, 0], full, keys.k.index(place))
+    async_load(v_rows, [b, g, n0, 0], full, keys.v.index(place))
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         t = first_tile(n0, t0, t3, CONFIG)
@@ -238,42 +294,59 @@ def turn_of(n0, t, n_tiles, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def reducer(dq_rows, turns_ptr, queue, n_tiles, sums, mask, CONFIG: gl.constexpr):
-    """Adds what the consumers put into `sums.dq` to the array in global memory."""
+def reducer(sum_rows, dk_rows, dv_rows, places, queue, n_tiles, keys, sums, mask, CONFIG: gl.constexpr):
+    """Adds what the consumers put into `sums.dq` to the sums in global memory. dK and dV leave through it, too, so that
+    no consumer waits for them."""
     n = 0
     step = 0
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            step = add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG)
+            step = add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG)
+            store_keys(item, n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
-    else:
-        add(gl.program_id(0), step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG)
-    tma.store_wait(0)
+    elif gl.program_id(0) < queue.n_items:
+        add(gl.program_id(0), step, sum_rows, places, n_tiles, sums, mask, CONFIG)
+        store_keys(gl.program_id(0), n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG)
 
 
 @gluon.jit
-def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexpr):
+def store_keys(item, n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG: gl.constexpr):
+    """dK and dV of the program's n-th item, once they have taken the place of K and V."""
+    b, g, n0, _, _, _, _ = locate(item, n_tiles, mask, CONFIG)
+    place = n % CONFIG.key_stages
+    mbarrier.wait(keys.replaced.index(0), n & 1)
+    async_store(dk_rows, [b, g, n0, 0], keys.k.index(place))
+    async_store(dv_rows, [b, g, n0, 0], keys.v.index(place))
+    tma.store_wait(0)
+    mbarrier.arrive(keys.empty.index(place), count=1)
+
+
+@gluon.jit
+def add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG: gl.constexpr):
     """What an item adds to dQ; returns the steps so far."""
-    ROWS: gl.constexpr = dq_rows.block_shape[0]
+    ROWS: gl.constexpr = sum_rows.block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
-    b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    head = item // n_tiles
+    _, _, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
     n_steps = CONFIG.group * (t3 - t0)
     t = first_tile(n0, t0, t3, CONFIG)
-    head = (b * CONFIG.heads + g * CONFIG.group) * query_tiles
-    tile = head + t
+    first = head % places.count * (CONFIG.group * query_tiles)
+    tile = first + t
     before = tile - 1  # not `tile`: the compiler would take the two for one, here and in the loop
     had = 0
+    turns_ptr = places.turns_ptr
     if CONFIG.deterministic:
+        turns_ptr += (head - head % places.count) * (CONFIG.group * query_tiles)
         had = gl.atomic_add(turns_ptr + tile, 0, mask=n_steps > 0, sem="relaxed")
     for i in range(0, n_steps):
         now = tile
         turn = turn_of(n0, t, n_tiles, mask, CONFIG)
         t = next_tile(t, t0, t3)
         if CONFIG.group > 1:
-            head = gl.where((i + 1) % (t3 - t0) == 0, head + query_tiles, head)
-        tile = head + t
+            first = gl.where((i + 1) % (t3 - t0) == 0, first + query_tiles, first)
+        tile = first + t
         if CONFIG.deterministic:
             while had < turn:
                 had = gl.atomic_add(turns_ptr + now, 0, sem="relaxed")
@@ -281,7 +354,7 @@ def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexp
             had = gl.atomic_add(turns_ptr + tile, 0, mask=i + 1 < n_steps, sem="relaxed")
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(sums.dq_full.index(c), step & 1)
-            async_add(dq_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
+            async_add(sum_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
         for c in gl.static_range(CONSUMERS):
             tma.store_wait(CONSUMERS - 1 - c)
             mbarrier.arrive(sums.dq_empty.index(c), count=1)
@@ -290,10 +363,92 @@ def add(item, step, dq_rows, turns_ptr, n_tiles, sums, mask, CONFIG: gl.constexp
             gl.atomic_add(turns_ptr + before, 1, mask=i > 0, sem="relaxed")
         before = now
         step += 1
+    wait_until_added(0)
     if CONFIG.deterministic:
-        wait_until_added(0)
         gl.atomic_add(turns_ptr + before, 1, mask=n_steps > 0, sem="relaxed")
+    gl.atomic_add(places.added_ptr + head, 1, sem="release")
     return step
+
+
+@gluon.jit
+def finisher(sum_ptr, chunk_rows, dq_rows, scale, places, queue, n_tiles, chunks, mask, CONFIG: gl.constexpr):
+    """Turns sums into dQ. After the last head, `places.lag` more are left: there are items for their sake."""
+    n = 0
+    read = 0
+    if CONFIG.persistent:
+        item = receive_item(queue, n)
+        while item < queue.n_items:
+            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+            n += 1
+            item = receive_item(queue, n)
+        item = queue.n_items + gl.program_id(0)
+        while item < queue.n_items + places.lag * n_tiles:
+            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+            item += gl.num_programs(0)
+    else:
+        finish(gl.program_id(0), read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG: gl.constexpr):
+    """An item's share of the head `places.lag` before its own: some tiles of queries, in chunks of 16 columns, from the
+    order of `send_dq`. Returns the chunks read so far."""
+    HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
+    ROWS: gl.constexpr = chunk_rows.block_shape[0]
+    COLUMNS: gl.constexpr = dq_rows.block_shape[3]
+    STAGES: gl.constexpr = CONFIG.chunk_stages
+    PER_TILE: gl.constexpr = CONFIG.columns // COLUMNS
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
+    head = item // n_tiles - places.lag
+    if head >= 0:
+        query_tiles = gl.cdiv(mask.S, M)
+        tiles = CONFIG.group * query_tiles
+        share = gl.cdiv(tiles, n_tiles)
+        tile = item % n_tiles * share
+        n_chunks = gl.minimum(share, tiles - tile) * PER_TILE
+        b = head // HEADS_KV
+        h = head % HEADS_KV * CONFIG.group + tile // query_tiles
+        t = tile % query_tiles
+        column = 0
+        row = (head % places.count * tiles + tile) * (PER_TILE * ROWS)
+        offsets = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1) * 32
+        offsets += gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
+        sum_ptr += row.to(gl.int64) * 32
+        await_count(places.added_ptr + head, n_tiles)
+        for i in gl.static_range(STAGES):
+            load_chunk(chunk_rows, row + i * ROWS, read + i, i < n_chunks, chunks)
+        for i in range(0, n_chunks):
+            mbarrier.wait(chunks.full.index(read % STAGES), read // STAGES & 1)
+            dq = chunks.sums.index(read % STAGES).load(layout)
+            gl.store(sum_ptr + offsets, gl.zeros([ROWS, 32], gl.float32, layout))
+            dq = dq.reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([M, COLUMNS])
+            tma.store_wait(1)
+            rounded = chunks.rounded.index(read % 2)
+            rounded.reshape([M, COLUMNS]).store((dq * scale).to(dq_rows.dtype))
+            fence_async_shared()
+            async_store(dq_rows, [b, h, t * M, column], rounded)
+            load_chunk(chunk_rows, row + (i + STAGES) * ROWS, read + STAGES, i + STAGES < n_chunks, chunks)
+            read += 1
+            sum_ptr += ROWS * 32
+            column += COLUMNS
+            t = gl.where(column == CONFIG.columns, t + 1, t)
+            column = gl.where(column == CONFIG.columns, 0, column)
+            h = gl.where(t == query_tiles, h + 1, h)
+            t = gl.where(t == query_tiles, 0, t)
+        fence_async_global()
+        barrier()
+        gl.atomic_add(places.cleared_ptr + head, 1, sem="release")
+    return read
+
+
+@gluon.jit
+def load_chunk(chunk_rows, row, n, wanted, chunks):
+    """The n-th chunk, from a row on, if it is wanted."""
+    STAGES: gl.constexpr = chunks.sums.shape[0]
+    full = chunks.full.index(n % STAGES)
+    mbarrier.expect(full, chunk_rows.block_shape[0] * chunk_rows.block_shape[1] * 4, pred=wanted)
+    async_load(chunk_rows, [row, 0], full, chunks.sums.index(n % STAGES), pred=wanted)
 
 
 @gluon.jit
@@ -311,7 +466,7 @@ def send_dq(c: gl.constexpr, step, dq, sums):
     """Hand a step's dQ to the reducer, in the order in which the threads hold it.
 
     A thread has 2 neighbouring columns of rows r and r + 8: 4 numbers, which it writes at once, and a warp's go to
-    512 bytes in a row. `finish_kernel` undoes the order.
+    512 bytes in a row. `finish` undoes the order.
     """
     COLUMNS: gl.constexpr = dq.shape[1]
     mbarrier.wait(sums.dq_empty.index(c), (step & 1) ^ 1)
@@ -323,12 +478,18 @@ def send_dq(c: gl.constexpr, step, dq, sums):
 
 @gluon.jit
 def consume(
-    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask,
-    CONFIG: gl.constexpr,
+    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, dk, dv, k_operand, v_operand, place, keys, queries,
+    sums, mask, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
-    D: gl.constexpr = k.shape[1]
-    dtype: gl.constexpr = k.dtype
+    D: gl.constexpr = keys.k.shape[4]
+    dtype: gl.constexpr = keys.k.dtype
+    if not CONFIG.keys_in_registers:
+        # 0. But the compiler cannot know that K and V are in the same place in all steps, and does not keep some forty
+        # addresses for it, part of them in memory: 615 TFLOP/s became 640 (head_dim 128, causal, 16k).
+        place = m0 >> 30
+    k = keys.k.index(place).reshape([CONFIG.n, D])
+    v = keys.v.index(place).reshape([CONFIG.n, D])
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     weights: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     query: gl.constexpr = gl.SliceLayout(0, scores)
@@ -341,8 +502,12 @@ def consume(
     # [64, M]: transposed, so that the sums over queries are plain products
     zeros = gl.zeros([64, M], gl.float32, scores)
     mbarrier.wait(queries.q_full.index(stage), phase)
+    if not CONFIG.keys_in_registers:
+        k_operand = k.slice(c * 64, 64, 0)
     s = warpgroup_mma(k_operand, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(queries.dout_full.index(stage), phase)
+    if not CONFIG.keys_in_registers:
+        v_operand = v.slice(c * 64, 64, 0)
     dp = warpgroup_mma(v_operand, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
     lse = statistics.slice(0, M, 0).load(query)
@@ -383,37 +548,36 @@ def consume(
 
 
 @gluon.jit
-def consumer(c: gl.constexpr, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
+def consumer(c: gl.constexpr, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """Keys [64 c, 64 c + 64) of each tile."""
     n = 0
     step = 0
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            step = compute(c, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+            step = compute(c, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
-    else:
+    elif gl.program_id(0) < queue.n_items:
         item = gl.program_id(0)
-        compute(c, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+        compute(c, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG)
 
 
 @gluon.jit
-def compute(
-    c: gl.constexpr, item, n, step, dk_rows, dv_rows, scale, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr
-):
+def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """dK and dV of an item, and its part of dQ; returns the steps so far."""
-    D: gl.constexpr = dk_rows.block_shape[3]
-    dtype: gl.constexpr = dk_rows.dtype
+    D: gl.constexpr = keys.k.shape[4]
+    dtype: gl.constexpr = keys.k.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    k = keys.k.reshape([CONFIG.n, D])
+    place = n % CONFIG.key_stages
+    k = keys.k.index(place).reshape([CONFIG.n, D])
     k_own = k.slice(c * 64, 64, 0)
-    v_own = keys.v.reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
-    b, g, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
+    v_own = keys.v.index(place).reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
+    _, _, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
     dk = gl.zeros([64, D], gl.float32, gradients)
     dv = gl.zeros([64, D], gl.float32, gradients)
-    mbarrier.wait(keys.full.index(0), n & 1)
+    mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
         k_operand, v_operand = k_own, v_own
         if CONFIG.keys_in_registers:
@@ -421,13 +585,30 @@ def compute(
             v_operand = v_own.load(gl.DotOperandLayout(0, scores, 2))
         t = first_tile(n0, t0, t3, CONFIG)
         masked = (t < t1) | (t >= t2)
-        dk, dv = consume(c, True, step, t * M, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG)
+        dk, dv = consume(
+            c, True, step, t * M, n0, masked, dk, dv, k_operand, v_operand, place, keys, queries, sums, mask, CONFIG
+        )
         step += 1
         for _ in range(1, CONFIG.group * (t3 - t0)):
             t = next_tile(t, t0, t3)
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(
-                c, False, step, t * M, n0, masked, dk, dv, k_operand, v_operand, k, queries, sums, mask, CONFIG
+                c,
+                False,
+                step,
+                t * M,
+                n0,
+                masked,
+                dk,
+                dv,
+                k_operand,
+                v_operand,
+                place,
+                keys,
+                queries,
+                sums,
+                mask,
+                CONFIG,
             )
             step += 1
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
@@ -436,32 +617,25 @@ def compute(
         send_dq(c, step - 1, dq, sums)
 
     mbarrier.arrive(keys.done.index(0), count=1)
-    mbarrier.wait(keys.done.index(0), 0)
+    mbarrier.wait(keys.done.index(0), n & 1)
     k_own.store((dk * scale).to(dtype))
     v_own.store(dv.to(dtype))
     fence_async_shared()
-    mbarrier.arrive(keys.done.index(0), count=1)
-    if c == 0:
-        mbarrier.wait(keys.done.index(0), 1)
-        async_store(dk_rows, [b, g, n0, 0], keys.k)
-        async_store(dv_rows, [b, g, n0, 0], keys.v)
-        tma.store_wait(0)
-        mbarrier.arrive(keys.empty.index(0), count=1)
+    mbarrier.arrive(keys.replaced.index(0), count=1)
     return step
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_tiles", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["count", "lag", "n_items", "n_tiles", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dq_rows, dk_rows, dv_rows, starts_ptr, taken_ptr, turns_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, sum_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
+    sum_ptr, starts_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
     n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV, and dQ before its scale; see `consumer`."""
+    """dQ, dK and dV; see `consumer` and `finisher`."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, starts_ptr, cap, factor)
-    k = gl.allocate_shared_memory(dtype, k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, v_rows.block_shape, v_rows.layout)
-    keys = Keys(k, v, barriers(1, 1), barriers(1, CONSUMERS), barriers(1, 1))
+    keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     statistics = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
@@ -469,33 +643,45 @@ def backward_kernel(
     queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), empty, empty)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
     ds = gl.allocate_shared_memory(dtype, [EXCHANGED, CONFIG.n, M], ds_layout)
-    dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_rows.block_shape, dq_rows.layout)
+    dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + sum_rows.block_shape, sum_rows.layout)
     sums = Sums(ds, barriers(1, CONSUMERS), dq, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
-    queue = make_queue(n_items, taken_ptr, 3)
+    complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_rows.block_shape, chunk_rows.layout)
+    rounded = gl.allocate_shared_memory(dtype, [2] + dq_rows.block_shape, dq_rows.layout)
+    chunks = Chunks(complete, barriers(CONFIG.chunk_stages, 1), rounded)
+    places = Places(count, lag, added_ptr, cleared_ptr, turns_ptr)
+    queue = make_queue(n_items, taken_ptr, 4)
+    # Registers per thread, of 504 for three times four warps. At head_dim 64 the consumers can spare some, which the
+    # finisher uses: 506 and 345 instead of 499 and 339 at 4k and 1k, causal.
+    FEW: gl.constexpr = 40 if CONFIG.keys_in_registers else 24
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consumer, (0, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
-            (consumer, (1, dk_rows, dv_rows, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
-            (producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, queue, n_tiles, keys, queries, mask, CONFIG)),
-            (reducer, (dq_rows, turns_ptr, queue, n_tiles, sums, mask, CONFIG)),
+            (consumer, (0, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
+            (consumer, (1, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
+            (
+                producer,
+                (q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, n_tiles, keys, queries, mask, CONFIG),
+            ),
+            (reducer, (sum_rows, dk_rows, dv_rows, places, queue, n_tiles, keys, sums, mask, CONFIG)),
+            (finisher, (sum_ptr, chunk_rows, dq_rows, scale, places, queue, n_tiles, chunks, mask, CONFIG)),
         ],
-        [4, 1, 1],
-        [240, 24, 24],
+        [4, 1, 1, 2],
+        [(504 - FEW) // 2, FEW, FEW, FEW],
     )
 
 
-@triton.jit(do_not_specialize=["S", "n_tiles"])
+@triton.jit(do_not_specialize=["S", "n_tiles", "n_places", "n_heads"])
 def prepare_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, sum_ptr, taken_ptr, turns_ptr, S, n_tiles,
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, sum_ptr, added_ptr, cleared_ptr, turns_ptr,
+    taken_ptr, S, n_tiles, n_places, n_heads, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of M queries, one after the other: LSE in base 2; delta = Σ out · dout − dlse; the starts of their documents, as
-    bits. Their dQ, the turns to add to it, and the queue begin at 0."""
+    bits. Places for sums of dQ, everybody's counts, and the queue begin at 0."""
     program = tl.program_id(0)
     head = program // n_tiles
     b, h = head // H, head % H
-    m0 = program % n_tiles * M
+    t = program % n_tiles
+    m0 = t * M
     m = m0 + tl.arange(0, M)
     out = out_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
     dout = dout_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
@@ -512,22 +698,13 @@ def prepare_kernel(
     if starts_ptr is not None:
         starts = tl.load(starts_ptr + b.to(tl.int64) * S + m, mask=m < S, other=0)
         tl.store(stat_ptr + 2 * M + tl.arange(0, M), starts.to(tl.float32, bitcast=True))
-    if sum_ptr is not None:
-        tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
     if turns_ptr is not None:
         tl.store(turns_ptr + program, 0)
-    if taken_ptr is not None and program == 0:
-        tl.store(taken_ptr, 0)
-
-
-@triton.jit(do_not_specialize=["n_tiles"])
-def finish_kernel(
-    sum_ptr, dq_rows, n_tiles, scale, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, CONSUMERS: tl.constexpr
-):
-    """dQ of M queries, from the order of `send_dq`: (consumer, 8 columns, warp, row, 2 columns, row + 8, column)."""
-    program = tl.program_id(0)
-    head = program // n_tiles
-    dq = tl.load(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D))
-    dq = dq.reshape(CONSUMERS, D // CONSUMERS // 8, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(M, D)
-    dq = (dq * scale).to(dq_rows.dtype).reshape(1, 1, M, D)
-    dq_rows.store([head // H, head % H, program % n_tiles * M, 0], dq)
+    if sum_ptr is not None:
+        if program < n_places:
+            tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+        if program < n_heads:
+            tl.store(added_ptr + program, 0)
+            tl.store(cleared_ptr + program, 0)
+        if program == 0:
+            tl.store(taken_ptr, 0)

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .backward_pass import CONSUMERS, Keys, M, Queries, load, locate, next_tile
+from .backward_pass import CONSUMERS, M, Queries, load, locate, make_keys, next_tile
 from .common import Mask, async_load, async_store, barriers, seen_by, sees, start_of, tanh
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
@@ -89,13 +89,16 @@ def send(c: gl.constexpr, step, p, s, dp, queries, exchange, CONFIG: gl.constexp
 
 @gluon.jit
 def consume(
-    c: gl.constexpr, LAST: gl.constexpr, step, m0, n0, masked, dk, dv, k, v, queries, exchange, mask,
+    c: gl.constexpr, LAST: gl.constexpr, step, m0, n0, masked, dk, dv, keys, queries, exchange, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries, whose P and dS have been sent: adds to dK and dV. Unless LAST, also sends P and dS of the
     next tile, at m0."""
-    D: gl.constexpr = k.shape[1]
+    D: gl.constexpr = keys.k.shape[4]
     HALF: gl.constexpr = D // CONSUMERS
+    place = m0 >> 30  # 0, as in backward_pass.py
+    k = keys.k.index(place).reshape([CONFIG.n, D])
+    v = keys.v.index(place).reshape([CONFIG.n, D])
     stage = step % CONFIG.stages
     following = step + 1
     phase = following // CONFIG.stages & 1
@@ -138,8 +141,8 @@ def dkdv_consumer(
     HALF: gl.constexpr = D // CONSUMERS
     dtype: gl.constexpr = dk_rows.dtype
     gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    k = keys.k.reshape([N, D])
-    v = keys.v.reshape([N, D])
+    k = keys.k.index(0).reshape([N, D])
+    v = keys.v.index(0).reshape([N, D])
     b, g, n0, t0, t1, t2, t3 = locate(gl.program_id(0), n_tiles, mask, CONFIG)
     dk = gl.zeros([N, HALF], gl.float32, gradients)
     dv = gl.zeros([N, HALF], gl.float32, gradients)
@@ -158,19 +161,19 @@ def dkdv_consumer(
         for step in range(0, last):
             t = next_tile(t, t0, t3)
             masked = (t < t1) | (t >= t2)
-            dk, dv = consume(c, False, step, t * M, n0, masked, dk, dv, k, v, queries, exchange, mask, CONFIG)
-        dk, dv = consume(c, True, last, t * M, n0, False, dk, dv, k, v, queries, exchange, mask, CONFIG)
+            dk, dv = consume(c, False, step, t * M, n0, masked, dk, dv, keys, queries, exchange, mask, CONFIG)
+        dk, dv = consume(c, True, last, t * M, n0, False, dk, dv, keys, queries, exchange, mask, CONFIG)
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
     k.slice(c * HALF, HALF, 1).store((dk * scale).to(dtype))
     v.slice(c * HALF, HALF, 1).store(dv.to(dtype))
     fence_async_shared()
-    mbarrier.arrive(keys.done.index(0), count=1)
+    mbarrier.arrive(keys.replaced.index(0), count=1)
     if c == 0:
-        mbarrier.wait(keys.done.index(0), 1)
-        async_store(dk_rows, [b, g, n0, 0], keys.k)
-        async_store(dv_rows, [b, g, n0, 0], keys.v)
+        mbarrier.wait(keys.replaced.index(0), 0)
+        async_store(dk_rows, [b, g, n0, 0], keys.k.index(0))
+        async_store(dv_rows, [b, g, n0, 0], keys.v.index(0))
         tma.store_wait(0)
 
 
@@ -191,9 +194,7 @@ def dkdv_kernel(
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, starts_ptr, cap, factor)
-    k = gl.allocate_shared_memory(dtype, k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, v_rows.block_shape, v_rows.layout)
-    keys = Keys(k, v, barriers(1, 1), barriers(1, CONSUMERS), barriers(1, 1))
+    keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     statistics = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
@@ -345,9 +346,10 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mas
         for i in range(i0 + 1, i1):
             step = i - i0
             mbarrier.wait(streams.k_full.index(step % 2), step // 2 & 1)
-            s = multiply_keys(q, streams.k.index(step % 2), CONFIG)
+            place = c + (i >> 26)  # c, as in backward_pass.py
+            s = multiply_keys(streams.q.index(place).reshape([M, D]), streams.k.index(step % 2), CONFIG)
             mbarrier.wait(streams.v_full.index(0), step & 1)
-            dp = multiply_keys(dout, streams.v.index(0), CONFIG)
+            dp = multiply_keys(streams.dout.index(place).reshape([M, D]), streams.v.index(0), CONFIG)
             dq = multiply_ds(ds, streams.k.index((step - 1) % 2), dq, CONFIG)
             s = warpgroup_mma_wait(2, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)

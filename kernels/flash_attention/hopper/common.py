@@ -90,7 +90,8 @@ def barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 FREE_BARRIERS = gl.constexpr(5)
-"""Of the 16 barriers at which a program's threads can meet, Triton uses the first: two, and one for each partition."""
+"""Of the 16 barriers at which a program's threads can meet, Triton uses the first: two, and one for each partition, of
+which the forward pass has three at most besides the first."""
 
 
 @gluon.jit
@@ -157,10 +158,12 @@ def _async_add(descriptor, coordinates, tile, _semantic=None):
     )
 
 
-# Named as in Triton 3.8 and later. Older ones have other names for two of them, and only the instruction for the third.
+# Named as in Triton 3.8 and later. Older ones have other names for three of them, and only the
+# instruction for the fourth.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 async_add = getattr(tma, "async_atomic_add", None) or _async_add
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -169,3 +172,19 @@ def wait_until_added(PENDING: gl.constexpr):
     have left shared memory."""
     WAIT: gl.constexpr = f"cp.async.bulk.wait_group {PENDING}; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fence_async_global():
+    """Order this thread's accesses to global memory and TMA's."""
+    FENCE: gl.constexpr = "fence.proxy.async.global; mov.b32 $0, 0;"
+    gl.inline_asm_elementwise(FENCE, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def await_count(pointer, count):
+    """Wait until an int32 in global memory, that others add to, has come to `count`: what they did before is there."""
+    has = count - 1
+    while has < count:
+        has = gl.atomic_add(pointer, 0, sem="acquire")
+    fence_async_global()

@@ -48,9 +48,10 @@ def _kind(x: Any) -> tuple[Any, ...]:
     return type(x), x
 
 
-def rows(x_BSHD: Tensor, n_rows: int) -> TensorDescriptor:
-    """x as TMA reads and writes it: tiles [1, 1, n_rows, D] of (B, H, S, D), with D padded to `padded(D)` by zeros."""
-    return _of(_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows), x_BSHD)
+def rows(x_BSHD: Tensor, n_rows: int, n_columns: int | None = None) -> TensorDescriptor:
+    """x as TMA reads and writes it: tiles [1, 1, n_rows, n_columns] of (B, H, S, D); all columns, padded to `padded(D)`
+    by zeros, unless said otherwise."""
+    return _of(_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows, n_columns), x_BSHD)
 
 
 def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
@@ -77,8 +78,10 @@ def _of(blank: Descriptor, base: Tensor) -> Descriptor:
 
 
 @lru_cache(maxsize=4096)
-def _rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int) -> TensorDescriptor:
-    *tiling, block = _tiling(shape, strides, n_rows)
+def _rows(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int, n_columns: int | None
+) -> TensorDescriptor:
+    *tiling, block = _tiling(shape, strides, n_rows, n_columns)
     return TensorDescriptor(
         torch.empty(0, dtype=dtype), *tiling, block, gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
     )
@@ -97,7 +100,9 @@ def _numbers(count: int, tile: tuple[int, ...]) -> TensorDescriptor:
     return TensorDescriptor(torch.empty(0, dtype=torch.float32), shape, strides, list(tile), layout)
 
 
-def _tiling(shape: tuple[int, ...], strides: tuple[int, ...], n_rows: int) -> tuple[list[int], list[int], list[int]]:
+def _tiling(
+    shape: tuple[int, ...], strides: tuple[int, ...], n_rows: int, n_columns: int | None = None
+) -> tuple[list[int], list[int], list[int]]:
     B, S, H, D = shape
     b, s, h, d = strides
-    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, padded(D)]
+    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, n_columns or padded(D)]
