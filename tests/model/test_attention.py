@@ -261,7 +261,8 @@ def test_flash_without_triton_is_refused(monkeypatch):
         (PLAIN, "sdpa"),  # though Triton's interpreter may be on
         (replace(PLAIN, softcap=30.0), "flex"),
         (HOPPER, "flash"),
-        (replace(HOPPER, head_dim=256), "sdpa"),  # cuDNN's kernel: ours are ahead of it up to head_dim 128
+        (replace(HOPPER, head_dim=256), "flash"),
+        (replace(HOPPER, head_dim=192), "sdpa"),  # cuDNN's kernel, which is ahead of ours there
         (replace(HOPPER, dtype="float32"), "sdpa"),
         (BLACKWELL, "sdpa"),
         (AMPERE, "flash"),
