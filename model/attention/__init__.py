@@ -24,8 +24,8 @@ def preference(spec: AttentionSpec) -> tuple[str, ...]:
     """The order in which `attention=auto` tries the backends: fastest first."""
     if spec.capability is None:
         return "sdpa", "flex", "math"  # on a CPU, flash is Triton's interpreter: there for those who name it
-    # cuDNN: 1.2 times the speed of our portable kernels. Our Hopper kernels are ahead of it up to head_dim 128 and at 256;
-    # at 192, forward and backward together take 1.03 (causal) and 1.04 times its time.
+    # cuDNN: 1.2 times the speed of our portable kernels. Our Hopper kernels are ahead of it up to head_dim 128 and at
+    # 256; at 192, forward and backward together take 1.03 (causal) and 1.04 times its time.
     ours_is_faster = has_hopper_kernels(spec) and (spec.head_dim <= 128 or spec.head_dim == 256)
     if spec.capability >= (9, 0) and spec.is_plain and not ours_is_faster:
         return "sdpa", "flash", "flex", "math"
