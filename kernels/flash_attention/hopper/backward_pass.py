@@ -11,8 +11,9 @@ memory, and use it one step later, so that neither waits for the other. What a s
 memory too, where a reducer warp hands it to TMA to be added to float32 sums in global memory: in any order, so the last
 bits of dQ differ between runs, or, where they must not, in turns.
 
-The sums never need to leave the L2 cache. Items of work go head after head; when all of a head's have been added, two
-finisher warps, of the items then at work, scale and round its sums into dQ, and clear their place for a later head.
+Only a few heads have a place for their sums at a time, so that these stay in the L2 cache. Items of work go head after
+head. Two finisher warps turn the sums of an earlier head, to which all has been added, into dQ, scaled and rounded, and
+clear their place for a later one. An item waits for earlier items only, and programs begin in the order of their ids.
 A small kernel before this one, `prepare_kernel`, computes the rows' statistics, and clears the places for the first.
 
 docs/kernels/hopper.md has the measurements, and what was tried besides.
