@@ -121,13 +121,26 @@ def backward(
     return dq, dk, dv, dsinks
 
 
+def _prepare(
+    config: Backward, mask: portable.Mask, dout: Tensor, outputs: Outputs, statistics: Tensor,
+    sums: Tensor | None = None, counts: tuple[Tensor | None, ...] = (None,) * 4, n_places: int = 0, n_heads: int = 0,
+) -> None:  # fmt: skip
+    """The rows' statistics, and where dQ is summed in memory the places and counts for that."""
+    out, lse, dlse = outputs
+    (B, S, H, _), query_tiles = out.shape, statistics.shape[2]
+    launch(
+        prepare_kernel, B * H * query_tiles,
+        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, sums, *counts,
+        S, query_tiles, n_places, n_heads, H=H, M=M.value, D=config.columns, NUMBERS=config.numbers,
+    )  # fmt: skip
+
+
 def _fused(
     config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
     gradients: Tensors,
 ) -> None:  # fmt: skip
-    (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
-    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    D_tile = padded(D)
+    (q, k, v, dout), (dq, dk, dv) = inputs, gradients
+    (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
     query_tiles, n_tiles = portable.cdiv(S, M.value), portable.cdiv(S_k, config.n)
     n_items = n_tiles * B * G
     programs = min(n_items, _multiprocessors(q.device))
@@ -137,17 +150,13 @@ def _fused(
     lag = min(1 + (8 * programs // 5 if config.causal else programs) // n_tiles, B * G)
     places = min(lag + 1 + programs // n_tiles, B * G)
     n_places = places * H // G * query_tiles
-    sums = torch.empty(n_places * M.value * D_tile, dtype=torch.float32, device=q.device)
+    sums = torch.empty(n_places * M.value * config.columns, dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
     taken = torch.empty(1, dtype=torch.int32, device=q.device)
-    per_consumer = M.value * D_tile // 32 // CONSUMERS.value
-    launch(
-        prepare_kernel, B * H * query_tiles,
-        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics,
-        sums, added, cleared, turns, taken, S, query_tiles, n_places, B * G,
-        H=H, M=M.value, D=D_tile, NUMBERS=config.numbers,
-    )  # fmt: skip
+    per_consumer = M.value * config.columns // 32 // CONSUMERS.value
+    counts = added, cleared, turns, taken
+    _prepare(config, mask, dout, outputs, statistics, sums, counts, n_places, B * G)
     launch(
         backward_kernel, programs if config.persistent else n_items + lag * n_tiles,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
@@ -162,16 +171,12 @@ def _dkdv_then_dq(
     config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
     gradients: Tensors,
 ) -> None:  # fmt: skip
-    (q, k, v, dout), (out, lse, dlse), (dq, dk, dv) = inputs, outputs, gradients
-    (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
+    (q, k, v, dout), (dq, dk, dv) = inputs, gradients
+    (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    launch(
-        prepare_kernel, B * H * query_tiles,
-        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, *[None] * 5,
-        S, query_tiles, 0, 0, H=H, M=M.value, D=padded(D), NUMBERS=config.numbers,
-    )  # fmt: skip
+    _prepare(config, mask, dout, outputs, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,
         *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), mask.starts,

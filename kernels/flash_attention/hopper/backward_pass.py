@@ -479,8 +479,8 @@ def send_dq(c: gl.constexpr, step, dq, sums):
 
 @gluon.jit
 def consume(
-    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, dk, dv, k_operand, v_operand, place, keys, queries,
-    sums, mask, CONFIG: gl.constexpr,
+    c: gl.constexpr, FIRST: gl.constexpr, step, m0, n0, masked, dk, dv, operands, place, keys, queries, sums, mask,
+    CONFIG: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
     D: gl.constexpr = keys.k.shape[4]
@@ -502,13 +502,12 @@ def consume(
 
     # [64, M]: transposed, so that the sums over queries are plain products
     zeros = gl.zeros([64, M], gl.float32, scores)
-    mbarrier.wait(queries.q_full.index(stage), phase)
+    k_operand, v_operand = operands
     if not CONFIG.keys_in_registers:
-        k_operand = k.slice(c * 64, 64, 0)
+        k_operand, v_operand = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
+    mbarrier.wait(queries.q_full.index(stage), phase)
     s = warpgroup_mma(k_operand, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(queries.dout_full.index(stage), phase)
-    if not CONFIG.keys_in_registers:
-        v_operand = v.slice(c * 64, 64, 0)
     dp = warpgroup_mma(v_operand, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
     lse = statistics.slice(0, M, 0).load(query)
@@ -580,36 +579,19 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
     dv = gl.zeros([64, D], gl.float32, gradients)
     mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
-        k_operand, v_operand = k_own, v_own
+        operands = k_own, v_own
         if CONFIG.keys_in_registers:
-            k_operand = k_own.load(gl.DotOperandLayout(0, scores, 2))
-            v_operand = v_own.load(gl.DotOperandLayout(0, scores, 2))
+            layout: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
+            operands = k_own.load(layout), v_own.load(layout)
         t = first_tile(n0, t0, t3, CONFIG)
         masked = (t < t1) | (t >= t2)
-        dk, dv = consume(
-            c, True, step, t * M, n0, masked, dk, dv, k_operand, v_operand, place, keys, queries, sums, mask, CONFIG
-        )
+        dk, dv = consume(c, True, step, t * M, n0, masked, dk, dv, operands, place, keys, queries, sums, mask, CONFIG)
         step += 1
         for _ in range(1, CONFIG.group * (t3 - t0)):
             t = next_tile(t, t0, t3)
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(
-                c,
-                False,
-                step,
-                t * M,
-                n0,
-                masked,
-                dk,
-                dv,
-                k_operand,
-                v_operand,
-                place,
-                keys,
-                queries,
-                sums,
-                mask,
-                CONFIG,
+                c, False, step, t * M, n0, masked, dk, dv, operands, place, keys, queries, sums, mask, CONFIG
             )
             step += 1
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
@@ -681,8 +663,7 @@ def prepare_kernel(
     program = tl.program_id(0)
     head = program // n_tiles
     b, h = head // H, head % H
-    t = program % n_tiles
-    m0 = t * M
+    m0 = program % n_tiles * M
     m = m0 + tl.arange(0, M)
     out = out_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
     dout = dout_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
