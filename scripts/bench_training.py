@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shlex
 import statistics
 import subprocess
@@ -31,10 +30,10 @@ from model.arithmetic import train_flops_per_token
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.hardware import describe_device, git_commit, peak_flops, versions
+from scripts.record import ROOT, collect_facts, heading, need_cuda, write, write_json
+from training.hardware import peak_flops
 from training.loggers.jsonl import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     "attention=sdpa data.document_mask=false",
     "attention=flash data.document_mask=false",
@@ -168,27 +167,23 @@ def main() -> None:
     parser.add_argument("--commands", nargs="*", default=COMMANDS, help="overrides of train.py, one row each")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this benchmark needs a CUDA GPU")
+    device = need_cuda("bench_training")
     seq_len = args.seq_len
     config = ModelConfig(
         "gpt2-124m", 12, 12, 768, 3072, 50304, position="learned", n_positions=seq_len, norm="layernorm", mlp="gelu",
         bias=True, tie_head=True,
     )  # fmt: skip
-    device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
 
-    facts: dict[str, Any] = {"device": describe_device(device), "versions": versions(), "commit": git_commit(ROOT)}
-    facts["command"] = " ".join(["python -m scripts.bench_training", *sys.argv[1:]])
+    facts = collect_facts("bench_training", sys.argv[1:], device)
     facts["peak_flops"] = peak_flops(torch.cuda.get_device_name(), torch.bfloat16, torch.cuda.get_device_capability())
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         print(cells(row), flush=True)
         if args.out:  # after every row: each takes a minute, and what was measured should survive the next
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.with_suffix(".md").write_text(markdown(rows, facts, seq_len))
-            args.out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
+            write(args.out.with_name(args.out.name + ".md"), markdown(rows, facts, seq_len))
+            write_json(args.out, facts, rows)
 
     spec = AttentionSpec(12, 12, 64, seq_len, "bfloat16", torch.cuda.get_device_capability())
     with device:
@@ -231,13 +226,7 @@ def main() -> None:
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any], seq_len: int) -> str:
     lines = [
-        f"# Training steps, gpt2-124m, sequence {seq_len:,}, batch 1, bf16",
-        "",
-        f"{facts['device']['name']}, torch {facts['versions'].get('torch')}, triton {facts['versions'].get('triton')}, "
-        f"commit {facts['commit']}",
-        "",
-        f"    {facts['command']}",
-        "",
+        *heading(f"Training steps, gpt2-124m, sequence {seq_len:,}, batch 1, bf16", facts),
         "TFLOP/s by the causal convention (6N + 6·L·d·S per token), whatever documents mask. Peak: allocated GiB.",
         "",
         "| | tokens/s | step ms | TFLOP/s | peak GiB | kernel |",

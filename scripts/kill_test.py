@@ -18,11 +18,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from scripts.record import ROOT, collect_facts
 from training.checkpoint import folder as checkpoints
-from training.hardware import git_commit, versions
 from training.loggers.jsonl import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
 SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
@@ -81,13 +82,11 @@ def main() -> None:
 
     differences = compare(peaceful, killed)
     record = {
-        "command": " ".join(["python -m scripts.kill_test", *sys.argv[1:]]),
+        **collect_facts("kill_test", sys.argv[1:], torch.device("cpu")),
         "kills": kills,
         "kills_inside_a_save": inside,
         "step_saved_at_the_last_kill": reached,
         "steps": steps,
-        "versions": versions(),
-        "commit": git_commit(ROOT),
         "equal": not differences,
         "differences": differences,
     }

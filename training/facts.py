@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
         "data": corpus.manifest,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
