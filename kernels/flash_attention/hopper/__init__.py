@@ -42,16 +42,16 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
     elif head_dim > 128:
         n = 64
     config = Forward(
-        **vars(kind), consumers=consumers, key_stages=key_stages, value_stages=value_stages,
-        columns=columns_of(head_dim), own_out=head_dim <= 128,
+        **vars(kind), consumers=consumers, query_stages=2 if head_dim <= 128 else 1, key_stages=key_stages,
+        value_stages=value_stages, columns=columns_of(head_dim),
     )  # fmt: skip
     return config, n
 
 
 def columns_of(head_dim: int) -> tuple[int, ...]:
-    """The tile's columns in powers of two, without what is beyond head_dim."""
+    """The parts of head_dim in powers of two: see parts.py."""
     whole = padded(head_dim)
-    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
+    rest = max(whole // 8, triton.next_power_of_2(head_dim - whole // 2))
     return (whole // 2, rest) if head_dim > 64 and rest < whole // 2 else (whole,)
 
 
@@ -60,7 +60,7 @@ def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     """How to cut the backward pass: see the fields of `Backward`."""
     small, wide = head_dim <= 64, head_dim > 128
     return Backward(
-        **vars(kind), columns=padded(head_dim), n=64 if wide else 128, stages=2,
+        **vars(kind), columns=columns_of(head_dim), width=padded(head_dim), n=64 if wide else 128, stages=2,
         key_stages=2 if small else 1, chunk_stages=4 if small else 3,
         keys_in_registers=small, persistent=small, deterministic=deterministic and not wide,
         staggered=not (kind.causal or deterministic or wide),
@@ -131,7 +131,7 @@ def _prepare(
     launch(
         prepare_kernel, B * H * query_tiles,
         plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, sums, *counts,
-        S, query_tiles, n_places, n_heads, H=H, M=M.value, D=config.columns, NUMBERS=config.numbers,
+        S, query_tiles, n_places, n_heads, H=H, M=M.value, D=config.width, NUMBERS=config.numbers,
     )  # fmt: skip
 
 
@@ -150,11 +150,11 @@ def _fused(
     lag = min(1 + (8 * programs // 5 if config.causal else programs) // n_tiles, B * G)
     places = min(lag + 1 + programs // n_tiles, B * G)
     n_places = places * H // G * query_tiles
-    sums = torch.empty(n_places * M.value * config.columns, dtype=torch.float32, device=q.device)
+    sums = torch.empty(n_places * M.value * config.width, dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
     taken = torch.empty(1, dtype=torch.int32, device=q.device)
-    per_consumer = M.value * config.columns // 32 // CONSUMERS.value
+    per_consumer = M.value * config.width // 32 // CONSUMERS.value
     counts = added, cleared, turns, taken
     _prepare(config, mask, dout, outputs, statistics, sums, counts, n_places, B * G)
     launch(

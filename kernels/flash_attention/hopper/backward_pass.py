@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import parts
 from .common import (
     LOG2E,
     Kind,
@@ -64,8 +65,10 @@ EXCHANGED = gl.constexpr(3)  # tiles of dS: one being read, one complete, one be
 class Backward(Kind):
     """How the kernel cuts its work."""
 
-    columns: int
-    """Of a tile: head_dim, padded."""
+    columns: tuple[int, ...]
+    """The parts of head_dim: see parts.py."""
+    width: int
+    """Columns of a tile in shared memory, and of the sums of dQ: head_dim, padded."""
     n: int
     """Keys in a tile."""
     stages: int
@@ -399,7 +402,7 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chu
     ROWS: gl.constexpr = chunk_rows.block_shape[0]
     COLUMNS: gl.constexpr = dq_rows.block_shape[3]
     STAGES: gl.constexpr = CONFIG.chunk_stages
-    PER_TILE: gl.constexpr = CONFIG.columns // COLUMNS
+    PER_TILE: gl.constexpr = CONFIG.width // COLUMNS
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     head = item // n_tiles - places.lag
     if head >= 0:
@@ -433,8 +436,8 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chu
             read += 1
             sum_ptr += ROWS * 32
             column += COLUMNS
-            t = gl.where(column == CONFIG.columns, t + 1, t)
-            column = gl.where(column == CONFIG.columns, 0, column)
+            t = gl.where(column == CONFIG.width, t + 1, t)
+            column = gl.where(column == CONFIG.width, 0, column)
             h = gl.where(t == query_tiles, h + 1, h)
             t = gl.where(t == query_tiles, 0, t)
         fence_async_global()
@@ -492,7 +495,7 @@ def consume(
     k = keys.k.index(place).reshape([CONFIG.n, D])
     v = keys.v.index(place).reshape([CONFIG.n, D])
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    PRODUCTS: gl.constexpr = len(CONFIG.columns)
     query: gl.constexpr = gl.SliceLayout(0, scores)
     stage = step % CONFIG.stages
     phase = step // CONFIG.stages & 1
@@ -501,17 +504,16 @@ def consume(
     statistics = queries.statistics.index(stage)
 
     # [64, M]: transposed, so that the sums over queries are plain products
-    zeros = gl.zeros([64, M], gl.float32, scores)
     k_operand, v_operand = operands
     if not CONFIG.keys_in_registers:
         k_operand, v_operand = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
     mbarrier.wait(queries.q_full.index(stage), phase)
-    s = warpgroup_mma(k_operand, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = parts.multiply_transposed(k_operand, q, CONFIG)
     mbarrier.wait(queries.dout_full.index(stage), phase)
-    dp = warpgroup_mma(v_operand, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp = parts.multiply_transposed(v_operand, dout, CONFIG)
 
     lse = statistics.slice(0, M, 0).load(query)
-    s = warpgroup_mma_wait(1, deps=[s])
+    s = warpgroup_mma_wait(PRODUCTS, deps=[s])
     if CONFIG.softcap:
         s = tanh(s * mask.cap)
     p = gl.exp2(s * mask.factor - gl.expand_dims(lse, 0))
@@ -522,7 +524,7 @@ def consume(
         if CONFIG.starts:
             start = gl.expand_dims(statistics.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
         p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
-    weight = gl.convert_layout(p.to(dtype), weights)
+    weight = p.to(dtype)
     delta = statistics.slice(M, M, 0).load(query)
     dp = warpgroup_mma_wait(0, deps=[dp])
     ds = p * (dp - gl.expand_dims(delta, 0))
@@ -535,16 +537,16 @@ def consume(
     sums.ds.index(step % EXCHANGED).slice(c * 64, 64, 0).store(ds)
     fence_async_shared()
     mbarrier.arrive(sums.ds_full.index(0), count=1)
-    dv = warpgroup_mma(weight, dout, dv, is_async=True)
+    dv = parts.multiply(weight, dout, dv, CONFIG)
     if not FIRST:
         dq = multiply_dq(c, step - 1, k, sums)
-    dk = warpgroup_mma(gl.convert_layout(ds, weights), q, dk, is_async=True)
+    dk = parts.multiply(ds, q, dk, CONFIG)
     if not FIRST:
-        dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
+        dq = warpgroup_mma_wait(PRODUCTS, deps=[dq])
         send_dq(c, step - 1, dq, sums)  # under the product for dK
-    dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+    both = parts.wait(0, dk + dv)
     mbarrier.arrive(queries.q_empty.index(stage), count=1)
-    return dk, dv
+    return both[:PRODUCTS], both[PRODUCTS:]
 
 
 @gluon.jit
@@ -569,14 +571,12 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
     D: gl.constexpr = keys.k.shape[4]
     dtype: gl.constexpr = keys.k.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     place = n % CONFIG.key_stages
     k = keys.k.index(place).reshape([CONFIG.n, D])
     k_own = k.slice(c * 64, 64, 0)
     v_own = keys.v.index(place).reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
     _, _, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
-    dk = gl.zeros([64, D], gl.float32, gradients)
-    dv = gl.zeros([64, D], gl.float32, gradients)
+    dk, dv = parts.zeros(CONFIG), parts.zeros(CONFIG)
     mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
         operands = k_own, v_own
@@ -601,8 +601,8 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), n & 1)
-    k_own.store((dk * scale).to(dtype))
-    v_own.store(dv.to(dtype))
+    parts.store(parts.scale(dk, scale), k_own, CONFIG)
+    parts.store(dv, v_own, CONFIG)
     fence_async_shared()
     mbarrier.arrive(keys.replaced.index(0), count=1)
     return step

@@ -5,7 +5,7 @@ memory, not the products, then set the speed. So there are two kernels here, whi
 add nothing up in memory: seven products instead of five, in the same order in every run.
 
 `dkdv_kernel`: a program owns 64 keys, and its two consumers share the columns: each has dK and dV of one half of
-head_dim. The scores cannot be shared that way (their sums run over all of head_dim), so each consumer computes those
+each part of head_dim. The scores cannot be shared that way (their sums run over all of head_dim), so each consumer computes those
 of 32 of a tile's 64 queries, and they exchange P and dS through shared memory.
 
 `dq_kernel`: a program owns 128 queries, 64 for each consumer. Tiles of 64 keys stream past; dS goes from the registers
@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import parts
 from .backward_pass import CONSUMERS, M, Queries, load, locate, make_keys, next_tile
 from .common import Mask, async_load, async_store, barriers, seen_by, sees, start_of, tanh
 
@@ -43,12 +44,38 @@ class Exchange(NamedTuple):
 @gluon.jit
 def multiply_scores(c: gl.constexpr, tiles, step, keys, CONFIG: gl.constexpr):
     """Start keys · rowsᵀ for the consumer's own rows of a tile of Q or dO."""
-    N: gl.constexpr = keys.shape[0]
-    D: gl.constexpr = keys.shape[1]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OWN, 16])
-    rows = tiles.index(step % CONFIG.stages).reshape([M, D]).slice(c * OWN, OWN, 0)
-    zeros = gl.zeros([N, OWN], gl.float32, scores)
-    return warpgroup_mma(keys, rows.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    rows = tiles.index(step % CONFIG.stages).reshape([M, CONFIG.width]).slice(c * OWN, OWN, 0)
+    return parts.multiply_transposed(keys, rows, CONFIG)
+
+
+@gluon.jit
+def half(c: gl.constexpr, tile, i: gl.constexpr, CONFIG: gl.constexpr):
+    """The consumer's half of a tile's i-th part."""
+    COLUMNS: gl.constexpr = CONFIG.columns[i] // CONSUMERS
+    return parts.part(tile, i, CONFIG).slice(c * COLUMNS, COLUMNS, 1)
+
+
+@gluon.jit
+def zero_halves(CONFIG: gl.constexpr):
+    halves = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        halves += (parts.zero_part(CONFIG.columns[i] // CONSUMERS),)
+    return halves
+
+
+@gluon.jit
+def multiply_halves(c: gl.constexpr, a, tile, sums, CONFIG: gl.constexpr):
+    """Start sums + a · the consumer's halves of a tile."""
+    products = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        products += (warpgroup_mma(a, half(c, tile, i, CONFIG), sums[i], is_async=True),)
+    return products
+
+
+@gluon.jit
+def store_halves(c: gl.constexpr, halves, tile, CONFIG: gl.constexpr):
+    for i in gl.static_range(len(CONFIG.columns)):
+        half(c, tile, i, CONFIG).store(halves[i].to(tile.dtype))
 
 
 @gluon.jit
@@ -94,39 +121,39 @@ def consume(
 ):  # fmt: skip
     """One tile of queries, whose P and dS have been sent: adds to dK and dV. Unless LAST, also sends P and dS of the
     next tile, at m0."""
-    D: gl.constexpr = keys.k.shape[4]
-    HALF: gl.constexpr = D // CONSUMERS
+    PRODUCTS: gl.constexpr = len(CONFIG.columns)
     place = m0 >> 30  # 0, as in backward_pass.py
-    k = keys.k.index(place).reshape([CONFIG.n, D])
-    v = keys.v.index(place).reshape([CONFIG.n, D])
+    k = keys.k.index(place).reshape([CONFIG.n, CONFIG.width])
+    v = keys.v.index(place).reshape([CONFIG.n, CONFIG.width])
     stage = step % CONFIG.stages
     following = step + 1
     phase = following // CONFIG.stages & 1
-    q = queries.q.index(stage).reshape([M, D]).slice(c * HALF, HALF, 1)
-    dout = queries.dout.index(stage).reshape([M, D]).slice(c * HALF, HALF, 1)
+    q = queries.q.index(stage).reshape([M, CONFIG.width])
+    dout = queries.dout.index(stage).reshape([M, CONFIG.width])
     p = exchange.p.index(step % 2)
     ds = exchange.ds.index(step % 2)
     if LAST:
         mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
-        dv = warpgroup_mma(p, dout, dv, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+        dk = multiply_halves(c, ds, q, dk, CONFIG)
+        dv = multiply_halves(c, p, dout, dv, CONFIG)
+        dk = parts.wait(PRODUCTS, dk)
+        dv = parts.wait(0, dv)
         mbarrier.arrive(queries.q_empty.index(stage), count=1)
     else:
         mbarrier.wait(queries.q_full.index(following % CONFIG.stages), phase)
         s = multiply_scores(c, queries.q, following, k, CONFIG)
         mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dk = multiply_halves(c, ds, q, dk, CONFIG)
         mbarrier.wait(queries.dout_full.index(following % CONFIG.stages), phase)
         dp = multiply_scores(c, queries.dout, following, v, CONFIG)
-        dv = warpgroup_mma(p, dout, dv, is_async=True)
-        s = warpgroup_mma_wait(3, deps=[s])
+        dv = multiply_halves(c, p, dout, dv, CONFIG)
+        s = warpgroup_mma_wait(3 * PRODUCTS, deps=[s])
         weights, s = weigh(c, following, s, m0, n0, masked, queries, mask, CONFIG)
-        dk = warpgroup_mma_wait(2, deps=[dk])
+        dk = parts.wait(2 * PRODUCTS, dk)
         mbarrier.arrive(queries.q_empty.index(stage), count=1)
-        dp = warpgroup_mma_wait(1, deps=[dp])
+        dp = warpgroup_mma_wait(PRODUCTS, deps=[dp])
         send(c, following, weights, s, dp, queries, exchange, CONFIG)
-        dv = warpgroup_mma_wait(0, deps=[dv])
+        dv = parts.wait(0, dv)
     mbarrier.arrive(queries.dout_empty.index(stage), count=1)
     return dk, dv
 
@@ -135,17 +162,12 @@ def consume(
 def dkdv_consumer(
     c: gl.constexpr, dk_rows, dv_rows, scale, n_tiles, keys, queries, exchange, mask, CONFIG: gl.constexpr
 ):
-    """The c-th half of the columns of dK and dV."""
-    N: gl.constexpr = CONFIG.n
-    D: gl.constexpr = dk_rows.block_shape[3]
-    HALF: gl.constexpr = D // CONSUMERS
-    dtype: gl.constexpr = dk_rows.dtype
-    gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    k = keys.k.index(0).reshape([N, D])
-    v = keys.v.index(0).reshape([N, D])
+    """The c-th halves of the parts of dK and dV."""
+    PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    k = keys.k.index(0).reshape([CONFIG.n, CONFIG.width])
+    v = keys.v.index(0).reshape([CONFIG.n, CONFIG.width])
     b, g, n0, t0, t1, t2, t3 = locate(gl.program_id(0), n_tiles, mask, CONFIG)
-    dk = gl.zeros([N, HALF], gl.float32, gradients)
-    dv = gl.zeros([N, HALF], gl.float32, gradients)
+    dk, dv = zero_halves(CONFIG), zero_halves(CONFIG)
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
         t = t0
@@ -153,7 +175,7 @@ def dkdv_consumer(
         s = multiply_scores(c, queries.q, 0, k, CONFIG)
         mbarrier.wait(queries.dout_full.index(0), 0)
         dp = multiply_scores(c, queries.dout, 0, v, CONFIG)
-        s = warpgroup_mma_wait(1, deps=[s])
+        s = warpgroup_mma_wait(PRODUCTS, deps=[s])
         p, s = weigh(c, 0, s, t * M, n0, (t < t1) | (t >= t2), queries, mask, CONFIG)
         dp = warpgroup_mma_wait(0, deps=[dp])
         send(c, 0, p, s, dp, queries, exchange, CONFIG)
@@ -166,8 +188,8 @@ def dkdv_consumer(
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
-    k.slice(c * HALF, HALF, 1).store((dk * scale).to(dtype))
-    v.slice(c * HALF, HALF, 1).store(dv.to(dtype))
+    store_halves(c, parts.scale(dk, scale), k, CONFIG)
+    store_halves(c, dv, v, CONFIG)
     fence_async_shared()
     mbarrier.arrive(keys.replaced.index(0), count=1)
     if c == 0:
@@ -274,22 +296,9 @@ def dq_producer(q_rows, k_rows, v_rows, dout_rows, n_tiles, streams, mask, CONFI
 
 
 @gluon.jit
-def multiply_keys(rows, tile, CONFIG: gl.constexpr):
-    """Start rows · tileᵀ, for a tile of K or V."""
-    N: gl.constexpr = CONFIG.n
-    D: gl.constexpr = rows.shape[1]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    zeros = gl.zeros([M, N], gl.float32, scores)
-    return warpgroup_mma(rows, tile.reshape([N, D]).permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def multiply_ds(ds, tile, dq, CONFIG: gl.constexpr):
-    """Start dQ + dS · K."""
-    N: gl.constexpr = CONFIG.n
-    D: gl.constexpr = dq.shape[1]
-    weights: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
-    return warpgroup_mma(gl.convert_layout(ds, weights), tile.reshape([N, D]), dq, is_async=True)
+def matrix(tiles, stage, CONFIG: gl.constexpr):
+    """[64, width]: one of several tiles in shared memory."""
+    return tiles.index(stage).reshape([64, CONFIG.width])
 
 
 @gluon.jit
@@ -313,11 +322,10 @@ def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, 
 def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mask, CONFIG: gl.constexpr):
     """dQ of queries [64 c, 64 c + 64) of the tile."""
     N: gl.constexpr = CONFIG.n
-    D: gl.constexpr = dq_rows.block_shape[3]
+    PRODUCTS: gl.constexpr = len(CONFIG.columns)
     NUMBERS: gl.constexpr = CONFIG.numbers
     dtype: gl.constexpr = dq_rows.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    gradients: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     row: gl.constexpr = gl.SliceLayout(1, scores)
     b, h, m0, i0, i1 = locate_queries(n_tiles, mask, CONFIG)
     m0 += c * M
@@ -330,37 +338,36 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mas
     lse = gl.load(stat_ptr)
     delta = gl.load(stat_ptr + M)
     start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
-    q = streams.q.index(c).reshape([M, D])
-    dout = streams.dout.index(c).reshape([M, D])
-    dq = gl.zeros([M, D], gl.float32, gradients)
+    q = matrix(streams.q, c, CONFIG)
+    dq = parts.zeros(CONFIG)
     mbarrier.wait(streams.queries_full.index(c), 0)
     if i0 < i1:
         mbarrier.wait(streams.k_full.index(0), 0)
-        s = multiply_keys(q, streams.k.index(0), CONFIG)
+        s = parts.multiply_transposed(q, matrix(streams.k, 0, CONFIG), CONFIG)
         mbarrier.wait(streams.v_full.index(0), 0)
-        dp = multiply_keys(dout, streams.v.index(0), CONFIG)
-        s = warpgroup_mma_wait(1, deps=[s])
+        dp = parts.multiply_transposed(matrix(streams.dout, c, CONFIG), matrix(streams.v, 0, CONFIG), CONFIG)
+        s = warpgroup_mma_wait(PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
         ds = differentiate(s, dp, 0, lse, delta, m, start, i0 * N, masked, mask, CONFIG).to(dtype)
         mbarrier.arrive(streams.v_empty.index(0), count=1)
         for i in range(i0 + 1, i1):
             step = i - i0
+            k = matrix(streams.k, step % 2, CONFIG)
             mbarrier.wait(streams.k_full.index(step % 2), step // 2 & 1)
             place = c + (i >> 26)  # c, as in backward_pass.py
-            s = multiply_keys(streams.q.index(place).reshape([M, D]), streams.k.index(step % 2), CONFIG)
+            s = parts.multiply_transposed(matrix(streams.q, place, CONFIG), k, CONFIG)
             mbarrier.wait(streams.v_full.index(0), step & 1)
-            dp = multiply_keys(streams.dout.index(place).reshape([M, D]), streams.v.index(0), CONFIG)
-            dq = multiply_ds(ds, streams.k.index((step - 1) % 2), dq, CONFIG)
-            s = warpgroup_mma_wait(2, deps=[s])
+            dp = parts.multiply_transposed(matrix(streams.dout, place, CONFIG), matrix(streams.v, 0, CONFIG), CONFIG)
+            dq = parts.multiply(ds, matrix(streams.k, (step - 1) % 2, CONFIG), dq, CONFIG)
+            s = warpgroup_mma_wait(2 * PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
-            next_ds = differentiate(s, dp, 1, lse, delta, m, start, i * N, masked, mask, CONFIG)
+            next_ds = differentiate(s, dp, PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
             mbarrier.arrive(streams.v_empty.index(0), count=1)
-            dq = warpgroup_mma_wait(0, deps=[dq])
+            dq = parts.wait(0, dq)
             mbarrier.arrive(streams.k_empty.index((step - 1) % 2), count=1)
             ds = next_ds.to(dtype)
-        dq = multiply_ds(ds, streams.k.index((i1 - 1 - i0) % 2), dq, CONFIG)
-        dq = warpgroup_mma_wait(0, deps=[dq])
-    q.store((dq * scale).to(dtype))
+        dq = parts.wait(0, parts.multiply(ds, matrix(streams.k, (i1 - 1 - i0) % 2, CONFIG), dq, CONFIG))
+    parts.store(parts.scale(dq, scale), q, CONFIG)
     fence_async_shared()
     async_store(dq_rows, [b, h, m0, 0], streams.q.index(c))
     tma.store_wait(0)

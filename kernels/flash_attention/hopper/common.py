@@ -131,7 +131,7 @@ def next_item(queue, n):
     """Producer: take the program's n-th item and hand it on; n_items or more when there is none left."""
     item = gl.program_id(0)
     if n > 0:
-        item = gl.num_programs(0) + gl.atomic_add(queue.taken_ptr, 1)
+        item = gl.num_programs(0) + gl.atomic_add(queue.taken_ptr, 1, sem="relaxed")
     slot = n % 2
     mbarrier.wait(queue.empty.index(slot), (n // 2 & 1) ^ 1)
     queue.slots.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))

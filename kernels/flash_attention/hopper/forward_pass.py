@@ -6,12 +6,11 @@ report that they have read it. A consumer keeps two products in flight, the scor
 block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
 products in turns, so that one's products run under another's softmax (section 3.1 there).
 
-Programs stay and take tile after tile from a queue, the longest first, so that one tile's loads run under the end of
-the one before. docs/kernels/hopper.md has the measurements.
+Programs stay and take tile after tile from a queue, the longest first. One tile's loads run under the end of the one
+before, and up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
+docs/kernels/hopper.md has the measurements.
 """
 
-# mypy: disable-error-code="assignment"
-# Triton's tuples grow where Python's types do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from . import parts
 from .common import (
     FREE_BARRIERS,
     LN2,
@@ -52,14 +51,14 @@ class Forward(Kind):
 
     consumers: int
     """Warp groups with 64 queries each."""
+    query_stages: int
+    """Tiles of each consumer's queries in shared memory, which its outputs replace. With one of them the next queries
+    wait for the outputs to leave."""
     key_stages: int
     value_stages: int
     """Tiles of keys, and of values, in shared memory. A tile of values is read a block after the keys of its own."""
     columns: tuple[int, ...]
-    """How head_dim is cut into powers of two, which is what a product can have: 96 is 64 + 32. Tiles in shared memory
-    have the next power of two, and what is beyond these columns is left alone."""
-    own_out: bool
-    """The outputs have shared memory of their own; otherwise they replace the queries, and the next must wait."""
+    """The parts of head_dim: see parts.py."""
 
 
 class Ring(NamedTuple):
@@ -73,12 +72,32 @@ class Ring(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Each consumer's 64 queries, and where it puts its outputs: in memory of their own, or over the queries."""
+    """Tiles of 64 queries, `query_stages` for each consumer, later those of their outputs."""
 
-    q: Any
-    out: Any
+    tiles: Any
     full: Any
     empty: Any
+    """The outputs have left it."""
+
+
+class Tile(NamedTuple):
+    """A consumer's part of an item: 64 queries, and the blocks of keys that they see."""
+
+    b: Any
+    h: Any
+    m0: Any
+    i0: Any
+    i1: Any
+    """Blocks [i0, i1), one at least."""
+    before: Any
+    after: Any
+    """How many blocks the item has that only other consumers' queries see, before these and after them."""
+    full_from: Any
+    full_to: Any
+    """The keys that all of the queries see."""
+    first: Any
+    width: Any
+    """[64]: the keys that each of them sees."""
 
 
 @gluon.jit
@@ -95,11 +114,26 @@ def locate(item, n_tiles, CONFIG: gl.constexpr):
 
 @gluon.jit
 def blocks_seen(m0, M: gl.constexpr, b, mask, N: gl.constexpr, CONFIG: gl.constexpr):
-    """The blocks of N keys [i0, i1) that some of M queries see, and the keys [from, to) that all of them see."""
+    """The blocks of N keys [i0, i1) that some of M queries see, one at least, and the keys [from, to) that all see."""
     some_from, full_to = seen_by(mask, m0, b, CONFIG)
     full_from, some_to = seen_by(mask, gl.minimum(m0 + M, mask.S) - 1, b, CONFIG)
     i0 = gl.maximum(some_from, 0) // N
-    return i0, gl.maximum(gl.cdiv(some_to, N), i0), full_from, full_to
+    return i0, gl.maximum(gl.cdiv(some_to, N), i0 + 1), full_from, full_to
+
+
+@gluon.jit
+def tile_of(item, c: gl.constexpr, n_tiles, mask, N: gl.constexpr, row: gl.constexpr, CONFIG: gl.constexpr):
+    """Consumer c's part of an item."""
+    b, h, m0 = locate(item, n_tiles, CONFIG)
+    all_i0, all_i1, _, _ = blocks_seen(m0, 64 * CONFIG.consumers, b, mask, N, CONFIG)
+    m0 += c * 64
+    # Its own queries see fewer blocks than the item's, and have fewer edges in them.
+    i0, i1, full_from, full_to = blocks_seen(gl.minimum(m0, mask.S - 1), 64, b, mask, N, CONFIG)
+    i0 = gl.maximum(gl.minimum(i0, all_i1 - 1), all_i0)
+    i1 = gl.maximum(gl.minimum(i1, all_i1), i0 + 1)
+    first, end = seen_by(mask, m0 + gl.arange(0, 64, row), b, CONFIG)
+    first = gl.maximum(first, 0) + gl.zeros([64], gl.int32, row)
+    return Tile(b, h, m0, i0, i1, i0 - all_i0, all_i1 - i1, full_from, full_to, first, gl.maximum(end - first, 0))
 
 
 @gluon.jit
@@ -114,15 +148,26 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
         b, h, m0 = locate(item, n_tiles, CONFIG)
         i0, i1, _, _ = blocks_seen(m0, 64 * CONSUMERS, b, mask, N, CONFIG)
         for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(queries.empty.index(c), (n & 1) ^ 1)
-            mbarrier.expect(queries.full.index(c), BYTES)
-            async_load(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(c), queries.q.index(c))
-        for i in range(i0, i1):
+            stage = stage_of(c, n, CONFIG)
+            mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
+            mbarrier.expect(queries.full.index(stage), BYTES)
+            async_load(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(stage), queries.tiles.index(stage))
+        for i in range(i0, i1 - 1):
             load_tile(k_rows, [b, h // CONFIG.group, i * N, 0], keys, step, CONFIG)
             load_tile(v_rows, [b, h // CONFIG.group, i * N, 0], values, step, CONFIG)
             step += 1
         n += 1
+        # Asked for before the last loads, so that nobody waits for it; earlier, the items would not be as evenly shared.
         item = next_item(queue, n)
+        load_tile(k_rows, [b, h // CONFIG.group, i1 * N - N, 0], keys, step, CONFIG)
+        load_tile(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], values, step, CONFIG)
+        step += 1
+
+
+@gluon.jit
+def stage_of(c: gl.constexpr, n, CONFIG: gl.constexpr):
+    """Where consumer c's queries of the program's n-th item are."""
+    return c * CONFIG.query_stages + n % CONFIG.query_stages
 
 
 @gluon.jit
@@ -145,9 +190,9 @@ def await_tile(ring, step, wanted):
 
 
 @gluon.jit
-def tile_of(ring, step):
-    """[N, D]: the step's tile."""
-    return ring.tiles.index(step % ring.tiles.shape[0]).reshape([ring.tiles.shape[3], ring.tiles.shape[4]])
+def matrix(tiles, stage):
+    """[rows, D]: one of several tiles in shared memory."""
+    return tiles.index(stage).reshape([tiles.shape[3], tiles.shape[4]])
 
 
 @gluon.jit
@@ -168,75 +213,39 @@ def pass_turn(c: gl.constexpr, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
-    """The i-th part of the columns of a tile in shared memory."""
-    FIRST: gl.constexpr = CONFIG.columns[0] * i
-    return tile.slice(FIRST, CONFIG.columns[i], 1)
+def multiply_scores(c: gl.constexpr, n, step, queries, keys, CONFIG: gl.constexpr):
+    """Start q kᵀ of consumer c's queries of the program's n-th item and the step's keys."""
+    q = matrix(queries.tiles, stage_of(c, n, CONFIG))
+    return parts.multiply_transposed(q, matrix(keys.tiles, step % CONFIG.key_stages), CONFIG)
 
 
 @gluon.jit
-def multiply_scores(q, keys, step, scores: gl.constexpr, CONFIG: gl.constexpr):
-    """Start q kᵀ of the step's keys."""
-    N: gl.constexpr = keys.tiles.shape[3]
-    k = tile_of(keys, step)
-    s = gl.zeros([64, N], gl.float32, scores)
-    s = warpgroup_mma(part(q, 0, CONFIG), part(k, 0, CONFIG).permute((1, 0)), s, use_acc=False, is_async=True)
-    for i in gl.static_range(1, len(CONFIG.columns)):
-        s = warpgroup_mma(part(q, i, CONFIG), part(k, i, CONFIG).permute((1, 0)), s, is_async=True)
-    return s
+def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
+    """Start out + p v of the step's values."""
+    return parts.multiply(p, matrix(values.tiles, step % CONFIG.value_stages), outs, CONFIG)
 
 
 @gluon.jit
-def multiply_values(p, values, step, outs, CONFIG: gl.constexpr):
-    """Start out + p v of the step's values: as many products as head_dim has parts."""
-    v = tile_of(values, step)
-    sums = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        sums += (multiply_part(p, part(v, i, CONFIG), outs[i]),)
-    return sums
+def store(c: gl.constexpr, n, tile, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG: gl.constexpr):
+    """out, over the queries of the program's n-th item and from there to global memory, and LSE."""
+    b, h, m0 = tile
+    row: gl.constexpr = row_max.type.layout
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
+    row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
+    stage = stage_of(c, n, CONFIG)
+    parts.store(parts.scale(outs, 1 / row_sum), matrix(queries.tiles, stage), CONFIG)
+    fence_async_shared()
+    async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage))
+    m = m0 + gl.arange(0, 64, row)
+    lse = (row_max + gl.log2(row_sum)) * LN2
+    gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
 
 
 @gluon.jit
-def multiply_part(p, v, out):
-    weights: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
-    return warpgroup_mma(gl.convert_layout(p, weights), v, out, is_async=True)
-
-
-@gluon.jit
-def wait_values(outs):
-    """What `multiply_values` started, complete."""
-    outs = warpgroup_mma_wait(0, deps=outs)
-    return outs if isinstance(outs, gl.tuple) else (outs,)
-
-
-@gluon.jit
-def zero_outputs(CONFIG: gl.constexpr):
-    """A tuple of [64, columns] for the parts of head_dim; the functions below take and return such tuples."""
-    outs = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        outs += (zero_part(CONFIG.columns[i]),)
-    return outs
-
-
-@gluon.jit
-def zero_part(COLUMNS: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    return gl.zeros([64, COLUMNS], gl.float32, layout)
-
-
-@gluon.jit
-def scale_outputs(outs, factor):
-    """Each row times its factor [64]."""
-    products = ()
-    for i in gl.static_range(len(outs)):
-        products += (outs[i] * along_rows(factor, outs[i]),)
-    return products
-
-
-@gluon.jit
-def store_outputs(outs, tile, CONFIG: gl.constexpr):
-    for i in gl.static_range(len(CONFIG.columns)):
-        part(tile, i, CONFIG).store(outs[i].to(tile.dtype))
+def give_back(queries, c: gl.constexpr, n, CONFIG: gl.constexpr):
+    """The place of the n-th item's queries, once its outputs have left it."""
+    tma.store_wait(0)
+    mbarrier.arrive(queries.empty.index(stage_of(c, n, CONFIG)), count=1)
 
 
 @gluon.jit
@@ -251,6 +260,53 @@ def pass_over(c: gl.constexpr, n_blocks, step, keys, values, CONFIG: gl.constexp
         release(values, step, CONFIG)
         step += 1
     return step
+
+
+@gluon.jit
+def release_early(values, step, needed, CONFIG: gl.constexpr):
+    """Wait for the product with the step's values, if needed, and say that they have been read."""
+    if needed:
+        # In words of PTX: Gluon's wait returns the product, and a product that comes out of a branch is copied there.
+        WAIT: gl.constexpr = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;"
+        gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        release(values, step, CONFIG)
+
+
+@gluon.jit
+def begin(
+    c: gl.constexpr, HELD: gl.constexpr, n, step, after, queue, n_tiles, queries, keys, values, mask,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """Start the first scores of the program's n-th item, once `after` blocks of the one before are passed over.
+
+    Where HELD, the product with the values of the step before is in flight, and the caller waits for it later and says
+    then that it has read them. But the producer waits for their place after as many blocks as there are places: before
+    so many are passed over they are released here.
+
+    Returns the item, n_items or more when there is none left; its tile; the step of the scores; these, which are nobody's
+    when there is no item; and whether the values are still to be released.
+    """
+    N: gl.constexpr = keys.tiles.shape[3]
+    PLACES: gl.constexpr = CONFIG.value_stages
+    row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    held = step - 1
+    if HELD:
+        release_early(values, held, after >= PLACES, CONFIG)
+    step = pass_over(c, after, step, keys, values, CONFIG)
+    item = receive_item(queue, n)
+    there_is = item < queue.n_items
+    tile = tile_of(gl.minimum(item, queue.n_items - 1), c, n_tiles, mask, N, row, CONFIG)
+    before = gl.where(there_is, tile.before, 0)
+    if HELD:
+        release_early(values, held, (after < PLACES) & (after + before >= PLACES), CONFIG)
+    step = pass_over(c, before, step, keys, values, CONFIG)
+    stage = stage_of(c, n, CONFIG)
+    mbarrier.wait(queries.full.index(stage), n // CONFIG.query_stages & 1, pred=there_is)
+    await_tile(keys, step, there_is)
+    take_turn(c)
+    s = multiply_scores(c, n, step, queries, keys, CONFIG)
+    pass_turn(c, CONFIG)
+    return item, tile, step, s, after + before < PLACES
 
 
 @gluon.jit
@@ -277,15 +333,27 @@ def hide(s, n, first, width):
 
 
 @gluon.jit
-def maximum(s, row_max, first, width, n0, full_from, full_to, mask, CONFIG: gl.constexpr):
+def nothing_seen(s, sinks_ptr, tile):
+    """Each row's maximum and its four sums before its first scores: the sinks', where there are any."""
+    row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    row_max = gl.full([64], float("-inf"), gl.float32, row)
+    row_sum = by_thread(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
+    if sinks_ptr is not None:
+        row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
+        row_sum += 0.25
+    return row_max, row_sum
+
+
+@gluon.jit
+def maximum(s, row_max, tile, n0, mask, CONFIG: gl.constexpr):
     """The first half of a block's online softmax: the masked scores, the new maximum, what to subtract, and the factor
     for everything before."""
     N: gl.constexpr = s.shape[1]
     if CONFIG.softcap:
         s = tanh(s * mask.cap)
-    if (n0 < full_from) | (n0 + N > full_to):
+    if (n0 < tile.full_from) | (n0 + N > tile.full_to):
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
-        s = hide(s, n, first, width)
+        s = hide(s, n, tile.first, tile.width)
     new_max = gl.maximum(row_max, gl.max(s, 1) * mask.factor)
     # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
     pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -297,14 +365,8 @@ def weigh(s, pivot, rescale, row_sum, dtype: gl.constexpr, mask):
     """The second half: p, and the new sums."""
     p = gl.exp2(s * mask.factor - gl.expand_dims(pivot, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.
-    row_sum = row_sum * along_rows(rescale, row_sum) + by_thread(p)
+    row_sum = row_sum * parts.along_rows(rescale, row_sum) + by_thread(p)
     return p.to(dtype), row_sum
-
-
-@gluon.jit
-def along_rows(x, like):
-    """x [64] as a factor for the rows of `like`; each thread has the rows it needs."""
-    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True), 1)
 
 
 @gluon.jit
@@ -313,88 +375,64 @@ def consumer(
 ):
     """Queries [64 c, 64 c + 64) of each tile."""
     N: gl.constexpr = keys.tiles.shape[3]
-    D: gl.constexpr = keys.tiles.shape[4]
     dtype: gl.constexpr = keys.tiles.dtype
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    row: gl.constexpr = gl.SliceLayout(1, scores)
-    q = queries.q.index(c).reshape([64, D])
+    JOINED: gl.constexpr = CONFIG.query_stages > 1
+    PRODUCTS: gl.constexpr = len(CONFIG.columns)
     n = 0
     step = 0
     if c == CONFIG.consumers - 1:
         pass_turn(c, CONFIG)  # the first one begins
-    item = receive_item(queue, n)
+    item, tile, step, s, _ = begin(c, False, n, step, 0, queue, n_tiles, queries, keys, values, mask, CONFIG)
+    s = warpgroup_mma_wait(0, deps=[s])
+    release(keys, step, CONFIG)
     while item < queue.n_items:
-        b, h, m0 = locate(item, n_tiles, CONFIG)
-        tile_i0, tile_i1, _, _ = blocks_seen(m0, 64 * CONFIG.consumers, b, mask, N, CONFIG)
-        m0 += c * 64
-        # Its own queries see fewer blocks than the tile's, and have fewer edges in them.
-        i0, i1, full_from, full_to = blocks_seen(gl.minimum(m0, mask.S - 1), 64, b, mask, N, CONFIG)
-        i0 = gl.maximum(gl.minimum(i0, tile_i1), tile_i0)
-        i1 = gl.maximum(gl.minimum(i1, tile_i1), i0)
-        m = m0 + gl.arange(0, 64, row)
-        first, end = seen_by(mask, m, b, CONFIG)
-        first = gl.maximum(first, 0) + gl.zeros([64], gl.int32, row)
-        width = gl.maximum(end - first, 0)
-        row_max = gl.full([64], float("-inf"), gl.float32, row)
-        row_sum = by_thread(gl.zeros([64, N], gl.float32, scores))
-        if sinks_ptr is not None:
-            row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + h).to(gl.float32) * LOG2E
-            row_sum += 0.25
-        outs = zero_outputs(CONFIG)
-        step = pass_over(c, i0 - tile_i0, step, keys, values, CONFIG)
-        mbarrier.wait(queries.full.index(c), n & 1)
-        if i0 < i1:
-            await_tile(keys, step, True)
+        row_max, row_sum = nothing_seen(s, sinks_ptr, tile)
+        s, row_max, pivot, rescale = maximum(s, row_max, tile, tile.i0 * N, mask, CONFIG)
+        await_tile(keys, step + 1, tile.i0 + 1 < tile.i1)
+        await_tile(values, step, True)
+        p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
+        if JOINED:
+            if n > 0:
+                give_back(queries, c, n - 1, CONFIG)
+        outs = parts.zeros(CONFIG)
+        for i in range(tile.i0 + 1, tile.i1):
             take_turn(c)
-            s = multiply_scores(q, keys, step, scores, CONFIG)
+            s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)
+            outs = multiply_values(p, step, values, outs, CONFIG)
             pass_turn(c, CONFIG)
-            s = warpgroup_mma_wait(0, deps=[s])
-            release(keys, step, CONFIG)
-            s, row_max, pivot, rescale = maximum(s, row_max, first, width, i0 * N, full_from, full_to, mask, CONFIG)
-            await_tile(keys, step + 1, i0 + 1 < i1)
-            await_tile(values, step, True)
-            p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
-            for i in range(i0 + 1, i1):
-                take_turn(c)
-                s = multiply_scores(q, keys, step + 1, scores, CONFIG)
-                outs = multiply_values(p, values, step, outs, CONFIG)
-                pass_turn(c, CONFIG)
-                s = warpgroup_mma_wait(len(CONFIG.columns), deps=[s])
-                release(keys, step + 1, CONFIG)
-                s, row_max, pivot, rescale = maximum(s, row_max, first, width, i * N, full_from, full_to, mask, CONFIG)
-                # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
-                # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
-                await_tile(keys, step + 2, i + 1 < i1)
-                await_tile(values, step + 1, True)
-                outs = wait_values(outs)
-                release(values, step, CONFIG)
-                # Before the exponentials, whose gaps these products fill.
-                outs = scale_outputs(outs, rescale)
-                p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
-                step += 1
-            if CONFIG.own_out:
-                mbarrier.arrive(queries.empty.index(c), count=1)
-            outs = wait_values(multiply_values(p, values, step, outs, CONFIG))
+            s = warpgroup_mma_wait(PRODUCTS, deps=[s])
+            release(keys, step + 1, CONFIG)
+            s, row_max, pivot, rescale = maximum(s, row_max, tile, i * N, mask, CONFIG)
+            # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
+            # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
+            await_tile(keys, step + 2, i + 1 < tile.i1)
+            await_tile(values, step + 1, True)
+            outs = parts.wait(0, outs)
             release(values, step, CONFIG)
+            # Before the exponentials, whose gaps these products fill.
+            outs = parts.scale(outs, rescale)
+            p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
             step += 1
-        elif CONFIG.own_out:
-            mbarrier.arrive(queries.empty.index(c), count=1)
 
-        row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
-        row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
-        if CONFIG.own_out:
-            tma.store_wait(0)  # the tile before has left its memory
-        store_outputs(scale_outputs(outs, 1 / row_sum), queries.out.index(c).reshape([64, D]), CONFIG)
-        fence_async_shared()
-        async_store(out_rows, [b, h, m0, 0], queries.out.index(c))
-        lse = (row_max + gl.log2(row_sum)) * LN2
-        gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
-        if not CONFIG.own_out:
-            tma.store_wait(0)
-            mbarrier.arrive(queries.empty.index(c), count=1)
-        step = pass_over(c, tile_i1 - i1, step, keys, values, CONFIG)
+        outs = multiply_values(p, step, values, outs, CONFIG)
+        place = tile.b, tile.h, tile.m0
+        if not JOINED:
+            outs = parts.wait(0, outs)
+            release(values, step, CONFIG)
+            store(c, n, place, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+            give_back(queries, c, n, CONFIG)
         n += 1
-        item = receive_item(queue, n)
+        item, tile, begun, s, held = begin(
+            c, JOINED, n, step + 1, tile.after, queue, n_tiles, queries, keys, values, mask, CONFIG
+        )
+        if JOINED:
+            outs = parts.wait(PRODUCTS, outs)
+            if held:
+                release(values, step, CONFIG)
+            store(c, n - 1, place, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+        s = warpgroup_mma_wait(0, deps=[s])
+        release(keys, begun, CONFIG)
+        step = begun + 0  # a sum, since Gluon takes two names of one value for one
     tma.store_wait(0)
 
 
@@ -414,11 +452,9 @@ def forward_kernel(
     gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= 16)
     keys = Ring(k, barriers(CONFIG.key_stages, 1), READ)
     values = Ring(v, barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages)
-    q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
-    out = q
-    if CONFIG.own_out:
-        out = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
-    queries = Queries(q, out, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
+    QUERIES: gl.constexpr = CONSUMERS * CONFIG.query_stages
+    q = gl.allocate_shared_memory(dtype, [QUERIES] + q_rows.block_shape, q_rows.layout)
+    queries = Queries(q, barriers(QUERIES, 1), barriers(QUERIES, 1))
     queue = make_queue(n_items, taken_ptr, CONSUMERS)
     fence_async_shared()
 

@@ -1,0 +1,94 @@
+"""Tiles with head_dim columns, cut into parts with a power of two of them, which is what a product can have: 96 is 64 + 32.
+
+In shared memory such a tile is one, with the next power of two of columns, and those beyond the parts are left alone. In
+registers it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
+"""
+
+# mypy: disable-error-code="assignment"
+# Triton's tuples grow where Python's types do not.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+
+@gluon.jit
+def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
+    """The i-th part of a tile in shared memory. All of a tile that has one part may be in registers."""
+    if len(CONFIG.columns) > 1:
+        FIRST: gl.constexpr = CONFIG.columns[0] * i
+        tile = tile.slice(FIRST, CONFIG.columns[i], 1)
+    return tile
+
+
+@gluon.jit
+def zeros(CONFIG: gl.constexpr):
+    """[64, head_dim], float32."""
+    tile = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        tile += (zero_part(CONFIG.columns[i]),)
+    return tile
+
+
+@gluon.jit
+def zero_part(COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    return gl.zeros([64, COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def multiply_transposed(a, b, CONFIG: gl.constexpr):
+    """Start a bᵀ of two tiles, [64, N]; as many products as there are parts."""
+    N: gl.constexpr = b.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    c = gl.zeros([64, N], gl.float32, layout)
+    c = warpgroup_mma(part(a, 0, CONFIG), part(b, 0, CONFIG).permute((1, 0)), c, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(CONFIG.columns)):
+        c = warpgroup_mma(part(a, i, CONFIG), part(b, i, CONFIG).permute((1, 0)), c, is_async=True)
+    return c
+
+
+@gluon.jit
+def multiply(a, b, sums, CONFIG: gl.constexpr):
+    """Start sums + a b, where a [64, N] is in registers and the tile b in shared memory; as many products as there are
+    parts."""
+    products = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        products += (multiply_part(a, part(b, i, CONFIG), sums[i]),)
+    return products
+
+
+@gluon.jit
+def multiply_part(a, b, c):
+    left: gl.constexpr = gl.DotOperandLayout(0, c.type.layout, 2)
+    return warpgroup_mma(gl.convert_layout(a, left), b, c, is_async=True)
+
+
+@gluon.jit
+def wait(PENDING: gl.constexpr, tile):
+    """What `multiply` started, complete; of the products that were started later all but PENDING are, too."""
+    tile = warpgroup_mma_wait(PENDING, deps=tile)
+    return tile if isinstance(tile, gl.tuple) else (tile,)
+
+
+@gluon.jit
+def scale(tile, factor):
+    """The tile times a number, or each row times its own of [64]."""
+    products = ()
+    for i in gl.static_range(len(tile)):
+        products += (tile[i] * (along_rows(factor, tile[i]) if factor.type.is_block() else factor),)
+    return products
+
+
+@gluon.jit
+def along_rows(x, like):
+    """x [64] as a factor for the rows of `like`; each thread has the rows it needs."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True), 1)
+
+
+@gluon.jit
+def store(tile, place, CONFIG: gl.constexpr):
+    """Put a tile, rounded, where there is one in shared memory."""
+    for i in gl.static_range(len(CONFIG.columns)):
+        part(place, i, CONFIG).store(tile[i].to(place.dtype))
