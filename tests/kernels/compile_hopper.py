@@ -101,7 +101,7 @@ def compile_backward(
     m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
-    types |= dict.fromkeys(("starts_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
     types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
@@ -110,7 +110,7 @@ def compile_backward(
         types["sum_rows"] = type_of(host.numbers(torch.empty(32 * sums), sums, 32))
         types["chunk_rows"] = type_of(host.numbers(torch.empty(1024), 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
-    absent = {} if kind.starts else {"starts_ptr": None}
+    absent = {} if kind.starts else {"starts_ptr" if kernel is backward_wide.dq_kernel else "ends_ptr": None}
     if kernel is backward_pass.backward_kernel and not deterministic:
         absent["turns_ptr"] = None
     types["stat_rows"] = type_of(host.numbers(torch.empty(config.numbers), config.numbers))
@@ -118,11 +118,12 @@ def compile_backward(
 
 
 def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
-    constants = {"H": 8, "M": backward_pass.M.value, "D": hopper.padded(head_dim), "NUMBERS": 4 * backward_pass.M.value}
+    m = backward_pass.M.value
+    constants = {"H": 8, "M": m, "N": 128, "D": hopper.padded(head_dim), "NUMBERS": 4 * m}
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
-    types |= dict.fromkeys(("starts_ptr", "added_ptr", "cleared_ptr", "turns_ptr", "taken_ptr"), "*i32")
-    types |= dict.fromkeys(("out_rows", "dout_rows"), rows(constants["M"], head_dim, dtype, gluon=False))
-    types |= dict.fromkeys(("S", "n_tiles", "n_places", "n_heads"), "i32")
+    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
+    types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_places", "n_heads"), "i32")
     return compile_kernel(backward_pass.prepare_kernel, constants, types)
 
 

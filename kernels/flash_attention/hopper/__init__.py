@@ -16,7 +16,7 @@ from .backward_pass import CONSUMERS, Backward, M, backward_kernel, prepare_kern
 from .backward_wide import dkdv_kernel, dq_kernel
 from .common import Kind
 from .forward_pass import Forward, forward_kernel
-from .host import launch, numbers, padded, plain_rows, rows
+from .host import launch, numbers, padded, plain_rows, queue_counter, rows
 
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
@@ -80,11 +80,10 @@ def forward(
     config, n = forward_config(_kind(mask, H, G), D, S_k, window)
     n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
-    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         launch(
             forward_kernel, min(n_items, _multiprocessors(q.device)),
-            rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, taken,
+            rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, queue_counter(q.device),
             n_items, n_tiles, S, S_k, *mask.numbers, CONFIG=config,
         )  # fmt: skip
     return out, lse
@@ -122,17 +121,22 @@ def backward(
 
 
 def _prepare(
-    config: Backward, mask: portable.Mask, dout: Tensor, outputs: Outputs, statistics: Tensor,
-    sums: Tensor | None = None, counts: tuple[Tensor | None, ...] = (None,) * 4, n_places: int = 0, n_heads: int = 0,
-) -> None:  # fmt: skip
-    """The rows' statistics, and where dQ is summed in memory the places and counts for that."""
+    config: Backward, mask: portable.Mask, dout: Tensor, outputs: Outputs, S_k: int, statistics: Tensor,
+    sums: Tensor | None = None, counts: tuple[Tensor | None, ...] = (None,) * 3, n_places: int = 0, n_heads: int = 0,
+) -> Tensor | None:  # fmt: skip
+    """The rows' statistics, and where dQ is summed in memory the places and counts for that. Returns which rows see each
+    tile of keys, where there are documents."""
     out, lse, dlse = outputs
     (B, S, H, _), query_tiles = out.shape, statistics.shape[2]
+    ends = None
+    if mask.starts is not None:
+        ends = torch.empty(B, portable.cdiv(S_k, config.n), 2, dtype=torch.int32, device=out.device)
     launch(
         prepare_kernel, B * H * query_tiles,
-        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, sums, *counts,
-        S, query_tiles, n_places, n_heads, H=H, M=M.value, D=config.width, NUMBERS=config.numbers,
+        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, ends, sums, *counts,
+        S, S_k, query_tiles, n_places, n_heads, H=H, M=M.value, N=config.n, D=config.width, NUMBERS=config.numbers,
     )  # fmt: skip
+    return ends
 
 
 def _fused(
@@ -153,16 +157,15 @@ def _fused(
     sums = torch.empty(n_places * M.value * config.width, dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
-    taken = torch.empty(1, dtype=torch.int32, device=q.device)
     per_consumer = M.value * config.width // 32 // CONSUMERS.value
-    counts = added, cleared, turns, taken
-    _prepare(config, mask, dout, outputs, statistics, sums, counts, n_places, B * G)
+    counts = added, cleared, turns
+    ends = _prepare(config, mask, dout, outputs, S_k, statistics, sums, counts, n_places, B * G)
     launch(
         backward_kernel, programs if config.persistent else n_items + lag * n_tiles,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
         numbers(statistics, config.numbers),
         numbers(sums, per_consumer, 32), numbers(sums, 32, 32), rows(dq, M.value, 16),
-        rows(dk, config.n), rows(dv, config.n), sums, mask.starts, taken, added, cleared, turns,
+        rows(dk, config.n), rows(dv, config.n), sums, ends, queue_counter(q.device), *counts,
         places, lag, n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
@@ -176,10 +179,10 @@ def _dkdv_then_dq(
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    _prepare(config, mask, dout, outputs, statistics)
+    ends = _prepare(config, mask, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,
-        *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), mask.starts,
+        *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), ends,
         n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
     launch(

@@ -185,8 +185,8 @@ def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
         some_to = gl.minimum(some_to, n1 + mask.window - shift)
         full_to = gl.minimum(full_to, n0 + mask.window - shift)
     if CONFIG.starts:
-        by_start, all_by_start = rows_by_starts(mask.starts_ptr + b.to(gl.int64) * mask.S, n0, n1, mask.S)
-        some_to, full_to = gl.minimum(some_to, by_start), gl.minimum(full_to, all_by_start)
+        ends_ptr = mask.ends_ptr + 2 * (b * n_tiles + n0 // CONFIG.n)
+        some_to, full_to = gl.minimum(some_to, gl.load(ends_ptr)), gl.minimum(full_to, gl.load(ends_ptr + 1))
     if n0 + CONFIG.n > mask.S_k:
         full_to = 0  # keys that are not there: their zeros would count
     t0 = gl.maximum(some_from, 0) // M
@@ -209,21 +209,6 @@ def first_tile(n0, t0, t3, CONFIG: gl.constexpr):
 def next_tile(t, t0, t3):
     """The one after t; after the last the first, for the rest of them or for the next head."""
     return gl.where(t + 1 == t3, t0, t + 1)
-
-
-@gluon.jit
-def rows_by_starts(starts_ptr, n0, n1, S):
-    """Rows [0, some_to) hold every query whose document starts at n1 or before; in all of [0, full_to) it does so at
-    n0 or before. To a tile's precision: one look at the first start of each tile."""
-    CHUNK: gl.constexpr = 1024
-    some = 0
-    full = 0
-    for i in range(0, gl.cdiv(S, M), CHUNK):
-        m = (i + gl.arange(0, CHUNK, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))) * M
-        starts = gl.load(starts_ptr + m, mask=m < S, other=2147483647)
-        some += gl.sum((starts <= n1).to(gl.int32), 0)
-        full += gl.sum((starts <= n0).to(gl.int32), 0)
-    return some * M, (full - 1) * M + 1
 
 
 @gluon.jit
@@ -611,13 +596,13 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
 @gluon.jit(do_not_specialize=["count", "lag", "n_items", "n_tiles", "S", "S_k", "window"])
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, sum_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
-    sum_ptr, starts_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
+    sum_ptr, ends_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
     n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV; see `consumer` and `finisher`."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
-    mask = Mask(S, S_k, window, starts_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
@@ -653,13 +638,29 @@ def backward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["S", "n_tiles", "n_places", "n_heads"])
+@triton.jit
+def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
+    """Rows [0, some_to) hold every query whose document starts at key n1 or before; in all of [0, full_to) it does so at
+    n0 or before. To a tile's precision: one look at the first start of each tile of M queries."""
+    CHUNK: tl.constexpr = 1024
+    some = 0
+    full = 0
+    for i in range(0, tl.cdiv(S, M), CHUNK):
+        m = (i + tl.arange(0, CHUNK)) * M
+        starts = tl.load(starts_ptr + m, mask=m < S, other=2147483647)
+        some += tl.sum((starts <= n1).to(tl.int32), 0)
+        full += tl.sum((starts <= n0).to(tl.int32), 0)
+    return some * M, (full - 1) * M + 1
+
+
+@triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_places", "n_heads"])
 def prepare_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, sum_ptr, added_ptr, cleared_ptr, turns_ptr,
-    taken_ptr, S, n_tiles, n_places, n_heads, H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, ends_ptr, sum_ptr, added_ptr, cleared_ptr, turns_ptr,
+    S, S_k, n_tiles, n_places, n_heads,
+    H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of M queries, one after the other: LSE in base 2; delta = Σ out · dout − dlse; the starts of their documents, as
-    bits. Places for sums of dQ, everybody's counts, and the queue begin at 0."""
+    bits. Of each tile of N keys: `rows_by_starts`. Places for sums of dQ, and everybody's counts, begin at 0."""
     program = tl.program_id(0)
     head = program // n_tiles
     b, h = head // H, head % H
@@ -680,6 +681,13 @@ def prepare_kernel(
     if starts_ptr is not None:
         starts = tl.load(starts_ptr + b.to(tl.int64) * S + m, mask=m < S, other=0)
         tl.store(stat_ptr + 2 * M + tl.arange(0, M), starts.to(tl.float32, bitcast=True))
+        if h == 0:
+            key_tiles = tl.cdiv(S_k, N)
+            for tile in range(program % n_tiles, key_tiles, n_tiles):
+                n1 = tl.minimum(tile * N + N, S_k) - 1
+                some_to, full_to = rows_by_starts(starts_ptr + b.to(tl.int64) * S, tile * N, n1, S, M)
+                tl.store(ends_ptr + 2 * (b * key_tiles + tile), some_to)
+                tl.store(ends_ptr + 2 * (b * key_tiles + tile) + 1, full_to)
     if turns_ptr is not None:
         tl.store(turns_ptr + program, 0)
     if sum_ptr is not None:
@@ -688,5 +696,3 @@ def prepare_kernel(
         if program < n_heads:
             tl.store(added_ptr + program, 0)
             tl.store(cleared_ptr + program, 0)
-        if program == 0:
-            tl.store(taken_ptr, 0)

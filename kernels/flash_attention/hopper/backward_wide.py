@@ -209,13 +209,13 @@ def dkdv_producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, n_tiles, keys, q
 
 @gluon.jit(do_not_specialize=["n_tiles", "S", "S_k", "window"])
 def dkdv_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, ends_ptr,
     n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV; see `dkdv_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
-    mask = Mask(S, S_k, window, starts_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
@@ -380,7 +380,7 @@ def dq_kernel(
 ):  # fmt: skip
     """dQ; see `dq_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
-    mask = Mask(S, S_k, window, starts_ptr, cap, factor)
+    mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     k = gl.allocate_shared_memory(dtype, [2] + k_rows.block_shape, k_rows.layout)

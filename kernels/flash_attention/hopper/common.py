@@ -30,6 +30,9 @@ class Mask(NamedTuple):
     S_k: Any
     window: Any
     starts_ptr: Any
+    """int32 (B, S), where there are documents: the first key of each query's."""
+    ends_ptr: Any
+    """int32 (B, tiles of keys, 2), in the backward's kernels: what `rows_by_starts` says of each tile."""
     cap: Any
     factor: Any
 
@@ -113,7 +116,7 @@ class Queue(NamedTuple):
 
     n_items: Any
     taken_ptr: Any
-    """int32, 0 at launch: the items taken beyond each program's first."""
+    """int32: the items taken beyond each program's first. 0 before a launch and after it."""
     slots: Any
     """[2, 1] int32 in shared memory: what the producer took, for the program's other warps."""
     full: Any
@@ -131,7 +134,12 @@ def next_item(queue, n):
     """Producer: take the program's n-th item and hand it on; n_items or more when there is none left."""
     item = gl.program_id(0)
     if n > 0:
-        item = gl.num_programs(0) + gl.atomic_add(queue.taken_ptr, 1, sem="relaxed")
+        taken = gl.atomic_add(queue.taken_ptr, 1, sem="relaxed")
+        # Each program asks until there is none left, so there are n_items questions. After the last the next launch
+        # finds the 0 that this one found: to clear it anew each time takes 2 µs, as long as a tenth of a short row.
+        if taken == queue.n_items - 1:
+            gl.store(queue.taken_ptr, 0)
+        item = gl.num_programs(0) + taken
     slot = n % 2
     mbarrier.wait(queue.empty.index(slot), (n // 2 & 1) ^ 1)
     queue.slots.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))

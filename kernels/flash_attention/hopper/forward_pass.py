@@ -444,7 +444,7 @@ def forward_kernel(
     """out and LSE; see `consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    mask = Mask(S, S_k, window, starts_ptr, cap, factor)
+    mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     k = gl.allocate_shared_memory(dtype, [CONFIG.key_stages] + k_rows.block_shape, k_rows.layout)
     v = gl.allocate_shared_memory(dtype, [CONFIG.value_stages] + v_rows.block_shape, v_rows.layout)
     # Of the multiprocessor's barriers: one for each consumer's turn, and one for each tile.

@@ -22,6 +22,7 @@ Descriptor = TypeVar("Descriptor", TensorDescriptor, PlainDescriptor)
 ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 _compiled: dict[tuple[Any, ...], Any] = {}
+_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
@@ -62,6 +63,20 @@ def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
 def numbers(x: Tensor, *tile: int) -> TensorDescriptor:
     """Tiles of float32 numbers of x, in rows as wide as a tile's. TMA wants 16 bytes or more of them."""
     return _of(_numbers(x.numel(), tile), x)
+
+
+def queue_counter(device: torch.device) -> Tensor:
+    """int32 [1], 0: what `common.Queue` counts in.
+
+    A kernel leaves it at 0, so the kernels of a stream, which run one after the other, have the same; graphs, which may
+    be replayed on any stream, each have one that they clear.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = device.index, torch.cuda.current_stream(device).cuda_stream
+    if stream not in _counters:
+        _counters[stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[stream]
 
 
 def padded(D: int) -> int:
