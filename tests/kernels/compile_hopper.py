@@ -84,7 +84,8 @@ def compile_forward(
     kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: bool, window: int | None = None
 ) -> dict[str, Any]:
     config, n = hopper.forward_config(kind, head_dim, seq_len, window)
-    types = dict.fromkeys(("n_items", "n_tiles", "S", "S_k", "window"), "i32") | {"cap": "fp32", "factor": "fp32"}
+    types = dict.fromkeys(("n_items", "n_tiles", "mixed", "S", "S_k", "window"), "i32")
+    types |= {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
     types |= {name: rows(64, head_dim, dtype) for name in ("q_rows", "out_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows")}
@@ -100,7 +101,7 @@ def compile_backward(
     config = hopper.backward_config(kind, head_dim, deterministic)
     m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
-    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "S", "S_k", "window"), "i32") | scalars
+    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "mixed", "S", "S_k", "window"), "i32") | scalars
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}

@@ -48,6 +48,12 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
     return config, n
 
 
+def mixed_heads(kind: Kind, n_heads: int, n_tiles: int, group: int, items: int) -> int:
+    """How many of the last heads `Order` mixes: whole groups with so many items at least; none where all are as long."""
+    heads = portable.cdiv(items, n_tiles * group) * group
+    return min(heads, n_heads) if kind.causal and not kind.window else 0
+
+
 def columns_of(head_dim: int) -> tuple[int, ...]:
     """The parts of head_dim in powers of two: see parts.py."""
     whole = padded(head_dim)
@@ -80,11 +86,13 @@ def forward(
     config, n = forward_config(_kind(mask, H, G), D, S_k, window)
     n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
+    multiprocessors = _multiprocessors(q.device)
+    mixed = mixed_heads(config, B * H, n_tiles, config.group, 3 * multiprocessors)
     with torch.cuda.device_of(q):
         launch(
-            forward_kernel, min(n_items, _multiprocessors(q.device)),
+            forward_kernel, min(n_items, multiprocessors),
             rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, queue_counter(q.device),
-            n_items, n_tiles, S, S_k, *mask.numbers, CONFIG=config,
+            n_items, n_tiles, mixed, S, S_k, *mask.numbers, CONFIG=config,
         )  # fmt: skip
     return out, lse
 
@@ -152,7 +160,9 @@ def _fused(
     # causal mask its first items take longer than the average. At 1k and head_dim 64: 305 instead of 335 with 1 in the
     # place of 1.6.
     lag = min(1 + (8 * programs // 5 if config.causal else programs) // n_tiles, B * G)
-    places = min(lag + 1 + programs // n_tiles, B * G)
+    # One round of programs: more would need more places.
+    mixed = mixed_heads(config, B * G, n_tiles, 1, programs)
+    places = min(lag + max(mixed, 1) + programs // n_tiles, B * G)
     n_places = places * H // G * query_tiles
     sums = torch.empty(n_places * M.value * config.width, dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
@@ -166,7 +176,7 @@ def _fused(
         numbers(statistics, config.numbers),
         numbers(sums, per_consumer, 32), numbers(sums, 32, 32), rows(dq, M.value, 16),
         rows(dk, config.n), rows(dv, config.n), sums, ends, queue_counter(q.device), *counts,
-        places, lag, n_items, n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
+        places, lag, n_items, n_tiles, mixed, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
 
@@ -179,16 +189,17 @@ def _dkdv_then_dq(
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
+    items = 3 * _multiprocessors(q.device)
     ends = _prepare(config, mask, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,
         *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), ends,
-        n_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
+        n_tiles, mixed_heads(config, B * G, n_tiles, 1, items), S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
     launch(
         dq_kernel, m_tiles * B * H,
         *tiles, rows(dq, M.value), statistics, mask.starts,
-        m_tiles, S, S_k, *mask.numbers, scale, CONFIG=config,
+        m_tiles, mixed_heads(config, B * H, m_tiles, config.group, items), S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from .common import (
     LOG2E,
     Kind,
     Mask,
+    Order,
     async_add,
     async_load,
     async_store,
@@ -50,6 +51,7 @@ from .common import (
     fence_async_global,
     make_queue,
     next_item,
+    place_of,
     receive_item,
     sees,
     tanh,
@@ -162,18 +164,18 @@ class Places(NamedTuple):
 
 
 @gluon.jit
-def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
+def locate(item, order, mask, CONFIG: gl.constexpr):
     """(b, g, n0) of an item; the tiles of queries [t0, t3) that see some of its keys, [t1, t2) that see all of them.
 
-    Head after head; the first keys first: with a causal mask the most queries see them. Where programs take turns, the
-    last keys first: nobody then waits for a program that has not begun.
+    Of a head the first keys first: with a causal mask the most queries see them. Where programs take turns, the last
+    keys first: nobody then waits for a program that has not begun.
     """
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
-    head = item // n_tiles
-    b = head // HEADS_KV
-    n0 = item % n_tiles * CONFIG.n
+    head, tile = place_of(item, order, 1, CONFIG)
     if CONFIG.deterministic:
-        n0 = (n_tiles - 1) * CONFIG.n - n0
+        tile = order.n_tiles - 1 - tile
+    b = head // HEADS_KV
+    n0 = tile * CONFIG.n
     n1 = gl.minimum(n0 + CONFIG.n, mask.S_k) - 1
     shift = mask.S_k - mask.S
     some_from, full_from, some_to, full_to = 0, 0, mask.S, gl.cdiv(mask.S, M) * M
@@ -185,7 +187,7 @@ def locate(item, n_tiles, mask, CONFIG: gl.constexpr):
         some_to = gl.minimum(some_to, n1 + mask.window - shift)
         full_to = gl.minimum(full_to, n0 + mask.window - shift)
     if CONFIG.starts:
-        ends_ptr = mask.ends_ptr + 2 * (b * n_tiles + n0 // CONFIG.n)
+        ends_ptr = mask.ends_ptr + 2 * (b * order.n_tiles + tile)
         some_to, full_to = gl.minimum(some_to, gl.load(ends_ptr)), gl.minimum(full_to, gl.load(ends_ptr + 1))
     if n0 + CONFIG.n > mask.S_k:
         full_to = 0  # keys that are not there: their zeros would count
@@ -213,7 +215,7 @@ def next_tile(t, t0, t3):
 
 @gluon.jit
 def producer(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, n_tiles, keys, queries, mask, CONFIG: gl.constexpr
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, order, keys, queries, mask, CONFIG: gl.constexpr
 ):
     descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
     n = 0
@@ -221,32 +223,32 @@ def producer(
     if CONFIG.persistent:
         item = next_item(queue, n)
         while item < queue.n_items:
-            await_place(item, places, n_tiles)
-            step = load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+            await_place(item, places, order, CONFIG)
+            step = load(item, n, step, descriptors, order, keys, queries, mask, CONFIG)
             n += 1
             item = next_item(queue, n)
     elif gl.program_id(0) < queue.n_items:
-        await_place(gl.program_id(0), places, n_tiles)
-        load(gl.program_id(0), n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+        await_place(gl.program_id(0), places, order, CONFIG)
+        load(gl.program_id(0), n, step, descriptors, order, keys, queries, mask, CONFIG)
 
 
 @gluon.jit
-def await_place(item, places, n_tiles):
+def await_place(item, places, order, CONFIG: gl.constexpr):
     """Wait until the head that had the place of the item's before has left it."""
-    head = item // n_tiles
+    head, _ = place_of(item, order, 1, CONFIG)
     if head >= places.count:
-        await_count(places.cleared_ptr + head - places.count, n_tiles)
+        await_count(places.cleared_ptr + head - places.count, order.n_tiles)
 
 
 @gluon.jit
-def load(item, n, step, descriptors, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+def load(item, n, step, descriptors, order, keys, queries, mask, CONFIG: gl.constexpr):
     """The program's n-th item; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
     NUMBERS: gl.constexpr = stat_rows.block_shape[0]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
-    b, g, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    b, g, n0, t0, _, _, t3 = locate(item, order, mask, CONFIG)
     place = n % CONFIG.key_stages
     full = keys.full.index(place)
     mbarrier.wait(keys.empty.index(place), (n // CONFIG.key_stages & 1) ^ 1)
@@ -283,7 +285,7 @@ def turn_of(n0, t, n_tiles, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def reducer(sum_rows, dk_rows, dv_rows, places, queue, n_tiles, keys, sums, mask, CONFIG: gl.constexpr):
+def reducer(sum_rows, dk_rows, dv_rows, places, queue, order, keys, sums, mask, CONFIG: gl.constexpr):
     """Adds what the consumers put into `sums.dq` to the sums in global memory. dK and dV leave through it, too, so that
     no consumer waits for them."""
     n = 0
@@ -291,19 +293,19 @@ def reducer(sum_rows, dk_rows, dv_rows, places, queue, n_tiles, keys, sums, mask
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            step = add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG)
-            store_keys(item, n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG)
+            step = add(item, step, sum_rows, places, order, sums, mask, CONFIG)
+            store_keys(item, n, dk_rows, dv_rows, order, keys, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
     elif gl.program_id(0) < queue.n_items:
-        add(gl.program_id(0), step, sum_rows, places, n_tiles, sums, mask, CONFIG)
-        store_keys(gl.program_id(0), n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG)
+        add(gl.program_id(0), step, sum_rows, places, order, sums, mask, CONFIG)
+        store_keys(gl.program_id(0), n, dk_rows, dv_rows, order, keys, mask, CONFIG)
 
 
 @gluon.jit
-def store_keys(item, n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG: gl.constexpr):
+def store_keys(item, n, dk_rows, dv_rows, order, keys, mask, CONFIG: gl.constexpr):
     """dK and dV of the program's n-th item, once they have taken the place of K and V."""
-    b, g, n0, _, _, _, _ = locate(item, n_tiles, mask, CONFIG)
+    b, g, n0, _, _, _, _ = locate(item, order, mask, CONFIG)
     place = n % CONFIG.key_stages
     mbarrier.wait(keys.replaced.index(0), n & 1)
     async_store(dk_rows, [b, g, n0, 0], keys.k.index(place))
@@ -313,12 +315,12 @@ def store_keys(item, n, dk_rows, dv_rows, n_tiles, keys, mask, CONFIG: gl.conste
 
 
 @gluon.jit
-def add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG: gl.constexpr):
+def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
     """What an item adds to dQ; returns the steps so far."""
     ROWS: gl.constexpr = sum_rows.block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
-    head = item // n_tiles
-    _, _, n0, t0, _, _, t3 = locate(item, n_tiles, mask, CONFIG)
+    b, g, n0, t0, _, _, t3 = locate(item, order, mask, CONFIG)
+    head = b * (CONFIG.heads // CONFIG.group) + g
     n_steps = CONFIG.group * (t3 - t0)
     t = first_tile(n0, t0, t3, CONFIG)
     first = head % places.count * (CONFIG.group * query_tiles)
@@ -331,7 +333,7 @@ def add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG: gl.constexpr)
         had = gl.atomic_add(turns_ptr + tile, 0, mask=n_steps > 0, sem="relaxed")
     for i in range(0, n_steps):
         now = tile
-        turn = turn_of(n0, t, n_tiles, mask, CONFIG)
+        turn = turn_of(n0, t, order.n_tiles, mask, CONFIG)
         t = next_tile(t, t0, t3)
         if CONFIG.group > 1:
             first = gl.where((i + 1) % (t3 - t0) == 0, first + query_tiles, first)
@@ -360,27 +362,27 @@ def add(item, step, sum_rows, places, n_tiles, sums, mask, CONFIG: gl.constexpr)
 
 
 @gluon.jit
-def finisher(sum_ptr, chunk_rows, dq_rows, scale, places, queue, n_tiles, chunks, mask, CONFIG: gl.constexpr):
+def finisher(sum_ptr, chunk_rows, dq_rows, scale, places, queue, order, chunks, mask, CONFIG: gl.constexpr):
     """Turns sums into dQ. After the last head, `places.lag` more are left: there are items for their sake."""
     n = 0
     read = 0
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunks, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
         item = queue.n_items + gl.program_id(0)
-        while item < queue.n_items + places.lag * n_tiles:
-            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+        while item < queue.n_items + places.lag * order.n_tiles:
+            read = finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunks, mask, CONFIG)
             item += gl.num_programs(0)
     else:
-        finish(gl.program_id(0), read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG)
+        finish(gl.program_id(0), read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunks, mask, CONFIG)
     tma.store_wait(0)
 
 
 @gluon.jit
-def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chunks, mask, CONFIG: gl.constexpr):
+def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunks, mask, CONFIG: gl.constexpr):
     """An item's share of the head `places.lag` before its own: some tiles of queries, in chunks of 16 columns, from the
     order of `send_dq`. Returns the chunks read so far."""
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
@@ -389,12 +391,12 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chu
     STAGES: gl.constexpr = CONFIG.chunk_stages
     PER_TILE: gl.constexpr = CONFIG.width // COLUMNS
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
-    head = item // n_tiles - places.lag
+    head = item // order.n_tiles - places.lag
     if head >= 0:
         query_tiles = gl.cdiv(mask.S, M)
         tiles = CONFIG.group * query_tiles
-        share = gl.cdiv(tiles, n_tiles)
-        tile = item % n_tiles * share
+        share = gl.cdiv(tiles, order.n_tiles)
+        tile = item % order.n_tiles * share
         n_chunks = gl.minimum(share, tiles - tile) * PER_TILE
         b = head // HEADS_KV
         h = head % HEADS_KV * CONFIG.group + tile // query_tiles
@@ -404,7 +406,7 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, n_tiles, chu
         offsets = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1) * 32
         offsets += gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, layout)), 0)
         sum_ptr += row.to(gl.int64) * 32
-        await_count(places.added_ptr + head, n_tiles)
+        await_count(places.added_ptr + head, order.n_tiles)
         for i in gl.static_range(STAGES):
             load_chunk(chunk_rows, row + i * ROWS, read + i, i < n_chunks, chunks)
         for i in range(0, n_chunks):
@@ -535,23 +537,23 @@ def consume(
 
 
 @gluon.jit
-def consumer(c: gl.constexpr, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
+def consumer(c: gl.constexpr, scale, queue, order, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """Keys [64 c, 64 c + 64) of each tile."""
     n = 0
     step = 0
     if CONFIG.persistent:
         item = receive_item(queue, n)
         while item < queue.n_items:
-            step = compute(c, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+            step = compute(c, item, n, step, scale, order, keys, queries, sums, mask, CONFIG)
             n += 1
             item = receive_item(queue, n)
     elif gl.program_id(0) < queue.n_items:
         item = gl.program_id(0)
-        compute(c, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG)
+        compute(c, item, n, step, scale, order, keys, queries, sums, mask, CONFIG)
 
 
 @gluon.jit
-def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums, mask, CONFIG: gl.constexpr):
+def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """dK and dV of an item, and its part of dQ; returns the steps so far."""
     D: gl.constexpr = keys.k.shape[4]
     dtype: gl.constexpr = keys.k.dtype
@@ -560,7 +562,7 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
     k = keys.k.index(place).reshape([CONFIG.n, D])
     k_own = k.slice(c * 64, 64, 0)
     v_own = keys.v.index(place).reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
-    _, _, n0, t0, t1, t2, t3 = locate(item, n_tiles, mask, CONFIG)
+    _, _, n0, t0, t1, t2, t3 = locate(item, order, mask, CONFIG)
     dk, dv = parts.zeros(CONFIG), parts.zeros(CONFIG)
     mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
@@ -597,7 +599,7 @@ def compute(c: gl.constexpr, item, n, step, scale, n_tiles, keys, queries, sums,
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, sum_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
     sum_ptr, ends_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
-    n_items, n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_items, n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV; see `consumer` and `finisher`."""
     dtype: gl.constexpr = q_rows.dtype
@@ -618,20 +620,21 @@ def backward_kernel(
     chunks = Chunks(complete, barriers(CONFIG.chunk_stages, 1), rounded)
     places = Places(count, lag, added_ptr, cleared_ptr, turns_ptr)
     queue = make_queue(n_items, taken_ptr, 4)
+    order = Order(n_tiles, n_items // n_tiles, mixed)
     # Registers per thread, of 504 for three times four warps. At head_dim 64 the consumers can spare some, which the
     # finisher uses: 506 and 345 instead of 499 and 339 at 4k and 1k, causal.
     FEW: gl.constexpr = 40 if CONFIG.keys_in_registers else 24
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consumer, (0, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
-            (consumer, (1, scale, queue, n_tiles, keys, queries, sums, mask, CONFIG)),
+            (consumer, (0, scale, queue, order, keys, queries, sums, mask, CONFIG)),
+            (consumer, (1, scale, queue, order, keys, queries, sums, mask, CONFIG)),
             (
                 producer,
-                (q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, n_tiles, keys, queries, mask, CONFIG),
+                (q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, order, keys, queries, mask, CONFIG),
             ),
-            (reducer, (sum_rows, dk_rows, dv_rows, places, queue, n_tiles, keys, sums, mask, CONFIG)),
-            (finisher, (sum_ptr, chunk_rows, dq_rows, scale, places, queue, n_tiles, chunks, mask, CONFIG)),
+            (reducer, (sum_rows, dk_rows, dv_rows, places, queue, order, keys, sums, mask, CONFIG)),
+            (finisher, (sum_ptr, chunk_rows, dq_rows, scale, places, queue, order, chunks, mask, CONFIG)),
         ],
         [4, 1, 1, 2],
         [(504 - FEW) // 2, FEW, FEW, FEW],

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import parts
 from .backward_pass import CONSUMERS, M, Queries, load, locate, make_keys, next_tile
-from .common import Mask, async_load, async_store, barriers, seen_by, sees, start_of, tanh
+from .common import Mask, Order, async_load, async_store, barriers, place_of, seen_by, sees, start_of, tanh
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
 
@@ -160,13 +160,13 @@ def consume(
 
 @gluon.jit
 def dkdv_consumer(
-    c: gl.constexpr, dk_rows, dv_rows, scale, n_tiles, keys, queries, exchange, mask, CONFIG: gl.constexpr
+    c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG: gl.constexpr
 ):
     """The c-th halves of the parts of dK and dV."""
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     k = keys.k.index(0).reshape([CONFIG.n, CONFIG.width])
     v = keys.v.index(0).reshape([CONFIG.n, CONFIG.width])
-    b, g, n0, t0, t1, t2, t3 = locate(gl.program_id(0), n_tiles, mask, CONFIG)
+    b, g, n0, t0, t1, t2, t3 = locate(gl.program_id(0), order, mask, CONFIG)
     dk, dv = zero_halves(CONFIG), zero_halves(CONFIG)
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
@@ -200,22 +200,23 @@ def dkdv_consumer(
 
 
 @gluon.jit
-def dkdv_producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, n_tiles, keys, queries, mask, CONFIG: gl.constexpr):
+def dkdv_producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, order, keys, queries, mask, CONFIG: gl.constexpr):
     descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
     n = 0
     step = 0
-    load(gl.program_id(0), n, step, descriptors, n_tiles, keys, queries, mask, CONFIG)
+    load(gl.program_id(0), n, step, descriptors, order, keys, queries, mask, CONFIG)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_tiles", "mixed", "S", "S_k", "window"])
 def dkdv_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, ends_ptr,
-    n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV; see `dkdv_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
+    order = Order(n_tiles, gl.num_programs(0) // n_tiles, mixed)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
@@ -231,9 +232,9 @@ def dkdv_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (dkdv_consumer, (0, dk_rows, dv_rows, scale, n_tiles, keys, queries, exchange, mask, CONFIG)),
-            (dkdv_consumer, (1, dk_rows, dv_rows, scale, n_tiles, keys, queries, exchange, mask, CONFIG)),
-            (dkdv_producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, n_tiles, keys, queries, mask, CONFIG)),
+            (dkdv_consumer, (0, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG)),
+            (dkdv_consumer, (1, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG)),
+            (dkdv_producer, (q_rows, k_rows, v_rows, dout_rows, stat_rows, order, keys, queries, mask, CONFIG)),
         ],
         [4, 1],
         [240, 24],
@@ -255,17 +256,13 @@ class Streams(NamedTuple):
 
 
 @gluon.jit
-def locate_queries(n_tiles, mask, CONFIG: gl.constexpr):
-    """(b, h, m0) of the program, and the tiles of keys [i0, i1) that some of its queries see.
-
-    Group after group of heads that share keys; the last queries first, which see the most.
-    """
+def locate_queries(order, mask, CONFIG: gl.constexpr):
+    """(b, h, m0) of the program, and the tiles of keys [i0, i1) that some of its queries see. Of a head the last queries
+    first: with a causal mask they see the most keys."""
     M2: gl.constexpr = CONSUMERS * M
-    item = gl.program_id(0)
-    in_group = item % (n_tiles * CONFIG.group)
-    head = item // (n_tiles * CONFIG.group) * CONFIG.group + in_group % CONFIG.group
+    head, tile = place_of(gl.program_id(0), order, CONFIG.group, CONFIG)
     b = head // CONFIG.heads
-    m0 = (n_tiles - 1 - in_group // CONFIG.group) * M2
+    m0 = (order.n_tiles - 1 - tile) * M2
     some_from, _ = seen_by(mask, m0, b, CONFIG)
     _, some_to = seen_by(mask, gl.minimum(m0 + M2, mask.S) - 1, b, CONFIG)
     i0 = gl.maximum(some_from, 0) // CONFIG.n
@@ -273,10 +270,10 @@ def locate_queries(n_tiles, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def dq_producer(q_rows, k_rows, v_rows, dout_rows, n_tiles, streams, mask, CONFIG: gl.constexpr):
+def dq_producer(q_rows, k_rows, v_rows, dout_rows, order, streams, mask, CONFIG: gl.constexpr):
     D: gl.constexpr = q_rows.block_shape[3]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
-    b, h, m0, i0, i1 = locate_queries(n_tiles, mask, CONFIG)
+    b, h, m0, i0, i1 = locate_queries(order, mask, CONFIG)
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
         mbarrier.expect(full, 2 * M * D * BYTES)
@@ -319,7 +316,7 @@ def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, 
 
 
 @gluon.jit
-def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mask, CONFIG: gl.constexpr):
+def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, order, streams, mask, CONFIG: gl.constexpr):
     """dQ of queries [64 c, 64 c + 64) of the tile."""
     N: gl.constexpr = CONFIG.n
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
@@ -327,7 +324,7 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mas
     dtype: gl.constexpr = dq_rows.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     row: gl.constexpr = gl.SliceLayout(1, scores)
-    b, h, m0, i0, i1 = locate_queries(n_tiles, mask, CONFIG)
+    b, h, m0, i0, i1 = locate_queries(order, mask, CONFIG)
     m0 += c * M
     full_from, _ = seen_by(mask, gl.minimum(m0 + M, mask.S) - 1, b, CONFIG)
     _, full_to = seen_by(mask, gl.minimum(m0, mask.S - 1), b, CONFIG)
@@ -373,14 +370,15 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, n_tiles, streams, mas
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_tiles", "mixed", "S", "S_k", "window"])
 def dq_kernel(
     q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr,
-    n_tiles, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ; see `dq_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
+    order = Order(n_tiles, gl.num_programs(0) // n_tiles, mixed)
     q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     k = gl.allocate_shared_memory(dtype, [2] + k_rows.block_shape, k_rows.layout)
@@ -392,9 +390,9 @@ def dq_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (dq_consumer, (0, stat_ptr, dq_rows, scale, n_tiles, streams, mask, CONFIG)),
-            (dq_consumer, (1, stat_ptr, dq_rows, scale, n_tiles, streams, mask, CONFIG)),
-            (dq_producer, (q_rows, k_rows, v_rows, dout_rows, n_tiles, streams, mask, CONFIG)),
+            (dq_consumer, (0, stat_ptr, dq_rows, scale, order, streams, mask, CONFIG)),
+            (dq_consumer, (1, stat_ptr, dq_rows, scale, order, streams, mask, CONFIG)),
+            (dq_producer, (q_rows, k_rows, v_rows, dout_rows, order, streams, mask, CONFIG)),
         ],
         [4, 1],
         [240, 24],

@@ -111,6 +111,35 @@ def report(number, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(ARRIVE, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
+class Order(NamedTuple):
+    """Of items of work, each a tile of a head.
+
+    Head after head, so that what is read stays in the L2 cache; of the last ones, first the first tile of each. With a
+    causal mask first tiles are the longest. After the last head's longest tiles there would be too little else to do
+    while they are computed; mixed with those of the heads before, they end when everything ends.
+    """
+
+    n_tiles: Any
+    """Of a head."""
+    n_heads: Any
+    """Of all batches."""
+    mixed: Any
+    """The last heads, whose tiles are mixed."""
+
+
+@gluon.jit
+def place_of(item, order, GROUP: gl.constexpr, CONFIG: gl.constexpr):
+    """(head, tile) of an item; of each GROUP of heads the tiles are mixed, too."""
+    first = item // (order.n_tiles * GROUP) * GROUP
+    count = GROUP
+    if CONFIG.causal:
+        if item >= (order.n_heads - order.mixed) * order.n_tiles:
+            first = order.n_heads - order.mixed
+            count = order.mixed
+    i = item - first * order.n_tiles
+    return first + i % count, i // count
+
+
 class Queue(NamedTuple):
     """Work for programs that stay: items in order, each taken once. Only the producer asks for the next one."""
 

@@ -6,7 +6,7 @@ report that they have read it. A consumer keeps two products in flight, the scor
 block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
 products in turns, so that one's products run under another's softmax (section 3.1 there).
 
-Programs stay and take tile after tile from a queue, the longest first. One tile's loads run under the end of the one
+Programs stay and take tile after tile from a queue (`Order`). One tile's loads run under the end of the one
 before, and up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
 docs/kernels/hopper.md has the measurements.
 """
@@ -32,12 +32,14 @@ from .common import (
     LOG2E,
     Kind,
     Mask,
+    Order,
     async_load,
     async_store,
     barriers,
     make_queue,
     meet,
     next_item,
+    place_of,
     receive_item,
     report,
     seen_by,
@@ -101,14 +103,10 @@ class Tile(NamedTuple):
 
 
 @gluon.jit
-def locate(item, n_tiles, CONFIG: gl.constexpr):
-    """(b, h, m0) of an item.
-
-    Head after head, or group after group that shares keys, so that they stay in the L2 cache; the last tile first.
-    """
-    in_group = item % (n_tiles * CONFIG.group)
-    head = item // (n_tiles * CONFIG.group) * CONFIG.group + in_group % CONFIG.group
-    m0 = (n_tiles - 1 - in_group // CONFIG.group) * (64 * CONFIG.consumers)
+def locate(item, order, CONFIG: gl.constexpr):
+    """(b, h, m0) of an item."""
+    head, tile = place_of(item, order, CONFIG.group, CONFIG)
+    m0 = (order.n_tiles - 1 - tile) * (64 * CONFIG.consumers)
     return head // CONFIG.heads, head % CONFIG.heads, m0
 
 
@@ -122,9 +120,9 @@ def blocks_seen(m0, M: gl.constexpr, b, mask, N: gl.constexpr, CONFIG: gl.conste
 
 
 @gluon.jit
-def tile_of(item, c: gl.constexpr, n_tiles, mask, N: gl.constexpr, row: gl.constexpr, CONFIG: gl.constexpr):
+def tile_of(item, c: gl.constexpr, order, mask, N: gl.constexpr, row: gl.constexpr, CONFIG: gl.constexpr):
     """Consumer c's part of an item."""
-    b, h, m0 = locate(item, n_tiles, CONFIG)
+    b, h, m0 = locate(item, order, CONFIG)
     all_i0, all_i1, _, _ = blocks_seen(m0, 64 * CONFIG.consumers, b, mask, N, CONFIG)
     m0 += c * 64
     # Its own queries see fewer blocks than the item's, and have fewer edges in them.
@@ -137,7 +135,7 @@ def tile_of(item, c: gl.constexpr, n_tiles, mask, N: gl.constexpr, row: gl.const
 
 
 @gluon.jit
-def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask, CONFIG: gl.constexpr):
+def producer(q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG: gl.constexpr):
     N: gl.constexpr = keys.tiles.shape[3]
     BYTES: gl.constexpr = 64 * keys.tiles.shape[4] * keys.tiles.dtype.primitive_bitwidth // 8
     CONSUMERS: gl.constexpr = CONFIG.consumers
@@ -145,7 +143,7 @@ def producer(q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask
     step = 0
     item = next_item(queue, n)
     while item < queue.n_items:
-        b, h, m0 = locate(item, n_tiles, CONFIG)
+        b, h, m0 = locate(item, order, CONFIG)
         i0, i1, _, _ = blocks_seen(m0, 64 * CONSUMERS, b, mask, N, CONFIG)
         for c in gl.static_range(CONSUMERS):
             stage = stage_of(c, n, CONFIG)
@@ -274,7 +272,7 @@ def release_early(values, step, needed, CONFIG: gl.constexpr):
 
 @gluon.jit
 def begin(
-    c: gl.constexpr, HELD: gl.constexpr, n, step, after, queue, n_tiles, queries, keys, values, mask,
+    c: gl.constexpr, HELD: gl.constexpr, n, step, after, queue, order, queries, keys, values, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Start the first scores of the program's n-th item, once `after` blocks of the one before are passed over.
@@ -295,7 +293,7 @@ def begin(
     step = pass_over(c, after, step, keys, values, CONFIG)
     item = receive_item(queue, n)
     there_is = item < queue.n_items
-    tile = tile_of(gl.minimum(item, queue.n_items - 1), c, n_tiles, mask, N, row, CONFIG)
+    tile = tile_of(gl.minimum(item, queue.n_items - 1), c, order, mask, N, row, CONFIG)
     before = gl.where(there_is, tile.before, 0)
     if HELD:
         release_early(values, held, (after < PLACES) & (after + before >= PLACES), CONFIG)
@@ -371,7 +369,7 @@ def weigh(s, pivot, rescale, row_sum, dtype: gl.constexpr, mask):
 
 @gluon.jit
 def consumer(
-    c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG: gl.constexpr
+    c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG: gl.constexpr
 ):
     """Queries [64 c, 64 c + 64) of each tile."""
     N: gl.constexpr = keys.tiles.shape[3]
@@ -382,7 +380,7 @@ def consumer(
     step = 0
     if c == CONFIG.consumers - 1:
         pass_turn(c, CONFIG)  # the first one begins
-    item, tile, step, s, _ = begin(c, False, n, step, 0, queue, n_tiles, queries, keys, values, mask, CONFIG)
+    item, tile, step, s, _ = begin(c, False, n, step, 0, queue, order, queries, keys, values, mask, CONFIG)
     s = warpgroup_mma_wait(0, deps=[s])
     release(keys, step, CONFIG)
     while item < queue.n_items:
@@ -423,7 +421,7 @@ def consumer(
             give_back(queries, c, n, CONFIG)
         n += 1
         item, tile, begun, s, held = begin(
-            c, JOINED, n, step + 1, tile.after, queue, n_tiles, queries, keys, values, mask, CONFIG
+            c, JOINED, n, step + 1, tile.after, queue, order, queries, keys, values, mask, CONFIG
         )
         if JOINED:
             outs = parts.wait(PRODUCTS, outs)
@@ -436,10 +434,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_tiles", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_items", "n_tiles", "mixed", "S", "S_k", "window"])
 def forward_kernel(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sinks_ptr, taken_ptr,
-    n_items, n_tiles, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
+    n_items, n_tiles, mixed, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE; see `consumer`."""
     dtype: gl.constexpr = q_rows.dtype
@@ -456,15 +454,16 @@ def forward_kernel(
     q = gl.allocate_shared_memory(dtype, [QUERIES] + q_rows.block_shape, q_rows.layout)
     queries = Queries(q, barriers(QUERIES, 1), barriers(QUERIES, 1))
     queue = make_queue(n_items, taken_ptr, CONSUMERS)
+    order = Order(n_tiles, n_items // n_tiles, mixed)
     fence_async_shared()
 
     # Registers per thread; the first partition has what the others leave.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG)),
-                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG)),
-                (producer, (q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask, CONFIG)),
+                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
+                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
+                (producer, (q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG)),
             ],
             [4, 1],
             [240, 24],
@@ -472,10 +471,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG)),
-                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG)),
-                (consumer, (2, out_rows, lse_ptr, sinks_ptr, queue, n_tiles, queries, keys, values, mask, CONFIG)),
-                (producer, (q_rows, k_rows, v_rows, queue, n_tiles, queries, keys, values, mask, CONFIG)),
+                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
+                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
+                (consumer, (2, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
+                (producer, (q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG)),
             ],
             [4, 4, 1],
             [160, 160, 24],
