@@ -84,7 +84,7 @@ def compile_forward(
     kind: Kind, head_dim: int, seq_len: int, dtype: str, sinks: bool, window: int | None = None
 ) -> dict[str, Any]:
     config, n = hopper.forward_config(kind, head_dim, seq_len, window)
-    types = dict.fromkeys(("n_items", "n_tiles", "mixed", "S", "S_k", "window"), "i32")
+    types = dict.fromkeys(("n_items", "n_tiles", "log_mixed", "S", "S_k", "window"), "i32")
     types |= {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
     types |= {name: rows(64, head_dim, dtype) for name in ("q_rows", "out_rows")}
@@ -101,14 +101,14 @@ def compile_backward(
     config = hopper.backward_config(kind, head_dim, deterministic)
     m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
-    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "mixed", "S", "S_k", "window"), "i32") | scalars
+    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "log_mixed", "S", "S_k", "window"), "i32") | scalars
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
     types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
-    sums = m * hopper.padded(head_dim) // 32 // backward_pass.CONSUMERS.value
     if kernel is backward_pass.backward_kernel:
-        types["sum_rows"] = type_of(host.numbers(torch.empty(32 * sums), sums, 32))
+        for i, columns in enumerate(config.shares):
+            types[f"sum{i}_rows"] = type_of(host.numbers(torch.empty(m * columns), m * columns // 32, 32))
         types["chunk_rows"] = type_of(host.numbers(torch.empty(1024), 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_wide.dq_kernel else "ends_ptr": None}
@@ -120,7 +120,8 @@ def compile_backward(
 
 def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
     m = backward_pass.M.value
-    constants = {"H": 8, "M": m, "N": 128, "D": hopper.padded(head_dim), "NUMBERS": 4 * m}
+    width = hopper.padded(head_dim)
+    constants = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "NUMBERS": 4 * m}
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))

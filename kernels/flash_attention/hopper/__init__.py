@@ -18,6 +18,7 @@ from .common import Kind
 from .forward_pass import Forward, forward_kernel
 from .host import launch, numbers, padded, plain_rows, queue_counter, rows
 
+SLACK, LAG = 4, 8
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -48,10 +49,11 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
     return config, n
 
 
-def mixed_heads(kind: Kind, n_heads: int, n_tiles: int, group: int, items: int) -> int:
-    """How many of the last heads `Order` mixes: whole groups with so many items at least; none where all are as long."""
-    heads = portable.cdiv(items, n_tiles * group) * group
-    return min(heads, n_heads) if kind.causal and not kind.window else 0
+def log_mixed(kind: Kind, n_groups: int, group_items: int, items: int) -> int:
+    """How many of the last groups of heads `Order` mixes, in powers of two: those with so many items. One, which changes
+    nothing, where all tiles are as long."""
+    groups = min(items // group_items, n_groups) if kind.causal and not kind.window else 1
+    return max(groups, 1).bit_length() - 1
 
 
 def columns_of(head_dim: int) -> tuple[int, ...]:
@@ -87,7 +89,8 @@ def forward(
     n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     multiprocessors = _multiprocessors(q.device)
-    mixed = mixed_heads(config, B * H, n_tiles, config.group, 3 * multiprocessors)
+    # Two rounds of programs, but no more keys and values than the L2 cache keeps.
+    mixed = log_mixed(config, min(B * G, max(1, 2**22 // (S_k * D))), n_tiles * config.group, 2 * multiprocessors)
     with torch.cuda.device_of(q):
         launch(
             forward_kernel, min(n_items, multiprocessors),
@@ -142,7 +145,8 @@ def _prepare(
     launch(
         prepare_kernel, B * H * query_tiles,
         plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, ends, sums, *counts,
-        S, S_k, query_tiles, n_places, n_heads, H=H, M=M.value, N=config.n, D=config.width, NUMBERS=config.numbers,
+        S, S_k, query_tiles, n_places, n_heads, H=H, M=M.value, N=config.n, D=config.width,
+        SUMMED=sum(config.shares), NUMBERS=config.numbers,
     )  # fmt: skip
     return ends
 
@@ -159,22 +163,21 @@ def _fused(
     # `finisher` turns to a head once as many items have begun after it as run at a time: it is complete then. With a
     # causal mask its first items take longer than the average. At 1k and head_dim 64: 305 instead of 335 with 1 in the
     # place of 1.6.
-    lag = min(1 + (8 * programs // 5 if config.causal else programs) // n_tiles, B * G)
+    lag = min(1 + (LAG * programs // 5 if config.causal else programs) // n_tiles, B * G)
     # One round of programs: more would need more places.
-    mixed = mixed_heads(config, B * G, n_tiles, 1, programs)
-    places = min(lag + max(mixed, 1) + programs // n_tiles, B * G)
+    mixed = log_mixed(config, B * G, n_tiles, programs)
+    places = min(lag + 2**mixed + SLACK * programs // n_tiles // 4, B * G)
     n_places = places * H // G * query_tiles
-    sums = torch.empty(n_places * M.value * config.width, dtype=torch.float32, device=q.device)
+    sums = torch.empty(n_places * M.value * sum(config.shares), dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
-    per_consumer = M.value * config.width // 32 // CONSUMERS.value
+    sum_rows = (numbers(sums, M.value * columns // 32, 32) for columns in config.shares)
     counts = added, cleared, turns
     ends = _prepare(config, mask, dout, outputs, S_k, statistics, sums, counts, n_places, B * G)
     launch(
         backward_kernel, programs if config.persistent else n_items + lag * n_tiles,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
-        numbers(statistics, config.numbers),
-        numbers(sums, per_consumer, 32), numbers(sums, 32, 32), rows(dq, M.value, 16),
+        numbers(statistics, config.numbers), *sum_rows, numbers(sums, 32, 32), rows(dq, M.value, 16),
         rows(dk, config.n), rows(dv, config.n), sums, ends, queue_counter(q.device), *counts,
         places, lag, n_items, n_tiles, mixed, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
@@ -189,17 +192,17 @@ def _dkdv_then_dq(
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    items = 3 * _multiprocessors(q.device)
+    items = 4 * _multiprocessors(q.device)
     ends = _prepare(config, mask, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,
         *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), ends,
-        n_tiles, mixed_heads(config, B * G, n_tiles, 1, items), S, S_k, *mask.numbers, scale, CONFIG=config,
+        n_tiles, log_mixed(config, B * G, n_tiles, items), S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
     launch(
         dq_kernel, m_tiles * B * H,
         *tiles, rows(dq, M.value), statistics, mask.starts,
-        m_tiles, mixed_heads(config, B * H, m_tiles, config.group, items), S, S_k, *mask.numbers, scale, CONFIG=config,
+        m_tiles, log_mixed(config, B * G, m_tiles * config.group, items), S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
 

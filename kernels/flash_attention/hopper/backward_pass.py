@@ -70,7 +70,7 @@ class Backward(Kind):
     columns: tuple[int, ...]
     """The parts of head_dim: see parts.py."""
     width: int
-    """Columns of a tile in shared memory, and of the sums of dQ: head_dim, padded."""
+    """Columns of a tile in shared memory: head_dim, padded."""
     n: int
     """Keys in a tile."""
     stages: int
@@ -92,6 +92,11 @@ class Backward(Kind):
     """Each tile of keys begins with other queries, so that programs that run at once do not all add to the same tile of
     dQ. Without a mask, 4k and 16k: 523 and 543 instead of 504 and 530 at head_dim 64, 586 and 616 instead of 584 and
     606 at 128. Under a causal mask the diagonal does that."""
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """Columns of dQ that each consumer computes: a part of head_dim, or half of the only one."""
+        return (*self.columns,) if len(self.columns) == 2 else (self.width // 2, self.width // 2)
 
     @property
     def numbers(self) -> int:
@@ -317,7 +322,7 @@ def store_keys(item, n, dk_rows, dv_rows, order, keys, mask, CONFIG: gl.constexp
 @gluon.jit
 def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
     """What an item adds to dQ; returns the steps so far."""
-    ROWS: gl.constexpr = sum_rows.block_shape[0]
+    ROWS: gl.constexpr = sum_rows[0].block_shape[0] + sum_rows[1].block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, order, mask, CONFIG)
     head = b * (CONFIG.heads // CONFIG.group) + g
@@ -345,7 +350,7 @@ def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
             had = gl.atomic_add(turns_ptr + tile, 0, mask=i + 1 < n_steps, sem="relaxed")
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(sums.dq_full.index(c), step & 1)
-            async_add(sum_rows, [(now * CONSUMERS + c) * ROWS, 0], sums.dq.index(c))
+            async_add(sum_rows[c], [now * ROWS + c * sum_rows[0].block_shape[0], 0], sums.dq[c])
         for c in gl.static_range(CONSUMERS):
             tma.store_wait(CONSUMERS - 1 - c)
             mbarrier.arrive(sums.dq_empty.index(c), count=1)
@@ -389,7 +394,8 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunk
     ROWS: gl.constexpr = chunk_rows.block_shape[0]
     COLUMNS: gl.constexpr = dq_rows.block_shape[3]
     STAGES: gl.constexpr = CONFIG.chunk_stages
-    PER_TILE: gl.constexpr = CONFIG.width // COLUMNS
+    SUMMED: gl.constexpr = CONFIG.shares[0] + CONFIG.shares[1]
+    PER_TILE: gl.constexpr = SUMMED // COLUMNS
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     head = item // order.n_tiles - places.lag
     if head >= 0:
@@ -423,8 +429,8 @@ def finish(item, read, sum_ptr, chunk_rows, dq_rows, scale, places, order, chunk
             read += 1
             sum_ptr += ROWS * 32
             column += COLUMNS
-            t = gl.where(column == CONFIG.width, t + 1, t)
-            column = gl.where(column == CONFIG.width, 0, column)
+            t = gl.where(column == SUMMED, t + 1, t)
+            column = gl.where(column == SUMMED, 0, column)
             h = gl.where(t == query_tiles, h + 1, h)
             t = gl.where(t == query_tiles, 0, t)
         fence_async_global()
@@ -443,13 +449,14 @@ def load_chunk(chunk_rows, row, n, wanted, chunks):
 
 
 @gluon.jit
-def multiply_dq(c: gl.constexpr, step, k, sums):
-    """Start dS K of a step, once both consumers have put their part of dS there; consumer c's half of the columns."""
-    COLUMNS: gl.constexpr = k.shape[1] // CONSUMERS
+def multiply_dq(c: gl.constexpr, step, k, sums, CONFIG: gl.constexpr):
+    """Start dS K of a step, once both consumers have put their part of dS there; consumer c's share of the columns."""
+    FIRST: gl.constexpr = c * CONFIG.shares[0]
+    COLUMNS: gl.constexpr = CONFIG.shares[c]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     ds = sums.ds.index(step % EXCHANGED).permute((1, 0))
     zeros = gl.zeros([M, COLUMNS], gl.float32, layout)
-    return warpgroup_mma(ds, k.slice(c * COLUMNS, COLUMNS, 1), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(ds, k.slice(FIRST, COLUMNS, 1), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -462,7 +469,7 @@ def send_dq(c: gl.constexpr, step, dq, sums):
     COLUMNS: gl.constexpr = dq.shape[1]
     mbarrier.wait(sums.dq_empty.index(c), (step & 1) ^ 1)
     dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([M * COLUMNS // 32, 32])
-    sums.dq.index(c).store(dq)
+    sums.dq[c].store(dq)
     fence_async_shared()
     mbarrier.arrive(sums.dq_full.index(c), count=1)
 
@@ -526,7 +533,7 @@ def consume(
     mbarrier.arrive(sums.ds_full.index(0), count=1)
     dv = parts.multiply(weight, dout, dv, CONFIG)
     if not FIRST:
-        dq = multiply_dq(c, step - 1, k, sums)
+        dq = multiply_dq(c, step - 1, k, sums, CONFIG)
     dk = parts.multiply(ds, q, dk, CONFIG)
     if not FIRST:
         dq = warpgroup_mma_wait(PRODUCTS, deps=[dq])
@@ -582,7 +589,7 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
             )
             step += 1
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
-        dq = multiply_dq(c, step - 1, k, sums)
+        dq = multiply_dq(c, step - 1, k, sums, CONFIG)
         dq = warpgroup_mma_wait(0, deps=[dq])
         send_dq(c, step - 1, dq, sums)
 
@@ -595,11 +602,11 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
     return step
 
 
-@gluon.jit(do_not_specialize=["count", "lag", "n_items", "n_tiles", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["count", "lag", "n_items", "n_tiles", "log_mixed", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, sum_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, sum0_rows, sum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
     sum_ptr, ends_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
-    n_items, n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_items, n_tiles, log_mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV; see `consumer` and `finisher`."""
     dtype: gl.constexpr = q_rows.dtype
@@ -613,14 +620,15 @@ def backward_kernel(
     queries = Queries(q, dout, statistics, barriers(STAGES, 1), barriers(STAGES, 1), empty, empty)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
     ds = gl.allocate_shared_memory(dtype, [EXCHANGED, CONFIG.n, M], ds_layout)
-    dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + sum_rows.block_shape, sum_rows.layout)
-    sums = Sums(ds, barriers(1, CONSUMERS), dq, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
+    dq0 = gl.allocate_shared_memory(gl.float32, sum0_rows.block_shape, sum0_rows.layout)
+    dq1 = gl.allocate_shared_memory(gl.float32, sum1_rows.block_shape, sum1_rows.layout)
+    sums = Sums(ds, barriers(1, CONSUMERS), (dq0, dq1), barriers(CONSUMERS, 1), barriers(CONSUMERS, 1))
     complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_rows.block_shape, chunk_rows.layout)
     rounded = gl.allocate_shared_memory(dtype, [2] + dq_rows.block_shape, dq_rows.layout)
     chunks = Chunks(complete, barriers(CONFIG.chunk_stages, 1), rounded)
     places = Places(count, lag, added_ptr, cleared_ptr, turns_ptr)
     queue = make_queue(n_items, taken_ptr, 4)
-    order = Order(n_tiles, n_items // n_tiles, mixed)
+    order = Order(n_tiles, n_items // n_tiles, log_mixed)
     # Registers per thread, of 504 for three times four warps. At head_dim 64 the consumers can spare some, which the
     # finisher uses: 506 and 345 instead of 499 and 339 at 4k and 1k, causal.
     FEW: gl.constexpr = 40 if CONFIG.keys_in_registers else 24
@@ -633,7 +641,7 @@ def backward_kernel(
                 producer,
                 (q_rows, k_rows, v_rows, dout_rows, stat_rows, places, queue, order, keys, queries, mask, CONFIG),
             ),
-            (reducer, (sum_rows, dk_rows, dv_rows, places, queue, order, keys, sums, mask, CONFIG)),
+            (reducer, ((sum0_rows, sum1_rows), dk_rows, dv_rows, places, queue, order, keys, sums, mask, CONFIG)),
             (finisher, (sum_ptr, chunk_rows, dq_rows, scale, places, queue, order, chunks, mask, CONFIG)),
         ],
         [4, 1, 1, 2],
@@ -660,7 +668,7 @@ def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
 def prepare_kernel(
     out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, ends_ptr, sum_ptr, added_ptr, cleared_ptr, turns_ptr,
     S, S_k, n_tiles, n_places, n_heads,
-    H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, NUMBERS: tl.constexpr,
+    H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of M queries, one after the other: LSE in base 2; delta = Σ out · dout − dlse; the starts of their documents, as
     bits. Of each tile of N keys: `rows_by_starts`. Places for sums of dQ, and everybody's counts, begin at 0."""
@@ -695,7 +703,9 @@ def prepare_kernel(
         tl.store(turns_ptr + program, 0)
     if sum_ptr is not None:
         if program < n_places:
-            tl.store(sum_ptr + program.to(tl.int64) * (M * D) + tl.arange(0, M * D), tl.zeros([M * D], tl.float32))
+            place_ptr = sum_ptr + program.to(tl.int64) * (M * SUMMED) + tl.arange(0, M * 16)
+            for i in tl.static_range(0, SUMMED, 16):
+                tl.store(place_ptr + i * M, tl.zeros([M * 16], tl.float32))
         if program < n_heads:
             tl.store(added_ptr + program, 0)
             tl.store(cleared_ptr + program, 0)

@@ -207,16 +207,16 @@ def dkdv_producer(q_rows, k_rows, v_rows, dout_rows, stat_rows, order, keys, que
     load(gl.program_id(0), n, step, descriptors, order, keys, queries, mask, CONFIG)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "mixed", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_tiles", "log_mixed", "S", "S_k", "window"])
 def dkdv_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, ends_ptr,
-    n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, log_mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV; see `dkdv_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
-    order = Order(n_tiles, gl.num_programs(0) // n_tiles, mixed)
+    order = Order(n_tiles, gl.num_programs(0) // n_tiles, log_mixed)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
@@ -370,15 +370,15 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, order, streams, mask,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "mixed", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_tiles", "log_mixed", "S", "S_k", "window"])
 def dq_kernel(
     q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr,
-    n_tiles, mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, log_mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ; see `dq_consumer`."""
     dtype: gl.constexpr = q_rows.dtype
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
-    order = Order(n_tiles, gl.num_programs(0) // n_tiles, mixed)
+    order = Order(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_mixed)
     q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
     k = gl.allocate_shared_memory(dtype, [2] + k_rows.block_shape, k_rows.layout)

@@ -434,10 +434,10 @@ def consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_items", "n_tiles", "mixed", "S", "S_k", "window"])
+@gluon.jit(do_not_specialize=["n_items", "n_tiles", "log_mixed", "S", "S_k", "window"])
 def forward_kernel(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sinks_ptr, taken_ptr,
-    n_items, n_tiles, mixed, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
+    n_items, n_tiles, log_mixed, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE; see `consumer`."""
     dtype: gl.constexpr = q_rows.dtype
@@ -454,7 +454,7 @@ def forward_kernel(
     q = gl.allocate_shared_memory(dtype, [QUERIES] + q_rows.block_shape, q_rows.layout)
     queries = Queries(q, barriers(QUERIES, 1), barriers(QUERIES, 1))
     queue = make_queue(n_items, taken_ptr, CONSUMERS)
-    order = Order(n_tiles, n_items // n_tiles, mixed)
+    order = Order(n_tiles, n_items // (n_tiles * CONFIG.group), log_mixed)
     fence_async_shared()
 
     # Registers per thread; the first partition has what the others leave.
