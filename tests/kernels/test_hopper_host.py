@@ -1,8 +1,11 @@
-"""Launches of the Hopper kernels that leave Triton's own way out: never with what was compiled for something else."""
+"""What the host decides for the Hopper kernels: which compiled kernel a launch takes, and the order of the work."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from kernels.flash_attention import hopper
 from kernels.flash_attention.hopper import host
+from kernels.flash_attention.hopper.common import Kind, Order, place_of
 
 
 class Kernel:
@@ -112,3 +117,65 @@ def test_a_descriptor_is_of_its_own_tensor(kernel: Kernel) -> None:
     assert descriptors[0].strides == descriptors[1].strides == [192 * 384, 64, 384, 1]
     assert descriptors[2].strides == [192 * 128, 64, 128, 1]
     assert host.plain_rows(k, 64).base is k
+
+
+def test_kernels_count_on_in_the_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(cuda_stream=1)
+    capturing = False
+    monkeypatch.setattr(host, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    cpu = torch.device("cpu")
+    first = host.queue_counter(cpu)
+    assert first.tolist() == [0]
+    assert host.queue_counter(cpu) is first
+    stream = SimpleNamespace(cuda_stream=2)
+    assert host.queue_counter(cpu) is not first
+    capturing = True
+    graphs = [host.queue_counter(cpu) for _ in range(2)]
+    assert graphs[0] is not graphs[1]
+
+
+CAUSAL = Kind(heads=16, group=1, causal=True, window=False, starts=False, softcap=False)
+PROGRAMS = 132
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("n_tiles", "n_groups", "group"), [(8, 99, 1), (32, 64, 1), (128, 4, 4), (3, 5, 3), (1, 1, 2)])
+def test_the_order_has_every_tile_of_every_head_once(n_tiles: int, n_groups: int, group: int, causal: bool) -> None:
+    kind = replace(CAUSAL, group=group, causal=causal)
+    mixed = hopper.log_mixed(kind, n_groups, n_tiles * group, PROGRAMS)
+    order = Order(n_tiles, n_groups, mixed)
+    places = [place_of.fn(item, order, group, kind) for item in range(n_tiles * n_groups * group)]
+    assert sorted(places) == [(head, tile) for head in range(n_groups * group) for tile in range(n_tiles)]
+    for head in range(n_groups * group):  # and the longest first
+        tiles = [tile for h, tile in places if h == head]
+        assert tiles == sorted(tiles)
+
+
+@pytest.mark.parametrize(("n_tiles", "n_heads"), [(8, 256), (32, 64), (64, 32), (128, 16)])
+def test_with_a_causal_mask_programs_end_at_about_the_same_time(n_tiles: int, n_heads: int) -> None:
+    """Where one head's tiles came after another's to the end, they waited up to 7 % of their time for the last ones."""
+    order = Order(n_tiles, n_heads, hopper.log_mixed(CAUSAL, n_heads, n_tiles, PROGRAMS))
+    ends = [0.0] * PROGRAMS
+    for item in range(n_tiles * n_heads):
+        _, tile = place_of.fn(item, order, 1, CAUSAL)
+        heapq.heapreplace(ends, ends[0] + n_tiles - tile + 1)
+    assert max(ends) < 1.035 * sum(ends) / PROGRAMS
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_tiles", [1, 2, 7, 8, 31, 66, 128, 132, 133, 1000])
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 16, 33, 512])
+def test_no_item_of_the_backward_waits_for_a_later_one(n_tiles: int, n_heads: int, causal: bool) -> None:
+    """For a place of sums: the heads before must have left it. To turn sums into dQ: all must have added to them."""
+    kind = replace(CAUSAL, causal=causal)
+    lag, count, mixed = hopper.sums_plan(kind, n_heads, n_tiles, min(n_tiles * n_heads, PROGRAMS))
+    order = Order(n_tiles, n_heads, mixed)
+    heads = [place_of.fn(item, order, 1, kind)[0] for item in range(n_tiles * n_heads)]
+    last = {head: item for item, head in enumerate(heads)}  # that adds to a head's sums
+    for item, head in enumerate(heads):
+        if head >= count:  # `await_place`: until the items that clear it have
+            assert (head - count + lag) * n_tiles + n_tiles - 1 < item
+        if item // n_tiles >= lag:  # `finish`
+            assert last[item // n_tiles - lag] < item

@@ -18,7 +18,6 @@ from .common import Kind
 from .forward_pass import Forward, forward_kernel
 from .host import launch, numbers, padded, plain_rows, queue_counter, rows
 
-SLACK, LAG = 4, 8
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -50,10 +49,24 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
 
 
 def log_mixed(kind: Kind, n_groups: int, group_items: int, items: int) -> int:
-    """How many of the last groups of heads `Order` mixes, in powers of two: those with so many items. One, which changes
-    nothing, where all tiles are as long."""
+    """How many of the last groups of heads `Order` mixes, as a power of two: those with about so many items. One, which
+    changes nothing, where all tiles are as long."""
     groups = min(items // group_items, n_groups) if kind.causal and not kind.window else 1
     return max(groups, 1).bit_length() - 1
+
+
+@lru_cache(maxsize=4096)
+def sums_plan(kind: Kind, n_heads: int, n_tiles: int, programs: int) -> tuple[int, int, int]:
+    """(lag, count, log_mixed) of `Places` and `Order`, for so many key heads with so many tiles of keys each.
+
+    A head is complete once as many items have begun after it as run at a time; with a causal mask a few more, since its
+    first ones take longest. Mixed heads all need places, and nobody may wait for a head that is mixed with its own.
+    """
+    mixed = log_mixed(kind, n_heads, n_tiles, programs)
+    # With 1.6 instead of 1.3, 312 instead of 320 at 1k and head_dim 128; with 1 305 instead of 335 at head_dim 64.
+    items = 13 * programs // 10 if kind.causal else programs
+    lag = min(max(1 + (items + n_tiles // 2) // n_tiles, 2**mixed), n_heads)
+    return lag, min(lag + 2**mixed + programs // n_tiles, n_heads), mixed
 
 
 def columns_of(head_dim: int) -> tuple[int, ...]:
@@ -89,8 +102,7 @@ def forward(
     n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     multiprocessors = _multiprocessors(q.device)
-    # Two rounds of programs, but no more keys and values than the L2 cache keeps.
-    mixed = log_mixed(config, min(B * G, max(1, 2**22 // (S_k * D))), n_tiles * config.group, 2 * multiprocessors)
+    mixed = log_mixed(config, B * G, n_tiles * config.group, 3 * multiprocessors // 2)
     with torch.cuda.device_of(q):
         launch(
             forward_kernel, min(n_items, multiprocessors),
@@ -107,8 +119,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv and dsinks, as `portable.backward`; without `deterministic` the last bits of dq differ between runs.
 
-    With head_dim up to 128, dq is summed in float32, which takes memory while it runs: for the queries of some 340
-    tiles of 128 keys, whatever B and H are, and for those of two key heads at least. Above, dq is never summed in
+    With head_dim up to 128, dq is summed in float32, which takes memory while it runs: for the queries of some 450
+    tiles of 128 keys, whatever B and H are, and for those of three key heads at least. Above, dq is never summed in
     memory, and always the same.
     """
     (B, S, H, D), G = q.shape, k.shape[2]
@@ -135,8 +147,10 @@ def _prepare(
     config: Backward, mask: portable.Mask, dout: Tensor, outputs: Outputs, S_k: int, statistics: Tensor,
     sums: Tensor | None = None, counts: tuple[Tensor | None, ...] = (None,) * 3, n_places: int = 0, n_heads: int = 0,
 ) -> Tensor | None:  # fmt: skip
-    """The rows' statistics, and where dQ is summed in memory the places and counts for that. Returns which rows see each
-    tile of keys, where there are documents."""
+    """The rows' statistics, and where dQ is summed in memory the places and counts for that.
+
+    Returns the rows that see each tile of keys (`rows_by_starts`), where there are documents.
+    """
     out, lse, dlse = outputs
     (B, S, H, _), query_tiles = out.shape, statistics.shape[2]
     ends = None
@@ -160,13 +174,7 @@ def _fused(
     query_tiles, n_tiles = portable.cdiv(S, M.value), portable.cdiv(S_k, config.n)
     n_items = n_tiles * B * G
     programs = min(n_items, _multiprocessors(q.device))
-    # `finisher` turns to a head once as many items have begun after it as run at a time: it is complete then. With a
-    # causal mask its first items take longer than the average. At 1k and head_dim 64: 305 instead of 335 with 1 in the
-    # place of 1.6.
-    lag = min(1 + (LAG * programs // 5 if config.causal else programs) // n_tiles, B * G)
-    # One round of programs: more would need more places.
-    mixed = log_mixed(config, B * G, n_tiles, programs)
-    places = min(lag + 2**mixed + SLACK * programs // n_tiles // 4, B * G)
+    lag, places, mixed = sums_plan(config, B * G, n_tiles, programs)
     n_places = places * H // G * query_tiles
     sums = torch.empty(n_places * M.value * sum(config.shares), dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
@@ -192,7 +200,7 @@ def _dkdv_then_dq(
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    items = 4 * _multiprocessors(q.device)
+    items = 4 * _multiprocessors(q.device)  # nothing is summed in memory, so there is room to mix more
     ends = _prepare(config, mask, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,

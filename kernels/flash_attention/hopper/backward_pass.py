@@ -563,7 +563,6 @@ def consumer(c: gl.constexpr, scale, queue, order, keys, queries, sums, mask, CO
 def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """dK and dV of an item, and its part of dQ; returns the steps so far."""
     D: gl.constexpr = keys.k.shape[4]
-    dtype: gl.constexpr = keys.k.dtype
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     place = n % CONFIG.key_stages
     k = keys.k.index(place).reshape([CONFIG.n, D])
@@ -651,8 +650,8 @@ def backward_kernel(
 
 @triton.jit
 def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
-    """Rows [0, some_to) hold every query whose document starts at key n1 or before; in all of [0, full_to) it does so at
-    n0 or before. To a tile's precision: one look at the first start of each tile of M queries."""
+    """Rows [0, some_to) hold every query whose document starts at key n1 or before; in all of [0, full_to) it does so
+    at n0 or before. To a tile's precision: one look at the first start of each tile of M queries."""
     CHUNK: tl.constexpr = 1024
     some = 0
     full = 0

@@ -5,13 +5,15 @@ memory, not the products, then set the speed. So there are two kernels here, whi
 add nothing up in memory: seven products instead of five, in the same order in every run.
 
 `dkdv_kernel`: a program owns 64 keys, and its two consumers share the columns: each has dK and dV of one half of
-each part of head_dim. The scores cannot be shared that way (their sums run over all of head_dim), so each consumer computes those
-of 32 of a tile's 64 queries, and they exchange P and dS through shared memory.
+each part of head_dim. The scores cannot be shared that way (their sums run over all of head_dim), so each consumer
+computes those of 32 of a tile's 64 queries, and they exchange P and dS through shared memory.
 
 `dq_kernel`: a program owns 128 queries, 64 for each consumer. Tiles of 64 keys stream past; dS goes from the registers
 into the product with K, which runs one step later, under the next scores.
 """
 
+# mypy: disable-error-code="assignment"
+# Triton's tuples grow where Python's types do not.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -57,6 +59,7 @@ def half(c: gl.constexpr, tile, i: gl.constexpr, CONFIG: gl.constexpr):
 
 @gluon.jit
 def zero_halves(CONFIG: gl.constexpr):
+    """[64, half of head_dim], float32: as in parts.py, a tuple."""
     halves = ()
     for i in gl.static_range(len(CONFIG.columns)):
         halves += (parts.zero_part(CONFIG.columns[i] // CONSUMERS),)
@@ -74,6 +77,7 @@ def multiply_halves(c: gl.constexpr, a, tile, sums, CONFIG: gl.constexpr):
 
 @gluon.jit
 def store_halves(c: gl.constexpr, halves, tile, CONFIG: gl.constexpr):
+    """Put them, rounded, where the consumer's are in a tile in shared memory."""
     for i in gl.static_range(len(CONFIG.columns)):
         half(c, tile, i, CONFIG).store(halves[i].to(tile.dtype))
 
@@ -159,9 +163,7 @@ def consume(
 
 
 @gluon.jit
-def dkdv_consumer(
-    c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG: gl.constexpr
-):
+def dkdv_consumer(c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG: gl.constexpr):
     """The c-th halves of the parts of dK and dV."""
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     k = keys.k.index(0).reshape([CONFIG.n, CONFIG.width])
@@ -257,8 +259,10 @@ class Streams(NamedTuple):
 
 @gluon.jit
 def locate_queries(order, mask, CONFIG: gl.constexpr):
-    """(b, h, m0) of the program, and the tiles of keys [i0, i1) that some of its queries see. Of a head the last queries
-    first: with a causal mask they see the most keys."""
+    """(b, h, m0) of the program, and the tiles of keys [i0, i1) that some of its queries see.
+
+    Of a head the last queries first: with a causal mask they see the most keys.
+    """
     M2: gl.constexpr = CONSUMERS * M
     head, tile = place_of(gl.program_id(0), order, CONFIG.group, CONFIG)
     b = head // CONFIG.heads

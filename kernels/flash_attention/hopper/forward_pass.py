@@ -155,7 +155,7 @@ def producer(q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, 
             load_tile(v_rows, [b, h // CONFIG.group, i * N, 0], values, step, CONFIG)
             step += 1
         n += 1
-        # Asked for before the last loads, so that nobody waits for it; earlier, the items would not be as evenly shared.
+        # Asked for before the last loads, so that nobody waits for it; earlier, and items would be shared less evenly.
         item = next_item(queue, n)
         load_tile(k_rows, [b, h // CONFIG.group, i1 * N - N, 0], keys, step, CONFIG)
         load_tile(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], values, step, CONFIG)
@@ -281,8 +281,8 @@ def begin(
     then that it has read them. But the producer waits for their place after as many blocks as there are places: before
     so many are passed over they are released here.
 
-    Returns the item, n_items or more when there is none left; its tile; the step of the scores; these, which are nobody's
-    when there is no item; and whether the values are still to be released.
+    Returns the item, n_items or more when there is none left; its tile; the step of the scores; these, nobody's when
+    there is no item; and whether the values are still to be released.
     """
     N: gl.constexpr = keys.tiles.shape[3]
     PLACES: gl.constexpr = CONFIG.value_stages
@@ -389,7 +389,7 @@ def consumer(
         await_tile(keys, step + 1, tile.i0 + 1 < tile.i1)
         await_tile(values, step, True)
         p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
-        if JOINED:
+        if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
             if n > 0:
                 give_back(queries, c, n - 1, CONFIG)
         outs = parts.zeros(CONFIG)

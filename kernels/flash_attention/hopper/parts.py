@@ -1,7 +1,7 @@
-"""Tiles with head_dim columns, cut into parts with a power of two of them, which is what a product can have: 96 is 64 + 32.
+"""Tiles with head_dim columns, cut into parts with a power of two of them, as products have it: 96 is 64 + 32.
 
-In shared memory such a tile is one, with the next power of two of columns, and those beyond the parts are left alone. In
-registers it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
+In shared memory such a tile is one, with the next power of two of columns, and those beyond the parts are left alone.
+In registers it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
 """
 
 # mypy: disable-error-code="assignment"
