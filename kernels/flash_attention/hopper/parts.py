@@ -82,6 +82,47 @@ def scale(tile, factor):
 
 
 @gluon.jit
+def rescale(tile, factor):
+    """`scale` for factors of rows that nearly always are all 1: a warp for which they are multiplies nothing."""
+    products = ()
+    for i in gl.static_range(len(tile)):
+        products += (rescale_part(tile[i], factor),)
+    return products
+
+
+@gluon.jit
+def rescale_part(x, factor):
+    N: gl.constexpr = x.shape[1] // 2  # numbers of a thread
+    ASM: gl.constexpr = rescaling(N)
+    REGISTERS: gl.constexpr = registers(N)
+    factor, _ = gl.broadcast(along_rows(factor, x), x)
+    return gl.inline_asm_elementwise(ASM, REGISTERS, [x, factor], dtype=gl.float32, is_pure=True, pack=N)
+
+
+@gluon.constexpr_function
+def rescaling(n):
+    """PTX, since Gluon branches for a whole warp group, which would have to meet first. A thread's n numbers are of two
+    rows, whose factors come with the first four."""
+    copies = " ".join(f"mov.b32 ${i}, ${n + i};" for i in range(n))
+    compares = " ".join(f"setp.neu.or.f32 needed, ${2 * n + i}, 0f3F800000, needed;" for i in range(1, 4))
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return f"""{{
+        .reg .pred needed;
+        {copies}
+        setp.neu.f32 needed, ${2 * n}, 0f3F800000; {compares}
+        vote.sync.any.pred needed, needed, 0xffffffff;
+        @!needed bra.uni done;
+        {products}
+        done:
+    }}"""
+
+
+@gluon.constexpr_function
+def registers(n):
+    return ",".join(["=&f"] * n + ["f"] * (2 * n))
+
+
+@gluon.jit
 def along_rows(x, like):
     """x [64] as a factor for the rows of `like`; each thread has the rows it needs."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, like.type.layout), assert_trivial=True), 1)
