@@ -43,7 +43,7 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
         n = 64
     config = Forward(
         **vars(kind), consumers=consumers, query_stages=2 if head_dim <= 128 else 1, key_stages=key_stages,
-        value_stages=value_stages, columns=columns_of(head_dim),
+        value_stages=value_stages, columns=columns_of(head_dim), rise=8 if head_dim > 64 else 0,
     )  # fmt: skip
     return config, n
 
