@@ -63,7 +63,7 @@ def sums_plan(kind: Kind, n_heads: int, n_tiles: int, programs: int) -> tuple[in
     first ones take longest. Mixed heads all need places, and nobody may wait for a head that is mixed with its own.
     """
     mixed = log_mixed(kind, n_heads, n_tiles, programs)
-    # With 1.6 instead of 1.3, 312 instead of 320 at 1k and head_dim 128; with 1 305 instead of 335 at head_dim 64.
+    # At 1k and 4k, head_dim 128: 312 and 560 with 1.6, 320 and 550 with 1.2. With 1, head_dim 64, 1k: 305, not 335.
     items = 13 * programs // 10 if kind.causal else programs
     lag = min(max(1 + (items + n_tiles // 2) // n_tiles, 2**mixed), n_heads)
     return lag, min(lag + 2**mixed + programs // n_tiles, n_heads), mixed
