@@ -391,11 +391,18 @@ def backward(
     q, k, v, out, dout = aligned(q), aligned(k), aligned(v), aligned(out), aligned(dout)
     delta = _delta(out, dout, dlse)
     dk, dv = dkdv(dout, q, k, v, lse, delta, starts, **options)
-    dsinks = None
-    if sinks is not None:
-        # The sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta).
-        dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+    dsinks = None if sinks is None else dsinks_of(sinks, lse, delta)
     return dq(dout, q, k, v, lse, delta, starts, **options), dk, dv, dsinks
+
+
+def dsinks_of(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of sinks (H,), from LSE and delta = Σ out · dout − dlse, float32 (B, H, S).
+
+    A sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta). One of −∞ is none, also for a query that
+    sees nothing, where −∞ − (−∞) would be NaN.
+    """
+    p = torch.exp(sinks[:, None] - lse).masked_fill(sinks[:, None] == float("-inf"), 0.0)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

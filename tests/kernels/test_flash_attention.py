@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 from typing import Any
 
@@ -165,6 +166,23 @@ def test_a_query_that_sees_nothing_gives_zero_and_no_gradient(sinks, implementat
         assert (results[name][0] == 0).all()
         assert (results[name][1, :69] == 0).all()
     check(flash_attention, inputs, implementation=implementation)
+
+
+@interpreted
+@implementations
+def test_a_sink_of_minus_infinity_is_none(implementation):
+    """For a query that sees nothing, too: the first head's."""
+    inputs = make(Case(70, documents="gaps", sinks=True))
+    inputs.tensors[3][0] = -math.inf
+    results = run(flash_attention, inputs, implementation=implementation)
+    expected = run(flash_attention, replace(inputs, tensors=inputs.tensors[:3]), implementation=implementation)
+    assert results["lse"][:, 0].isinf().any()
+    for name in ("out", "dq"):
+        assert torch.equal(results[name][:, :, 0], expected[name][:, :, 0]), name
+    assert torch.equal(results["lse"][:, 0], expected["lse"][:, 0])
+    assert results["dsinks"][0] == 0
+    assert results["dsinks"][1] != 0
+    assert not results["dk"].isnan().any()
 
 
 @interpreted

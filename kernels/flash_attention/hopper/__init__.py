@@ -137,9 +137,7 @@ def backward(
         compute(config, mask, scale, (q, k, v, dout), (out, lse, dlse), statistics, (dq, dk, dv))
     dsinks = None
     if sinks is not None:
-        delta = statistics[:, :, :, 1].flatten(2)[:, :, :S]
-        # The sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta).
-        dsinks = -(torch.exp(sinks[:, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = portable.dsinks_of(sinks, lse, statistics[:, :, :, 1].flatten(2)[:, :, :S])
     return dq, dk, dv, dsinks
 
 
