@@ -120,16 +120,19 @@ def test_a_descriptor_is_of_its_own_tensor(kernel: Kernel) -> None:
 
 
 def test_kernels_count_on_in_the_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SimpleNamespace(cuda_stream=1)
+    waited: list[str] = []
+    stream = SimpleNamespace(cuda_stream=1, wait_stream=waited.append)
     capturing = False
     monkeypatch.setattr(host, "_counters", {})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the thread's")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     cpu = torch.device("cpu")
     first = host.queue_counter(cpu)
     assert first.tolist() == [0]
     assert host.queue_counter(cpu) is first
-    stream = SimpleNamespace(cuda_stream=2)
+    assert waited == ["the thread's"]  # that cleared it, once
+    stream = SimpleNamespace(cuda_stream=2, wait_stream=waited.append)
     assert host.queue_counter(cpu) is not first
     capturing = True
     graphs = [host.queue_counter(cpu) for _ in range(2)]

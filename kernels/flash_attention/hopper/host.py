@@ -6,6 +6,7 @@ argument of every launch anew and checks every descriptor: docs/kernels/hopper.m
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -73,10 +74,15 @@ def queue_counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = device.index, torch.cuda.current_stream(device).cuda_stream
-    if stream not in _counters:
-        _counters[stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[stream]
+    stream = torch.cuda.current_stream(device)
+    key = device.index, stream.cuda_stream
+    if key not in _counters:
+        # By a thread of its own: while torch.compile warms up for a graph, what the caller's thread allocates lies in
+        # the graph's pool, and may not stay.
+        with ThreadPoolExecutor(1) as thread:
+            _counters[key] = thread.submit(lambda: torch.zeros(1, dtype=torch.int32, device=device)).result()
+        stream.wait_stream(torch.cuda.default_stream(device))
+    return _counters[key]
 
 
 def padded(D: int) -> int:
