@@ -6,8 +6,8 @@ report that they have read it. A consumer keeps two products in flight, the scor
 block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
 products in turns, so that one's products run under another's softmax (section 3.1 there).
 
-Programs stay and take tile after tile from a queue (`Order`). One tile's loads run under the end of the one
-before, and up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
+Programs stay and take tile after tile from a queue (`Order`). One tile's loads run under the end of the one before, and
+up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
 docs/kernels/hopper.md has the measurements.
 """
 
@@ -383,7 +383,7 @@ def consumer(
     """Queries [64 c, 64 c + 64) of each tile."""
     N: gl.constexpr = keys.tiles.shape[3]
     dtype: gl.constexpr = keys.tiles.dtype
-    JOINED: gl.constexpr = CONFIG.query_stages > 1
+    JOINED: gl.constexpr = CONFIG.query_stages > 1  # a tile's end and the beginning of the next
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     n = 0
     step = 0
