@@ -252,7 +252,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
+def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
     """Rows [0, some_to) hold every query whose document starts at n1 or before; in all of [0, full_to) it does so at
     n0 or before. To a tile's precision: one look at the first start of each tile, instead of a search row by row."""
     CHUNK: tl.constexpr = 1024
@@ -294,7 +294,7 @@ def dkdv_kernel(
         some_to, full_to = tl.minimum(S, n1 + window - shift), tl.minimum(S, n0 + window - shift)
     if STARTS:
         starts_ptr += b.to(tl.int64) * S
-        by_start, all_by_start = _rows_by_starts(starts_ptr, n0, n1, S, M)
+        by_start, all_by_start = rows_by_starts(starts_ptr, n0, n1, S, M)
         some_to, full_to = tl.minimum(some_to, by_start), tl.minimum(full_to, all_by_start)
     some_from = tl.maximum(some_from, 0)
     steps = tl.cdiv(tl.maximum(some_to - some_from, 0), M)

@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..portable import rows_by_starts
 from . import parts
 from .common import (
     LOG2E,
@@ -50,6 +51,7 @@ from .common import (
     barriers,
     fence_async_global,
     make_queue,
+    matrix,
     next_item,
     place_of,
     receive_item,
@@ -480,21 +482,18 @@ def consume(
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
-    D: gl.constexpr = keys.k.shape[4]
     dtype: gl.constexpr = keys.k.dtype
     if not CONFIG.keys_in_registers:
         # 0. But the compiler cannot know that K and V are in the same place in all steps, and does not keep some forty
         # addresses for it, part of them in memory: 615 TFLOP/s became 640 (head_dim 128, causal, 16k).
         place = m0 >> 30
-    k = keys.k.index(place).reshape([CONFIG.n, D])
-    v = keys.v.index(place).reshape([CONFIG.n, D])
+    k, v = matrix(keys.k, place), matrix(keys.v, place)
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     query: gl.constexpr = gl.SliceLayout(0, scores)
     stage = step % CONFIG.stages
     phase = step // CONFIG.stages & 1
-    q = queries.q.index(stage).reshape([M, D])
-    dout = queries.dout.index(stage).reshape([M, D])
+    q, dout = parts.of(queries.q, stage, CONFIG), parts.of(queries.dout, stage, CONFIG)
     statistics = queries.statistics.index(stage)
 
     # [64, M]: transposed, so that the sums over queries are plain products
@@ -502,9 +501,9 @@ def consume(
     if not CONFIG.keys_in_registers:
         k_operand, v_operand = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
     mbarrier.wait(queries.q_full.index(stage), phase)
-    s = parts.multiply_transposed(k_operand, q, CONFIG)
+    s = parts.multiply_transposed(parts.cut(k_operand, CONFIG), q)
     mbarrier.wait(queries.dout_full.index(stage), phase)
-    dp = parts.multiply_transposed(v_operand, dout, CONFIG)
+    dp = parts.multiply_transposed(parts.cut(v_operand, CONFIG), dout)
 
     lse = statistics.slice(0, M, 0).load(query)
     s = warpgroup_mma_wait(PRODUCTS, deps=[s])
@@ -531,10 +530,10 @@ def consume(
     sums.ds.index(step % EXCHANGED).slice(c * 64, 64, 0).store(ds)
     fence_async_shared()
     mbarrier.arrive(sums.ds_full.index(0), count=1)
-    dv = parts.multiply(weight, dout, dv, CONFIG)
+    dv = parts.multiply(weight, dout, dv)
     if not FIRST:
         dq = multiply_dq(c, step - 1, k, sums, CONFIG)
-    dk = parts.multiply(ds, q, dk, CONFIG)
+    dk = parts.multiply(ds, q, dk)
     if not FIRST:
         dq = warpgroup_mma_wait(PRODUCTS, deps=[dq])
         send_dq(c, step - 1, dq, sums)  # under the product for dK
@@ -562,14 +561,13 @@ def consumer(c: gl.constexpr, scale, queue, order, keys, queries, sums, mask, CO
 @gluon.jit
 def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, mask, CONFIG: gl.constexpr):
     """dK and dV of an item, and its part of dQ; returns the steps so far."""
-    D: gl.constexpr = keys.k.shape[4]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     place = n % CONFIG.key_stages
-    k = keys.k.index(place).reshape([CONFIG.n, D])
-    k_own = k.slice(c * 64, 64, 0)
-    v_own = keys.v.index(place).reshape([CONFIG.n, D]).slice(c * 64, 64, 0)
+    k, v = matrix(keys.k, place), matrix(keys.v, place)
+    k_own, v_own = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
+    k_parts, v_parts = parts.cut(k_own, CONFIG), parts.cut(v_own, CONFIG)
     _, _, n0, t0, t1, t2, t3 = locate(item, order, mask, CONFIG)
-    dk, dv = parts.zeros(CONFIG), parts.zeros(CONFIG)
+    dk, dv = parts.zeros(k_parts), parts.zeros(v_parts)
     mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
         operands = k_own, v_own
@@ -594,8 +592,8 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), n & 1)
-    parts.store(parts.scale(dk, scale), k_own, CONFIG)
-    parts.store(dv, v_own, CONFIG)
+    parts.store(parts.scale(dk, scale), k_parts)
+    parts.store(dv, v_parts)
     fence_async_shared()
     mbarrier.arrive(keys.replaced.index(0), count=1)
     return step
@@ -646,21 +644,6 @@ def backward_kernel(
         [4, 1, 1, 2],
         [(504 - FEW) // 2, FEW, FEW, FEW],
     )
-
-
-@triton.jit
-def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
-    """Rows [0, some_to) hold every query whose document starts at key n1 or before; in all of [0, full_to) it does so
-    at n0 or before. To a tile's precision: one look at the first start of each tile of M queries."""
-    CHUNK: tl.constexpr = 1024
-    some = 0
-    full = 0
-    for i in range(0, tl.cdiv(S, M), CHUNK):
-        m = (i + tl.arange(0, CHUNK)) * M
-        starts = tl.load(starts_ptr + m, mask=m < S, other=2147483647)
-        some += tl.sum((starts <= n1).to(tl.int32), 0)
-        full += tl.sum((starts <= n0).to(tl.int32), 0)
-    return some * M, (full - 1) * M + 1
 
 
 @triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_places", "n_heads"])

@@ -24,13 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from . import parts
 from .backward_pass import CONSUMERS, M, Queries, load, locate, make_keys, next_tile
-from .common import Mask, Order, async_load, async_store, barriers, place_of, seen_by, sees, start_of, tanh
+from .common import Mask, Order, async_load, async_store, barriers, matrix, place_of, seen_by, sees, start_of, tanh
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
 
@@ -46,40 +45,23 @@ class Exchange(NamedTuple):
 @gluon.jit
 def multiply_scores(c: gl.constexpr, tiles, step, keys, CONFIG: gl.constexpr):
     """Start keys · rowsᵀ for the consumer's own rows of a tile of Q or dO."""
-    rows = tiles.index(step % CONFIG.stages).reshape([M, CONFIG.width]).slice(c * OWN, OWN, 0)
-    return parts.multiply_transposed(keys, rows, CONFIG)
+    rows = matrix(tiles, step % CONFIG.stages).slice(c * OWN, OWN, 0)
+    return parts.multiply_transposed(parts.cut(keys, CONFIG), parts.cut(rows, CONFIG))
 
 
 @gluon.jit
-def half(c: gl.constexpr, tile, i: gl.constexpr, CONFIG: gl.constexpr):
-    """The consumer's half of a tile's i-th part."""
-    COLUMNS: gl.constexpr = CONFIG.columns[i] // CONSUMERS
-    return parts.part(tile, i, CONFIG).slice(c * COLUMNS, COLUMNS, 1)
-
-
-@gluon.jit
-def zero_halves(CONFIG: gl.constexpr):
-    """[64, half of head_dim], float32: as in parts.py, a tuple."""
-    halves = ()
+def halves(c: gl.constexpr, tile, CONFIG: gl.constexpr):
+    """The consumer's half of each of a tile's parts."""
+    cut = ()
     for i in gl.static_range(len(CONFIG.columns)):
-        halves += (parts.zero_part(CONFIG.columns[i] // CONSUMERS),)
-    return halves
+        cut += (half(c, parts.part(tile, i, CONFIG)),)
+    return cut
 
 
 @gluon.jit
-def multiply_halves(c: gl.constexpr, a, tile, sums, CONFIG: gl.constexpr):
-    """Start sums + a · the consumer's halves of a tile."""
-    products = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        products += (warpgroup_mma(a, half(c, tile, i, CONFIG), sums[i], is_async=True),)
-    return products
-
-
-@gluon.jit
-def store_halves(c: gl.constexpr, halves, tile, CONFIG: gl.constexpr):
-    """Put them, rounded, where the consumer's are in a tile in shared memory."""
-    for i in gl.static_range(len(CONFIG.columns)):
-        half(c, tile, i, CONFIG).store(halves[i].to(tile.dtype))
+def half(c: gl.constexpr, part):
+    COLUMNS: gl.constexpr = part.shape[1] // CONSUMERS
+    return part.slice(c * COLUMNS, COLUMNS, 1)
 
 
 @gluon.jit
@@ -127,19 +109,17 @@ def consume(
     next tile, at m0."""
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     place = m0 >> 30  # 0, as in backward_pass.py
-    k = keys.k.index(place).reshape([CONFIG.n, CONFIG.width])
-    v = keys.v.index(place).reshape([CONFIG.n, CONFIG.width])
+    k, v = matrix(keys.k, place), matrix(keys.v, place)
     stage = step % CONFIG.stages
     following = step + 1
     phase = following // CONFIG.stages & 1
-    q = queries.q.index(stage).reshape([M, CONFIG.width])
-    dout = queries.dout.index(stage).reshape([M, CONFIG.width])
+    q, dout = halves(c, matrix(queries.q, stage), CONFIG), halves(c, matrix(queries.dout, stage), CONFIG)
     p = exchange.p.index(step % 2)
     ds = exchange.ds.index(step % 2)
     if LAST:
         mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = multiply_halves(c, ds, q, dk, CONFIG)
-        dv = multiply_halves(c, p, dout, dv, CONFIG)
+        dk = parts.multiply(ds, q, dk)
+        dv = parts.multiply(p, dout, dv)
         dk = parts.wait(PRODUCTS, dk)
         dv = parts.wait(0, dv)
         mbarrier.arrive(queries.q_empty.index(stage), count=1)
@@ -147,10 +127,10 @@ def consume(
         mbarrier.wait(queries.q_full.index(following % CONFIG.stages), phase)
         s = multiply_scores(c, queries.q, following, k, CONFIG)
         mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = multiply_halves(c, ds, q, dk, CONFIG)
+        dk = parts.multiply(ds, q, dk)
         mbarrier.wait(queries.dout_full.index(following % CONFIG.stages), phase)
         dp = multiply_scores(c, queries.dout, following, v, CONFIG)
-        dv = multiply_halves(c, p, dout, dv, CONFIG)
+        dv = parts.multiply(p, dout, dv)
         s = warpgroup_mma_wait(3 * PRODUCTS, deps=[s])
         weights, s = weigh(c, following, s, m0, n0, masked, queries, mask, CONFIG)
         dk = parts.wait(2 * PRODUCTS, dk)
@@ -166,10 +146,10 @@ def consume(
 def dkdv_consumer(c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries, exchange, mask, CONFIG: gl.constexpr):
     """The c-th halves of the parts of dK and dV."""
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
-    k = keys.k.index(0).reshape([CONFIG.n, CONFIG.width])
-    v = keys.v.index(0).reshape([CONFIG.n, CONFIG.width])
+    k, v = matrix(keys.k, 0), matrix(keys.v, 0)
     b, g, n0, t0, t1, t2, t3 = locate(gl.program_id(0), order, mask, CONFIG)
-    dk, dv = zero_halves(CONFIG), zero_halves(CONFIG)
+    k_halves, v_halves = halves(c, k, CONFIG), halves(c, v, CONFIG)
+    dk, dv = parts.zeros(k_halves), parts.zeros(v_halves)
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
         t = t0
@@ -190,8 +170,8 @@ def dkdv_consumer(c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
-    store_halves(c, parts.scale(dk, scale), k, CONFIG)
-    store_halves(c, dv, v, CONFIG)
+    parts.store(parts.scale(dk, scale), k_halves)
+    parts.store(dv, v_halves)
     fence_async_shared()
     mbarrier.arrive(keys.replaced.index(0), count=1)
     if c == 0:
@@ -297,12 +277,6 @@ def dq_producer(q_rows, k_rows, v_rows, dout_rows, order, streams, mask, CONFIG:
 
 
 @gluon.jit
-def matrix(tiles, stage, CONFIG: gl.constexpr):
-    """[64, width]: one of several tiles in shared memory."""
-    return tiles.index(stage).reshape([64, CONFIG.width])
-
-
-@gluon.jit
 def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, mask, CONFIG: gl.constexpr):
     """dS [64 queries, 64 keys], once dP is complete, which AFTER products were started after."""
     N: gl.constexpr = CONFIG.n
@@ -339,27 +313,27 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, order, streams, mask,
     lse = gl.load(stat_ptr)
     delta = gl.load(stat_ptr + M)
     start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
-    q = matrix(streams.q, c, CONFIG)
-    dq = parts.zeros(CONFIG)
+    q = parts.of(streams.q, c, CONFIG)
+    dq = parts.zeros(q)
     mbarrier.wait(streams.queries_full.index(c), 0)
     if i0 < i1:
         mbarrier.wait(streams.k_full.index(0), 0)
-        s = parts.multiply_transposed(q, matrix(streams.k, 0, CONFIG), CONFIG)
+        s = parts.multiply_transposed(q, parts.of(streams.k, 0, CONFIG))
         mbarrier.wait(streams.v_full.index(0), 0)
-        dp = parts.multiply_transposed(matrix(streams.dout, c, CONFIG), matrix(streams.v, 0, CONFIG), CONFIG)
+        dp = parts.multiply_transposed(parts.of(streams.dout, c, CONFIG), parts.of(streams.v, 0, CONFIG))
         s = warpgroup_mma_wait(PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
         ds = differentiate(s, dp, 0, lse, delta, m, start, i0 * N, masked, mask, CONFIG).to(dtype)
         mbarrier.arrive(streams.v_empty.index(0), count=1)
         for i in range(i0 + 1, i1):
             step = i - i0
-            k = matrix(streams.k, step % 2, CONFIG)
+            k = parts.of(streams.k, step % 2, CONFIG)
             mbarrier.wait(streams.k_full.index(step % 2), step // 2 & 1)
             place = c + (i >> 26)  # c, as in backward_pass.py
-            s = parts.multiply_transposed(matrix(streams.q, place, CONFIG), k, CONFIG)
+            s = parts.multiply_transposed(parts.of(streams.q, place, CONFIG), k)
             mbarrier.wait(streams.v_full.index(0), step & 1)
-            dp = parts.multiply_transposed(matrix(streams.dout, place, CONFIG), matrix(streams.v, 0, CONFIG), CONFIG)
-            dq = parts.multiply(ds, matrix(streams.k, (step - 1) % 2, CONFIG), dq, CONFIG)
+            dp = parts.multiply_transposed(parts.of(streams.dout, place, CONFIG), parts.of(streams.v, 0, CONFIG))
+            dq = parts.multiply(ds, parts.of(streams.k, (step - 1) % 2, CONFIG), dq)
             s = warpgroup_mma_wait(2 * PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
             next_ds = differentiate(s, dp, PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
@@ -367,8 +341,8 @@ def dq_consumer(c: gl.constexpr, stat_ptr, dq_rows, scale, order, streams, mask,
             dq = parts.wait(0, dq)
             mbarrier.arrive(streams.k_empty.index((step - 1) % 2), count=1)
             ds = next_ds.to(dtype)
-        dq = parts.wait(0, parts.multiply(ds, matrix(streams.k, (i1 - 1 - i0) % 2, CONFIG), dq, CONFIG))
-    parts.store(parts.scale(dq, scale), q, CONFIG)
+        dq = parts.wait(0, parts.multiply(ds, parts.of(streams.k, (i1 - 1 - i0) % 2, CONFIG), dq))
+    parts.store(parts.scale(dq, scale), q)
     fence_async_shared()
     async_store(dq_rows, [b, h, m0, 0], streams.q.index(c))
     tma.store_wait(0)

@@ -84,6 +84,12 @@ def sees(mask, m, start, n, CONFIG: gl.constexpr):
 
 
 @gluon.jit
+def matrix(tiles, stage):
+    """[rows, D]: one of several tiles in shared memory."""
+    return tiles.index(stage).reshape([tiles.shape[3], tiles.shape[4]])
+
+
+@gluon.jit
 def barriers(N: gl.constexpr, COUNT: gl.constexpr):
     """N barriers that COUNT arrivals complete."""
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())

@@ -193,12 +193,6 @@ def await_tile(ring, step, wanted):
 
 
 @gluon.jit
-def matrix(tiles, stage):
-    """[rows, D]: one of several tiles in shared memory."""
-    return tiles.index(stage).reshape([tiles.shape[3], tiles.shape[4]])
-
-
-@gluon.jit
 def release(ring, step, CONFIG: gl.constexpr):
     """The calling consumer has read the step's tile."""
     report(ring.read + step % ring.tiles.shape[0], 32 + 128 * CONFIG.consumers)
@@ -218,14 +212,14 @@ def pass_turn(c: gl.constexpr, CONFIG: gl.constexpr):
 @gluon.jit
 def multiply_scores(c: gl.constexpr, n, step, queries, keys, CONFIG: gl.constexpr):
     """Start q kᵀ of consumer c's queries of the program's n-th item and the step's keys."""
-    q = matrix(queries.tiles, stage_of(c, n, CONFIG))
-    return parts.multiply_transposed(q, matrix(keys.tiles, step % CONFIG.key_stages), CONFIG)
+    q = parts.of(queries.tiles, stage_of(c, n, CONFIG), CONFIG)
+    return parts.multiply_transposed(q, parts.of(keys.tiles, step % CONFIG.key_stages, CONFIG))
 
 
 @gluon.jit
 def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
     """Start out + p v of the step's values."""
-    return parts.multiply(p, matrix(values.tiles, step % CONFIG.value_stages), outs, CONFIG)
+    return parts.multiply(p, parts.of(values.tiles, step % CONFIG.value_stages, CONFIG), outs)
 
 
 @gluon.jit
@@ -236,7 +230,7 @@ def store(c: gl.constexpr, n, tile, outs, row_max, row_sum, out_rows, lse_ptr, q
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     stage = stage_of(c, n, CONFIG)
-    parts.store(parts.scale(outs, 1 / row_sum), matrix(queries.tiles, stage), CONFIG)
+    parts.store(parts.scale(outs, 1 / row_sum), parts.of(queries.tiles, stage, CONFIG))
     fence_async_shared()
     async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage))
     m = m0 + gl.arange(0, 64, row)
@@ -401,7 +395,7 @@ def consumer(
         if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
             if n > 0:
                 give_back(queries, c, n - 1, CONFIG)
-        outs = parts.zeros(CONFIG)
+        outs = parts.zeros(parts.of(values.tiles, 0, CONFIG))
         for i in range(tile.i0 + 1, tile.i1):
             take_turn(c)
             s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)

@@ -1,7 +1,7 @@
 """Tiles with head_dim columns, cut into parts with a power of two of them, as products have it: 96 is 64 + 32.
 
 In shared memory such a tile is one, with the next power of two of columns, and those beyond the parts are left alone.
-In registers it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
+Cut, and in registers, it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
 """
 
 # mypy: disable-error-code="assignment"
@@ -12,10 +12,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from .common import matrix
+
+
+@gluon.jit
+def of(tiles, stage, CONFIG: gl.constexpr):
+    """One of several tiles in shared memory, cut."""
+    return cut(matrix(tiles, stage), CONFIG)
+
+
+@gluon.jit
+def cut(tile, CONFIG: gl.constexpr):
+    """The parts of a tile in shared memory. One that has one part may be in registers."""
+    parts = ()
+    for i in gl.static_range(len(CONFIG.columns)):
+        parts += (part(tile, i, CONFIG),)
+    return parts
+
 
 @gluon.jit
 def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
-    """The i-th part of a tile in shared memory. All of a tile that has one part may be in registers."""
     if len(CONFIG.columns) > 1:
         FIRST: gl.constexpr = CONFIG.columns[0] * i
         tile = tile.slice(FIRST, CONFIG.columns[i], 1)
@@ -23,11 +39,11 @@ def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def zeros(CONFIG: gl.constexpr):
-    """[64, head_dim], float32."""
+def zeros(like):
+    """[64, columns], float32, with the columns of a tile that is cut."""
     tile = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        tile += (zero_part(CONFIG.columns[i]),)
+    for i in gl.static_range(len(like)):
+        tile += (zero_part(like[i].shape[1]),)
     return tile
 
 
@@ -38,31 +54,33 @@ def zero_part(COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def multiply_transposed(a, b, CONFIG: gl.constexpr):
-    """Start a bᵀ of two tiles, [64, N]; as many products as there are parts."""
-    N: gl.constexpr = b.shape[0]
+def multiply_transposed(a, b):
+    """Start a bᵀ of two tiles that are cut, [64, N]; as many products as there are parts."""
+    N: gl.constexpr = b[0].shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     c = gl.zeros([64, N], gl.float32, layout)
-    c = warpgroup_mma(part(a, 0, CONFIG), part(b, 0, CONFIG).permute((1, 0)), c, use_acc=False, is_async=True)
-    for i in gl.static_range(1, len(CONFIG.columns)):
-        c = warpgroup_mma(part(a, i, CONFIG), part(b, i, CONFIG).permute((1, 0)), c, is_async=True)
+    c = warpgroup_mma(a[0], b[0].permute((1, 0)), c, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(b)):
+        c = warpgroup_mma(a[i], b[i].permute((1, 0)), c, is_async=True)
     return c
 
 
 @gluon.jit
-def multiply(a, b, sums, CONFIG: gl.constexpr):
-    """Start sums + a b, where a [64, N] is in registers and the tile b in shared memory; as many products as there are
+def multiply(a, b, sums):
+    """Start sums + a b, where a is [64, N], in registers or not, and the tile b cut; as many products as there are
     parts."""
     products = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        products += (multiply_part(a, part(b, i, CONFIG), sums[i]),)
+    for i in gl.static_range(len(b)):
+        products += (multiply_part(a, b[i], sums[i]),)
     return products
 
 
 @gluon.jit
 def multiply_part(a, b, c):
-    left: gl.constexpr = gl.DotOperandLayout(0, c.type.layout, 2)
-    return warpgroup_mma(gl.convert_layout(a, left), b, c, is_async=True)
+    if isinstance(a, gl.tensor):
+        left: gl.constexpr = gl.DotOperandLayout(0, c.type.layout, 2)
+        a = gl.convert_layout(a, left)
+    return warpgroup_mma(a, b, c, is_async=True)
 
 
 @gluon.jit
@@ -129,7 +147,7 @@ def along_rows(x, like):
 
 
 @gluon.jit
-def store(tile, place, CONFIG: gl.constexpr):
-    """Put a tile, rounded, where there is one in shared memory."""
-    for i in gl.static_range(len(CONFIG.columns)):
-        part(place, i, CONFIG).store(tile[i].to(place.dtype))
+def store(tile, places):
+    """Put a tile, rounded, where there is one in shared memory, which is cut."""
+    for i in gl.static_range(len(places)):
+        places[i].store(tile[i].to(places[i].dtype))
