@@ -81,6 +81,68 @@ def test_error_is_within_twice_that_of_standard_attention(case, implementation):
     check(flash_attention, make(case, "cuda"), implementation=implementation)
 
 
+SCORES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a late key": lambda q, k: k[:, -200].mul_(60),
+    "a few queries": lambda q, k: q[:, ::97].mul_(500),
+    "all": lambda q, k: (q.mul_(20), k.mul_(15)),
+    "rising": lambda q, k: k.mul_(torch.linspace(0, 80, k.shape[1], device=k.device)[:, None, None]),
+}
+
+
+@implementations
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2500, D=64, heads=(4, 2), dtype=BF16),
+        Case(2300, D=128, heads=(4, 4), causal=False, sinks=True, dtype=BF16),
+        Case(2300, D=128, heads=(4, 1), documents="long", dtype=FP16),
+        Case(1500, D=256, heads=(2, 1), window=700, dtype=BF16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_far_above_those_before_them(scores, case, implementation):
+    """Where the maximum of a row's first keys is no use: exponentials of 2^60, or infinite ones."""
+    inputs = make(case, "cuda")
+    SCORES[scores](*inputs.tensors[:2])
+    check(flash_attention, inputs, implementation=implementation)
+    ours, truth = run(flash_attention, inputs, implementation=implementation), run(reference, inputs.double())
+    assert (ours["out"] - truth["out"]).norm() < 0.01 * truth["out"].norm()
+    torch.testing.assert_close(ours["lse"].double(), truth["lse"], rtol=1e-4, atol=1e-3)
+
+
+def test_hopper_repeats_any_number_of_items():
+    """Each program has eight items, of which all but the shortest, every third, or none must be computed again."""
+    if (reason := why_not_hopper(torch.device("cuda"), BF16)) is not None:
+        pytest.skip(reason)
+    inputs = make(Case(4096, D=128, heads=(16, 16), B=2, dtype=BF16), "cuda")
+    for heads in (slice(None), slice(None, None, 3), slice(0)):
+        q, k, v = (x.clone() for x in inputs.tensors)
+        SCORES["rising"](q[:, :, heads], k[:, :, heads])
+        for causal in (True, False):
+            got, expected = (
+                flash_attention(q, k, v, causal=causal, implementation=implementation, return_lse=True)
+                for implementation in ("hopper", "triton")
+            )
+            assert (got[0] - expected[0]).norm() < 0.01 * expected[0].norm()
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-3)
+
+
+@implementations
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_nan_goes_where_it_belongs(D, implementation):
+    q, k, v = make(Case(1000, D=D, heads=(4, 4), dtype=BF16), "cuda").tensors
+    q[0, 500, 1] = torch.nan
+    k[1, 900, 2] = torch.nan
+    out, lse = flash_attention(q, k, v, implementation=implementation, return_lse=True)
+    expected = torch.zeros(2, 1000, 4, dtype=torch.bool, device="cuda")
+    expected[0, 500, 1] = True
+    expected[1, 900:, 2] = True
+    assert torch.equal(out.isnan().any(-1), expected)
+    assert torch.equal(out.isnan().all(-1), expected)
+    assert torch.equal(lse.isnan(), expected.transpose(1, 2))
+
+
 @implementations
 def test_one_query_of_many_keys(implementation):
     """Decoding."""
@@ -244,6 +306,29 @@ def test_a_compiled_layer_runs_without_a_graph_break_and_is_compiled_once():
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
     assert counter.frame_count == 1
+
+
+def test_a_layer_that_is_compiled_to_graphs_gives_the_same_each_time():
+    """What outlives a launch may not lie in the memory of the graphs that torch.compile replays."""
+    torch.compiler.reset()
+    projection = torch.nn.Linear(256, 3 * 256, dtype=BF16, device="cuda")
+
+    def layer(x: Tensor) -> Tensor:
+        q, k, v = projection(x).unflatten(-1, (12, 64)).split(4, dim=2)
+        return flash_attention(q, k, v, deterministic=True).flatten(2)
+
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(2, 1024, 256, dtype=BF16, device="cuda")
+
+    def step(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        out = function(x)
+        return [t.clone() for t in (out, *torch.autograd.grad(out.square().sum(), projection.weight))]
+
+    expected = step(layer)
+    for _ in range(6):
+        for ours, theirs in zip(step(compiled), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
 
 
 def test_nothing_waits_for_the_gpu():
