@@ -110,11 +110,16 @@ def run(
     return {name: x.detach() for name, x in results.items()}
 
 
-def check(function: Callable[..., Any], inputs: Inputs, through: tuple[str, ...] = ("out", "lse"), **more: Any) -> None:
-    """Compare with float64 and with standard attention in the inputs' dtype, all from the same rounded inputs."""
+def check(
+    function: Callable[..., Any], inputs: Inputs, through: tuple[str, ...] = ("out", "lse"), **more: Any
+) -> tuple[Results, Results]:
+    """Compare with float64 and with standard attention in the inputs' dtype, all from the same rounded inputs. Returns
+    the function's results and those in float64."""
     truth = run(reference, inputs.double(), through)
     slack = {"dsinks": _sinks_slack(truth, inputs)} if "dsinks" in truth else {}
-    assert_within_twice(run(function, inputs, through, **more), run(reference, inputs, through), truth, slack)
+    ours = run(function, inputs, through, **more)
+    assert_within_twice(ours, run(reference, inputs, through), truth, slack)
+    return ours, truth
 
 
 def _sinks_slack(truth: Results, inputs: Inputs) -> float:
