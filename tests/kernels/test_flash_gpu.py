@@ -110,6 +110,23 @@ def test_scores_far_above_those_before_them(scores, case, implementation):
     torch.testing.assert_close(ours["lse"].double(), truth["lse"], rtol=1e-4, atol=1e-3)
 
 
+def test_hopper_repeats_any_number_of_items():
+    """Each program has eight items, of which all but the shortest, every third, or none must be computed again."""
+    if (reason := why_not_hopper(torch.device("cuda"), BF16)) is not None:
+        pytest.skip(reason)
+    inputs = make(Case(4096, D=128, heads=(16, 16), B=2, dtype=BF16), "cuda")
+    for heads in (slice(None), slice(None, None, 3), slice(0)):
+        q, k, v = (x.clone() for x in inputs.tensors)
+        SCORES["rising"](q[:, :, heads], k[:, :, heads])
+        for causal in (True, False):
+            got, expected = (
+                flash_attention(q, k, v, causal=causal, implementation=implementation, return_lse=True)
+                for implementation in ("hopper", "triton")
+            )
+            assert (got[0] - expected[0]).norm() < 0.01 * expected[0].norm()
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-3)
+
+
 @implementations
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_nan_goes_where_it_belongs(D, implementation):

@@ -32,18 +32,20 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
     consumers, key_stages, value_stages, n = 2, 2, 3, 128
     if head_dim <= 64:
         key_stages, value_stages = 4, 4
-        # Three consumers hide more of the softmax: 541 against 495 at 16k. Rows of 1k waste too much of their tiles of
-        # 192 queries: 215 against 321.
+        # Three consumers hide more of the softmax: 641 against 553 at 16k. Rows of 1k waste too much of their tiles of
+        # 192 queries: 320 against 350.
         if S_k > 2048:
             consumers = 3
-            # Half as many keys in a block waste less at the ends of a window: 372 against 317 where it is 1k.
-            if window is not None and window <= 2048:
+            # Half as many keys in a block waste less at the ends of windows and documents (372 against 317 where the
+            # window is 1k), and where blocks are masked half as much code passes through the instruction cache: 377
+            # against 284 with documents of 1k.
+            if kind.starts or (window is not None and window <= 2048):
                 n = 64
     elif head_dim > 128:
         n = 64
     config = Forward(
         **vars(kind), consumers=consumers, query_stages=2 if head_dim <= 128 else 1, key_stages=key_stages,
-        value_stages=value_stages, columns=columns_of(head_dim), rise=8 if head_dim > 64 else 0,
+        value_stages=value_stages, columns=columns_of(head_dim),
     )  # fmt: skip
     return config, n
 

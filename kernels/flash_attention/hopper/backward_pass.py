@@ -315,6 +315,7 @@ def store_keys(item, n, dk_rows, dv_rows, order, keys, mask, CONFIG: gl.constexp
     b, g, n0, _, _, _, _ = locate(item, order, mask, CONFIG)
     place = n % CONFIG.key_stages
     mbarrier.wait(keys.replaced.index(0), n & 1)
+    fence_async_shared()
     async_store(dk_rows, [b, g, n0, 0], keys.k.index(place))
     async_store(dv_rows, [b, g, n0, 0], keys.v.index(place))
     tma.store_wait(0)
@@ -352,6 +353,7 @@ def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
             had = gl.atomic_add(turns_ptr + tile, 0, mask=i + 1 < n_steps, sem="relaxed")
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(sums.dq_full.index(c), step & 1)
+            fence_async_shared()
             async_add(sum_rows[c], [now * ROWS + c * sum_rows[0].block_shape[0], 0], sums.dq[c])
         for c in gl.static_range(CONSUMERS):
             tma.store_wait(CONSUMERS - 1 - c)
@@ -467,12 +469,14 @@ def send_dq(c: gl.constexpr, step, dq, sums):
 
     A thread has 2 neighbouring columns of rows r and r + 8: 4 numbers, which it writes at once, and a warp's go to
     512 bytes in a row. `finish` undoes the order.
+
+    Here and for dS the fence between these stores and TMA's or a product's reading is the reader's, who comes later: a
+    writer's waits until all is stored. Head_dim 128, causal, 4k: 576 instead of 561; 96, 16k: 581 instead of 550.
     """
     COLUMNS: gl.constexpr = dq.shape[1]
     mbarrier.wait(sums.dq_empty.index(c), (step & 1) ^ 1)
     dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([M * COLUMNS // 32, 32])
     sums.dq[c].store(dq)
-    fence_async_shared()
     mbarrier.arrive(sums.dq_full.index(c), count=1)
 
 
@@ -527,8 +531,8 @@ def consume(
 
     if not FIRST:  # the other consumer has used dS of the step before the last, whose place this one takes
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
+        fence_async_shared()
     sums.ds.index(step % EXCHANGED).slice(c * 64, 64, 0).store(ds)
-    fence_async_shared()
     mbarrier.arrive(sums.ds_full.index(0), count=1)
     dv = parts.multiply(weight, dout, dv)
     if not FIRST:
@@ -586,6 +590,7 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
             )
             step += 1
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)
+        fence_async_shared()
         dq = multiply_dq(c, step - 1, k, sums, CONFIG)
         dq = warpgroup_mma_wait(0, deps=[dq])
         send_dq(c, step - 1, dq, sums)
@@ -594,7 +599,6 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
     mbarrier.wait(keys.done.index(0), n & 1)
     parts.store(parts.scale(dk, scale), k_parts)
     parts.store(dv, v_parts)
-    fence_async_shared()
     mbarrier.arrive(keys.replaced.index(0), count=1)
     return step
 

@@ -179,11 +179,17 @@ def next_item(queue, n):
         if taken == queue.n_items - 1:
             gl.store(queue.taken_ptr, 0)
         item = gl.num_programs(0) + taken
+    hand_on(queue, n, item)
+    return item
+
+
+@gluon.jit
+def hand_on(queue, n, item):
+    """Give the program's other warps its n-th item."""
     slot = n % 2
     mbarrier.wait(queue.empty.index(slot), (n // 2 & 1) ^ 1)
     queue.slots.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(queue.full.index(slot), count=1)
-    return item
 
 
 @gluon.jit

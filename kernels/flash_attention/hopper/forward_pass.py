@@ -6,6 +6,11 @@ report that they have read it. A consumer keeps two products in flight, the scor
 block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
 products in turns, so that one's products run under another's softmax (section 3.1 there).
 
+Softmax is the same whatever is subtracted from a row's scores, as long as nothing overflows or vanishes. So a row's
+pivot is the maximum of its first block, and later blocks are not searched for a higher one, which would be a quarter of
+a step's instructions. Where scores rise so far above the pivot that a row's sum comes to `LIMIT`, the program computes
+the item again when there are no others left, now with the maximum of every block: the usual online softmax.
+
 Programs stay and take tile after tile from a queue (`Order`). One tile's loads run under the end of the one before, and
 up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
 docs/kernels/hopper.md has the measurements.
@@ -36,6 +41,7 @@ from .common import (
     async_load,
     async_store,
     barriers,
+    hand_on,
     make_queue,
     meet,
     next_item,
@@ -44,7 +50,15 @@ from .common import (
     report,
     seen_by,
     tanh,
+    wait_until_added,
 )
+
+LIMIT = gl.constexpr(2.0**60)
+"""A row whose sum comes to this is computed again: weights may have overflown, or outputs, which are sums of them."""
+RISE = gl.constexpr(8)
+"""Where a block is searched for its maximum, a higher one becomes a row's pivot if it is this far above, in powers of
+two. Weights are up to 2 ** RISE then, and as finely rounded as below 1; and the outputs so far, which a higher pivot
+rescales, are left alone by nearly all blocks."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +75,6 @@ class Forward(Kind):
     """Tiles of keys, and of values, in shared memory. A tile of values is read a block after the keys of its own."""
     columns: tuple[int, ...]
     """The parts of head_dim: see parts.py."""
-    rise: int
-    """A row's maximum stays as it is until there is a score this far above it, in powers of two. Weights are up to
-    2 ** rise then, and as finely rounded as below 1; and the outputs so far, which a higher maximum rescales, are
-    left alone by nearly all blocks but the first: 693 instead of 673 at head_dim 128, causal, 4k, 829 instead of 764 at
-    256, 16k. At head_dim 64 there are few of them, and asking costs more: 467 instead of 479 at 4k."""
 
 
 class Ring(NamedTuple):
@@ -85,6 +94,8 @@ class Queries(NamedTuple):
     full: Any
     empty: Any
     """The outputs have left it."""
+    failed: Any
+    """[64] int32 for each: the item whose outputs left it, in rows whose sum came to LIMIT, and −1 in the others."""
 
 
 class Tile(NamedTuple):
@@ -102,6 +113,8 @@ class Tile(NamedTuple):
     full_from: Any
     full_to: Any
     """The keys that all of the queries see."""
+    settled: Any
+    """Before a block that begins here or later each query has seen a key."""
     first: Any
     width: Any
     """[64]: the keys that each of them sees."""
@@ -136,16 +149,22 @@ def tile_of(item, c: gl.constexpr, order, mask, N: gl.constexpr, row: gl.constex
     i1 = gl.maximum(gl.minimum(i1, all_i1), i0 + 1)
     first, end = seen_by(mask, m0 + gl.arange(0, 64, row), b, CONFIG)
     first = gl.maximum(first, 0) + gl.zeros([64], gl.int32, row)
-    return Tile(b, h, m0, i0, i1, i0 - all_i0, all_i1 - i1, full_from, full_to, first, gl.maximum(end - first, 0))
+    seen = gl.maximum(full_from, 0)
+    settled = gl.where(seen < full_to, seen + 1, mask.S_k)
+    return Tile(
+        b, h, m0, i0, i1, i0 - all_i0, all_i1 - i1, full_from, full_to, settled, first, gl.maximum(end - first, 0)
+    )
 
 
 @gluon.jit
-def producer(q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG: gl.constexpr):
+def producer(q_rows, k_rows, v_rows, lse_ptr, queue, order, queries, keys, values, done, mask, CONFIG: gl.constexpr):
     N: gl.constexpr = keys.tiles.shape[3]
     BYTES: gl.constexpr = 64 * keys.tiles.shape[4] * keys.tiles.dtype.primitive_bitwidth // 8
     CONSUMERS: gl.constexpr = CONFIG.consumers
     n = 0
     step = 0
+    repeating = 0
+    failed = -1
     item = next_item(queue, n)
     while item < queue.n_items:
         b, h, m0 = locate(item, order, CONFIG)
@@ -155,16 +174,64 @@ def producer(q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, 
             mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
             mbarrier.expect(queries.full.index(stage), BYTES)
             async_load(q_rows, [b, h, m0 + c * 64, 0], queries.full.index(stage), queries.tiles.index(stage))
+        if repeating == 0:
+            failed = note_failed(n, failed, lse_ptr, queries, order, mask, CONFIG)
         for i in range(i0, i1 - 1):
             load_tile(k_rows, [b, h // CONFIG.group, i * N, 0], keys, step, CONFIG)
             load_tile(v_rows, [b, h // CONFIG.group, i * N, 0], values, step, CONFIG)
             step += 1
         n += 1
         # Asked for before the last loads, so that nobody waits for it; earlier, and items would be shared less evenly.
-        item = next_item(queue, n)
+        if repeating == 0:
+            item = next_item(queue, n)
         load_tile(k_rows, [b, h // CONFIG.group, i1 * N - N, 0], keys, step, CONFIG)
         load_tile(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], values, step, CONFIG)
         step += 1
+        # In this loop, not in one around it, after which ptxas takes the branches of the last consumer, whose code has
+        # nothing to do with it, for divergent: 100 instructions more in a step at head_dim 128.
+        if (item >= queue.n_items) & (repeating == 0):
+            mbarrier.wait(done.index(0), 0)
+            for i in range(CONFIG.query_stages):
+                failed = note_failed(n + i, failed, lse_ptr, queries, order, mask, CONFIG)
+            hand_on(queue, n + 1, gl.where(failed < 0, queue.n_items, failed))
+            repeating = 1
+        if repeating:
+            item = gl.where(failed < 0, queue.n_items, failed)
+            failed = failed_before(failed, lse_ptr, order, mask, CONFIG)
+            hand_on(queue, n + 2, item)
+
+
+@gluon.jit
+def note_failed(n, failed, lse_ptr, queries, order, mask, CONFIG: gl.constexpr):
+    """Add the item that had the n-th one's places before it to the list of those to repeat, if it failed.
+
+    `failed` is the last on the list, or −1 while there is none. Where an item's first LSE will be, it has the item
+    before it on the list, so that there is room for any number of them.
+    """
+    CONSUMERS: gl.constexpr = CONFIG.consumers
+    row: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    items = queries.failed.index(stage_of(0, n, CONFIG)).load(row)
+    for c in gl.static_range(1, CONSUMERS):
+        items = gl.maximum(items, queries.failed.index(stage_of(c, n, CONFIG)).load(row))
+    item = gl.max(items, 0)
+    if item >= 0:
+        gl.store(first_lse(item, lse_ptr, order, mask, CONFIG), failed.to(gl.float32, bitcast=True))
+        failed = item
+    return failed
+
+
+@gluon.jit
+def failed_before(item, lse_ptr, order, mask, CONFIG: gl.constexpr):
+    before = item
+    if item >= 0:
+        before = gl.load(first_lse(item, lse_ptr, order, mask, CONFIG)).to(gl.int32, bitcast=True)
+    return before
+
+
+@gluon.jit
+def first_lse(item, lse_ptr, order, mask, CONFIG: gl.constexpr):
+    b, h, m0 = locate(item, order, CONFIG)
+    return lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m0
 
 
 @gluon.jit
@@ -223,18 +290,19 @@ def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def store(c: gl.constexpr, n, tile, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG: gl.constexpr):
+def store(c: gl.constexpr, n, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG: gl.constexpr):
     """out, over the queries of the program's n-th item and from there to global memory, and LSE."""
-    b, h, m0 = tile
-    row: gl.constexpr = row_max.type.layout
+    item, b, h, m0 = place
+    row: gl.constexpr = pivot.type.layout
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
-    row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     stage = stage_of(c, n, CONFIG)
+    row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     parts.store(parts.scale(outs, 1 / row_sum), parts.of(queries.tiles, stage, CONFIG))
     fence_async_shared()
     async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage))
+    queries.failed.index(stage).store(gl.where(row_sum < LIMIT, -1, item))
     m = m0 + gl.arange(0, 64, row)
-    lse = (row_max + gl.log2(row_sum)) * LN2
+    lse = (pivot + gl.log2(row_sum)) * LN2
     gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
 
 
@@ -271,7 +339,7 @@ def release_early(values, step, needed, CONFIG: gl.constexpr):
 
 @gluon.jit
 def begin(
-    c: gl.constexpr, HELD: gl.constexpr, n, step, after, queue, order, queries, keys, values, mask,
+    c: gl.constexpr, HELD: gl.constexpr, n, repeating, step, after, queue, order, queries, keys, values, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Start the first scores of the program's n-th item, once `after` blocks of the one before are passed over.
@@ -290,7 +358,7 @@ def begin(
     if HELD:
         release_early(values, held, after >= PLACES, CONFIG)
     step = pass_over(c, after, step, keys, values, CONFIG)
-    item = receive_item(queue, n)
+    item = receive_item(queue, n + 2 * repeating)
     there_is = item < queue.n_items
     tile = tile_of(gl.minimum(item, queue.n_items - 1), c, order, mask, N, row, CONFIG)
     before = gl.where(there_is, tile.before, 0)
@@ -331,40 +399,43 @@ def hide(s, n, first, width):
 
 @gluon.jit
 def nothing_seen(s, sinks_ptr, tile):
-    """Each row's maximum and its four sums before its first scores: the sinks', where there are any."""
+    """Each row's pivot and its four sums before its first scores: the sinks', where there are any."""
     row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    row_max = gl.full([64], float("-inf"), gl.float32, row)
+    pivot = gl.full([64], float("-inf"), gl.float32, row)
     row_sum = by_thread(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
     if sinks_ptr is not None:
-        row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
+        pivot = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
         row_sum += 0.25
-    return row_max, row_sum
+    return pivot, row_sum
 
 
 @gluon.jit
-def maximum(s, row_max, tile, n0, mask, CONFIG: gl.constexpr):
-    """The first half of a block's online softmax: the masked scores, the new maximum, what to subtract, and the factor
-    for everything before."""
+def maximum(s, pivot, row_sum, tile, n0, careful, mask, CONFIG: gl.constexpr):
+    """The first half of a block's online softmax: the masked scores, the rows' pivots, −inf where nothing is seen yet,
+    what to subtract, the factor for everything before, and the sums, infinite once they have come to LIMIT."""
     N: gl.constexpr = s.shape[1]
     if CONFIG.softcap:
         s = tanh(s * mask.cap)
     if (n0 < tile.full_from) | (n0 + N > tile.full_to):
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         s = hide(s, n, tile.first, tile.width)
-    new_max = gl.max(s, 1) * mask.factor
-    if CONFIG.rise:
-        new_max = gl.where(new_max > row_max + CONFIG.rise, new_max, row_max)
-    else:
-        new_max = gl.maximum(row_max, new_max)
-    # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
-    pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-    return s, new_max, pivot, gl.exp2(row_max - pivot)
+    subtract = pivot
+    rescale = gl.full([64], 1.0, gl.float32, pivot.type.layout)
+    if careful | (n0 < tile.settled):
+        highest = gl.max(s, 1) * mask.factor
+        highest = gl.where(highest > pivot + RISE, highest, pivot)
+        # A row that has seen nothing yet has nothing to subtract: −inf − (−inf) would be NaN.
+        subtract = gl.where(highest == float("-inf"), 0.0, highest)
+        rescale = gl.exp2(pivot - subtract)
+        pivot = highest
+        row_sum = gl.where(row_sum >= LIMIT, float("inf"), row_sum)
+    return s, pivot, subtract, rescale, row_sum
 
 
 @gluon.jit
-def weigh(s, pivot, rescale, row_sum, dtype: gl.constexpr, mask):
+def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
     """The second half: p, and the new sums."""
-    p = gl.exp2(s * mask.factor - gl.expand_dims(pivot, 1))
+    p = gl.exp2(s * mask.factor - gl.expand_dims(subtract, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.
     row_sum = row_sum * parts.along_rows(rescale, row_sum) + by_thread(p)
     return p.to(dtype), row_sum
@@ -372,8 +443,9 @@ def weigh(s, pivot, rescale, row_sum, dtype: gl.constexpr, mask):
 
 @gluon.jit
 def consumer(
-    c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG: gl.constexpr
-):
+    c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
     """Queries [64 c, 64 c + 64) of each tile."""
     N: gl.constexpr = keys.tiles.shape[3]
     dtype: gl.constexpr = keys.tiles.dtype
@@ -381,59 +453,73 @@ def consumer(
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     n = 0
     step = 0
+    repeating = 0
     if c == CONFIG.consumers - 1:
         pass_turn(c, CONFIG)  # the first one begins
-    item, tile, step, s, _ = begin(c, False, n, step, 0, queue, order, queries, keys, values, mask, CONFIG)
-    s = warpgroup_mma_wait(0, deps=[s])
-    release(keys, step, CONFIG)
-    while item < queue.n_items:
-        row_max, row_sum = nothing_seen(s, sinks_ptr, tile)
-        s, row_max, pivot, rescale = maximum(s, row_max, tile, tile.i0 * N, mask, CONFIG)
-        await_tile(keys, step + 1, tile.i0 + 1 < tile.i1)
-        await_tile(values, step, True)
-        p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
-        if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
-            if n > 0:
-                give_back(queries, c, n - 1, CONFIG)
-        outs = parts.zeros(parts.of(values.tiles, 0, CONFIG))
-        for i in range(tile.i0 + 1, tile.i1):
-            take_turn(c)
-            s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)
-            outs = multiply_values(p, step, values, outs, CONFIG)
-            pass_turn(c, CONFIG)
-            s = warpgroup_mma_wait(PRODUCTS, deps=[s])
-            release(keys, step + 1, CONFIG)
-            s, row_max, pivot, rescale = maximum(s, row_max, tile, i * N, mask, CONFIG)
-            # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
-            # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
-            await_tile(keys, step + 2, i + 1 < tile.i1)
-            await_tile(values, step + 1, True)
-            outs = parts.wait(0, outs)
-            release(values, step, CONFIG)
-            # Before the exponentials, whose gaps these products fill.
-            outs = parts.rescale(outs, rescale) if CONFIG.rise else parts.scale(outs, rescale)
-            p, row_sum = weigh(s, pivot, rescale, row_sum, dtype, mask)
-            step += 1
-
-        outs = multiply_values(p, step, values, outs, CONFIG)
-        place = tile.b, tile.h, tile.m0
-        if not JOINED:
-            outs = parts.wait(0, outs)
-            release(values, step, CONFIG)
-            store(c, n, place, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
-            give_back(queries, c, n, CONFIG)
-        n += 1
-        item, tile, begun, s, held = begin(
-            c, JOINED, n, step + 1, tile.after, queue, order, queries, keys, values, mask, CONFIG
+    while repeating < 2:
+        # Weights as float16 end at 65,504.
+        careful = (repeating > 0) | (dtype == gl.float16)
+        item, tile, step, s, _ = begin(
+            c, False, n, repeating, step, 0, queue, order, queries, keys, values, mask, CONFIG
         )
-        if JOINED:
-            outs = parts.wait(PRODUCTS, outs)
-            if held:
-                release(values, step, CONFIG)
-            store(c, n - 1, place, outs, row_max, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
         s = warpgroup_mma_wait(0, deps=[s])
-        release(keys, begun, CONFIG)
-        step = begun + 0  # a sum, since Gluon takes two names of one value for one
+        if item < queue.n_items:
+            release(keys, step, CONFIG)
+        while item < queue.n_items:
+            pivot, row_sum = nothing_seen(s, sinks_ptr, tile)
+            s, pivot, subtract, rescale, row_sum = maximum(s, pivot, row_sum, tile, tile.i0 * N, True, mask, CONFIG)
+            await_tile(keys, step + 1, tile.i0 + 1 < tile.i1)
+            await_tile(values, step, True)
+            p, row_sum = weigh(s, subtract, rescale, row_sum, dtype, mask)
+            if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
+                if n > 0:
+                    give_back(queries, c, n - 1, CONFIG)
+            outs = parts.zeros(parts.of(values.tiles, 0, CONFIG))
+            for i in range(tile.i0 + 1, tile.i1):
+                take_turn(c)
+                s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)
+                outs = multiply_values(p, step, values, outs, CONFIG)
+                pass_turn(c, CONFIG)
+                s = warpgroup_mma_wait(PRODUCTS, deps=[s])
+                release(keys, step + 1, CONFIG)
+                s, pivot, subtract, rescale, row_sum = maximum(s, pivot, row_sum, tile, i * N, careful, mask, CONFIG)
+                # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
+                # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
+                await_tile(keys, step + 2, i + 1 < tile.i1)
+                await_tile(values, step + 1, True)
+                outs = parts.wait(0, outs)
+                release(values, step, CONFIG)
+                # Before the exponentials, whose gaps these products fill.
+                outs = parts.rescale(outs, rescale)
+                p, row_sum = weigh(s, subtract, rescale, row_sum, dtype, mask)
+                step += 1
+
+            outs = multiply_values(p, step, values, outs, CONFIG)
+            place = item, tile.b, tile.h, tile.m0
+            if not JOINED:
+                outs = parts.wait(0, outs)
+                release(values, step, CONFIG)
+                store(c, n, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+                give_back(queries, c, n, CONFIG)
+            n += 1
+            item, tile, begun, s, held = begin(
+                c, JOINED, n, repeating, step + 1, tile.after, queue, order, queries, keys, values, mask, CONFIG
+            )
+            if JOINED:
+                outs = parts.wait(PRODUCTS, outs)
+                if held:
+                    release(values, step, CONFIG)
+                store(c, n - 1, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+            s = warpgroup_mma_wait(0, deps=[s])
+            if item < queue.n_items:
+                release(keys, begun, CONFIG)
+            step = begun + 0  # a sum, since Gluon takes two names of one value for one
+        repeating += 1
+        if repeating == 1:
+            mbarrier.arrive(done.index(0), count=1)
+            wait_until_added(0)  # what may now be replaced
+            if receive_item(queue, n + 1) >= queue.n_items:
+                repeating = 2
     tma.store_wait(0)
 
 
@@ -455,7 +541,11 @@ def forward_kernel(
     values = Ring(v, barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages)
     QUERIES: gl.constexpr = CONSUMERS * CONFIG.query_stages
     q = gl.allocate_shared_memory(dtype, [QUERIES] + q_rows.block_shape, q_rows.layout)
-    queries = Queries(q, barriers(QUERIES, 1), barriers(QUERIES, 1))
+    failed = gl.allocate_shared_memory(gl.int32, [QUERIES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(QUERIES):
+        failed.index(i).store(gl.full([64], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    queries = Queries(q, barriers(QUERIES, 1), barriers(QUERIES, 1), failed)
+    done = barriers(1, CONSUMERS)
     queue = make_queue(n_items, taken_ptr, CONSUMERS)
     order = Order(n_tiles, n_items // (n_tiles * CONFIG.group), log_mixed)
     fence_async_shared()
@@ -464,9 +554,9 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
-                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
-                (producer, (q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG)),
+                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
+                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
+                (producer, (q_rows, k_rows, v_rows, lse_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
             ],
             [4, 1],
             [240, 24],
@@ -474,10 +564,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
-                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
-                (consumer, (2, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, mask, CONFIG)),
-                (producer, (q_rows, k_rows, v_rows, queue, order, queries, keys, values, mask, CONFIG)),
+                (consumer, (0, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
+                (consumer, (1, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
+                (consumer, (2, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
+                (producer, (q_rows, k_rows, v_rows, lse_ptr, queue, order, queries, keys, values, done, mask, CONFIG)),
             ],
             [4, 4, 1],
             [160, 160, 24],
