@@ -115,7 +115,8 @@ class Keys(NamedTuple):
     done: Any
     """Both consumers have read K and V for the last time."""
     replaced: Any
-    """Both have put dK and dV in their place."""
+    """Both have put dK and dV in their place. One for each place: where an item has one tile of queries, they do so for
+    the next item before the reducer has looked."""
     empty: Any
 
 
@@ -123,7 +124,7 @@ class Keys(NamedTuple):
 def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
     k = gl.allocate_shared_memory(k_rows.dtype, [STAGES] + k_rows.block_shape, k_rows.layout)
     v = gl.allocate_shared_memory(v_rows.dtype, [STAGES] + v_rows.block_shape, v_rows.layout)
-    return Keys(k, v, barriers(STAGES, 1), barriers(1, CONSUMERS), barriers(1, CONSUMERS), barriers(STAGES, 1))
+    return Keys(k, v, barriers(STAGES, 1), barriers(1, CONSUMERS), barriers(STAGES, CONSUMERS), barriers(STAGES, 1))
 
 
 class Queries(NamedTuple):
@@ -314,7 +315,7 @@ def store_keys(item, n, dk_rows, dv_rows, order, keys, mask, CONFIG: gl.constexp
     """dK and dV of the program's n-th item, once they have taken the place of K and V."""
     b, g, n0, _, _, _, _ = locate(item, order, mask, CONFIG)
     place = n % CONFIG.key_stages
-    mbarrier.wait(keys.replaced.index(0), n & 1)
+    mbarrier.wait(keys.replaced.index(place), n // CONFIG.key_stages & 1)
     fence_async_shared()
     async_store(dk_rows, [b, g, n0, 0], keys.k.index(place))
     async_store(dv_rows, [b, g, n0, 0], keys.v.index(place))
@@ -599,7 +600,7 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
     mbarrier.wait(keys.done.index(0), n & 1)
     parts.store(parts.scale(dk, scale), k_parts)
     parts.store(dv, v_parts)
-    mbarrier.arrive(keys.replaced.index(0), count=1)
+    mbarrier.arrive(keys.replaced.index(place), count=1)
     return step
 
 
