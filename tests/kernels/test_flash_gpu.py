@@ -227,6 +227,8 @@ def test_offsets_beyond_32_bits(shape, window, part, implementation):
         replace(PLAIN, S=3000, D=64, causal=False, window=200),
         replace(PLAIN, S=500, D=128, extra_keys=1500, window=300, documents="gaps", heads=(4, 1)),
         replace(PLAIN, S=2000, D=256),
+        replace(PLAIN, S=1500, D=128, extra_keys=700, heads=(32, 8)),
+        replace(PLAIN, S=8000, D=96, heads=(4, 4)),
     ],
     ids=str,
 )
