@@ -117,7 +117,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq-len", nargs="+", type=int, help="of the causal and full grids; default 1024 … 65536")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="implementations; default all")
     parser.add_argument("--quick", action="store_true", help="causal, documents, D 64 128, S 4096 16384; short timings")
-    parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json (after every case), OUT.svg, OUT-ratio.svg")
+    parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json, OUT.svg, OUT-ratio.svg, after every case")
     args = parser.parse_args(argv)
     quick = args.quick
     args.only = args.only or (["causal", "documents"] if quick else list(GROUPS))
@@ -125,6 +125,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.seq_len = args.seq_len or ([4096, 16384] if quick else [1024, 4096, 16384, 65536])
     args.budget_ms = 20.0 if quick else 60.0
     return args
+
+
+def save(out: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The record of the cases so far, which a run that is stopped leaves behind."""
+    write_json(out, facts, rows)
+    plots = {out.name + ending: plot for ending, plot in charts(rows).items()}
+    for name, plot in plots.items():
+        write(out.with_name(name), plot)
+    write(out.with_name(out.name + ".md"), markdown(rows, facts, list(plots)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,12 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clock = f"{time.perf_counter() - began:4.0f} s {number}/{len(cases)}"
         print(f"{clock}  D {case.head_dim} {case.label}: {speeds}", flush=True)
         if args.out:
-            write_json(args.out, facts, rows)
-    if args.out:
-        plots = {args.out.name + ending: plot for ending, plot in charts(rows).items()}
-        for name, plot in plots.items():
-            write(args.out.with_name(name), plot)
-        write(args.out.with_name(args.out.name + ".md"), markdown(rows, facts, list(plots)))
+            save(args.out, facts, rows)
     print("\n".join(line for line in tables(rows) if line))
     failed = failures(rows)
     for line in dict.fromkeys(failed):

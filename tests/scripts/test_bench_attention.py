@@ -567,6 +567,7 @@ def test_a_killed_run_leaves_what_it_had(small_run: list[str], tmp_path: Path, m
         run.main([*small_run, "--out", str(tmp_path / "record")])
     (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert row["forward_ms"] == 2.0
+    assert "| flex |" in (tmp_path / "record.md").read_text()
 
 
 def test_the_final_tables_of_a_full_run_fit_two_screens():
