@@ -144,10 +144,13 @@ CAUSAL = Kind(heads=16, group=1, causal=True, window=False, starts=False, softca
 PROGRAMS = 132
 
 
+@pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("n_tiles", "n_groups", "group"), [(8, 99, 1), (32, 64, 1), (128, 4, 4), (3, 5, 3), (1, 1, 2)])
-def test_the_order_has_every_tile_of_every_head_once(n_tiles: int, n_groups: int, group: int, causal: bool) -> None:
-    kind = replace(CAUSAL, group=group, causal=causal)
+def test_the_order_has_every_tile_of_every_head_once(
+    n_tiles: int, n_groups: int, group: int, causal: bool, starts: bool
+) -> None:
+    kind = replace(CAUSAL, group=group, causal=causal, starts=starts)
     mixed = hopper.log_mixed(kind, n_groups, n_tiles * group, PROGRAMS)
     order = Order(n_tiles, n_groups, mixed)
     places = [place_of.fn(item, order, group, kind) for item in range(n_tiles * n_groups * group)]
