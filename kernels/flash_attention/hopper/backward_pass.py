@@ -215,29 +215,24 @@ def falls(item, order, CONFIG: gl.constexpr):
     the last, mixed heads begin with the first keys, whose items go down from the last queries one after the other:
     570 → 590 TFLOP/s at head_dim 128, 16k.
     """
-    if CONFIG.causal and not (CONFIG.window or CONFIG.starts):
+    if CONFIG.deterministic and CONFIG.causal and not (CONFIG.window or CONFIG.starts):
         return item >= (order.n_groups - (1 << order.log_mixed)) * order.n_tiles
-    return item < 0
+    return False
 
 
 @gluon.jit
-def first_tile(item, n0, t0, t3, order, CONFIG: gl.constexpr):
-    """The tile of queries [t0, t3) with which an item, the keys from n0 on, begins."""
+def first_tile(n0, t0, t3, down, CONFIG: gl.constexpr):
+    """The tile of queries [t0, t3) with which the keys from n0 on begin."""
     t = t0
     if CONFIG.staggered:
         t += n0 // CONFIG.n % gl.maximum(t3 - t0, 1)
-    if CONFIG.deterministic:
-        t = gl.where(falls(item, order, CONFIG), t3 - 1, t)
-    return t
+    return gl.where(down, t3 - 1, t)
 
 
 @gluon.jit
-def next_tile(item, t, t0, t3, order, CONFIG: gl.constexpr):
-    """The one after t; after the last the first, for the rest of them or for the next head."""
-    after = gl.where(t + 1 == t3, t0, t + 1)
-    if CONFIG.deterministic:
-        after = gl.where(falls(item, order, CONFIG), gl.where(t == t0, t3 - 1, t - 1), after)
-    return after
+def next_tile(t, t0, t3, down):
+    """The one after t, up or down; after the last the first, for the rest of them or for the next head."""
+    return gl.where(down, gl.where(t == t0, t3 - 1, t - 1), gl.where(t + 1 == t3, t0, t + 1))
 
 
 @gluon.jit
@@ -276,6 +271,7 @@ def load(item, n, step, descriptors, order, keys, queries, mask, CONFIG: gl.cons
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, order, mask, CONFIG)
+    down = falls(item, order, CONFIG)
     place = n % CONFIG.key_stages
     full = keys.full.index(place)
     mbarrier.wait(keys.empty.index(place), (n // CONFIG.key_stages & 1) ^ 1)
@@ -284,7 +280,7 @@ def load(item, n, step, descriptors, order, keys, queries, mask, CONFIG: gl.cons
     async_load(v_rows, [b, g, n0, 0], full, keys.v.index(place))
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
-        t = first_tile(item, n0, t0, t3, order, CONFIG)
+        t = first_tile(n0, t0, t3, down, CONFIG)
         for _ in range(t0, t3):
             stage = step % CONFIG.stages
             mbarrier.wait(queries.q_empty.index(stage), (step // CONFIG.stages & 1) ^ 1)
@@ -297,21 +293,20 @@ def load(item, n, step, descriptors, order, keys, queries, mask, CONFIG: gl.cons
             full = queries.dout_full.index(stage)
             mbarrier.expect(full, M * D * BYTES)
             async_load(dout_rows, [b, h, t * M, 0], full, queries.dout.index(stage))
-            t = next_tile(item, t, t0, t3, order, CONFIG)
+            t = next_tile(t, t0, t3, down)
             step += 1
     return step
 
 
 @gluon.jit
-def turn_of(item, n0, t, order, mask, CONFIG: gl.constexpr):
-    """How many other tiles of keys add to the dQ of query tile t before an item, the keys from n0 on: those after n0 up
-    to the last one that t sees, or all before n0."""
+def turn_of(n0, t, n_tiles, down, mask, CONFIG: gl.constexpr):
+    """How many tiles of keys add to the dQ of query tile t before those from n0 on: all after, up to the last one that
+    t sees, or, where items go down, all before."""
     end = (t + 1) * M + (mask.S_k - mask.S)
     if not CONFIG.causal:
         end = end + mask.window - 1 if CONFIG.window else mask.S_k
     tile = n0 // CONFIG.n
-    after = gl.minimum(gl.cdiv(end, CONFIG.n), order.n_tiles) - 1 - tile
-    return gl.where(falls(item, order, CONFIG), tile, after)
+    return gl.where(down, tile, gl.minimum(gl.cdiv(end, CONFIG.n), n_tiles) - 1 - tile)
 
 
 @gluon.jit
@@ -351,9 +346,10 @@ def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
     ROWS: gl.constexpr = sum_rows[0].block_shape[0] + sum_rows[1].block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     b, g, n0, t0, _, _, t3 = locate(item, order, mask, CONFIG)
+    down = falls(item, order, CONFIG)
     head = b * (CONFIG.heads // CONFIG.group) + g
     n_steps = CONFIG.group * (t3 - t0)
-    t = first_tile(item, n0, t0, t3, order, CONFIG)
+    t = first_tile(n0, t0, t3, down, CONFIG)
     first = head % places.count * (CONFIG.group * query_tiles)
     tile = first + t
     before = tile - 1  # not `tile`: the compiler would take the two for one, here and in the loop
@@ -364,8 +360,8 @@ def add(item, step, sum_rows, places, order, sums, mask, CONFIG: gl.constexpr):
         had = gl.load(turns_ptr + tile, mask=n_steps > 0, other=0, volatile=True)
     for i in range(0, n_steps):
         now = tile
-        turn = turn_of(item, n0, t, order, mask, CONFIG)
-        t = next_tile(item, t, t0, t3, order, CONFIG)
+        turn = turn_of(n0, t, order.n_tiles, down, mask, CONFIG)
+        t = next_tile(t, t0, t3, down)
         if CONFIG.group > 1:
             first = gl.where((i + 1) % (t3 - t0) == 0, first + query_tiles, first)
         tile = first + t
@@ -596,6 +592,7 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
     k_own, v_own = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
     k_parts, v_parts = parts.cut(k_own, CONFIG), parts.cut(v_own, CONFIG)
     _, _, n0, t0, t1, t2, t3 = locate(item, order, mask, CONFIG)
+    down = falls(item, order, CONFIG)
     dk, dv = parts.zeros(k_parts), parts.zeros(v_parts)
     mbarrier.wait(keys.full.index(place), n // CONFIG.key_stages & 1)
     if t0 < t3:
@@ -603,12 +600,12 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
         if CONFIG.keys_in_registers:
             layout: gl.constexpr = gl.DotOperandLayout(0, scores, 2)
             operands = k_own.load(layout), v_own.load(layout)
-        t = first_tile(item, n0, t0, t3, order, CONFIG)
+        t = first_tile(n0, t0, t3, down, CONFIG)
         masked = (t < t1) | (t >= t2)
         dk, dv = consume(c, True, step, t * M, n0, masked, dk, dv, operands, place, keys, queries, sums, mask, CONFIG)
         step += 1
         for _ in range(1, CONFIG.group * (t3 - t0)):
-            t = next_tile(item, t, t0, t3, order, CONFIG)
+            t = next_tile(t, t0, t3, down)
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(
                 c, False, step, t * M, n0, masked, dk, dv, operands, place, keys, queries, sums, mask, CONFIG

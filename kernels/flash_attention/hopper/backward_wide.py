@@ -163,7 +163,7 @@ def dkdv_consumer(c: gl.constexpr, dk_rows, dv_rows, scale, order, keys, queries
         send(c, 0, p, s, dp, queries, exchange, CONFIG)
         last = CONFIG.group * (t3 - t0) - 1
         for step in range(0, last):
-            t = next_tile(gl.program_id(0), t, t0, t3, order, CONFIG)
+            t = next_tile(t, t0, t3, False)
             masked = (t < t1) | (t >= t2)
             dk, dv = consume(c, False, step, t * M, n0, masked, dk, dv, keys, queries, exchange, mask, CONFIG)
         dk, dv = consume(c, True, last, t * M, n0, False, dk, dv, keys, queries, exchange, mask, CONFIG)
