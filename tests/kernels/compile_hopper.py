@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass, host
+from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass, host, order
 from kernels.flash_attention.hopper.common import Kind
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -102,7 +102,8 @@ def compile_backward(
     m, n = backward_pass.M.value, config.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "log_mixed", "S", "S_k", "window"), "i32") | scalars
-    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "taken_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
+    types |= dict.fromkeys(("added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
     types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
@@ -112,8 +113,11 @@ def compile_backward(
         types["chunk_rows"] = type_of(host.numbers(torch.empty(1024), 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_wide.dq_kernel else "ends_ptr": None}
-    if kernel is backward_pass.backward_kernel and not deterministic:
-        absent["turns_ptr"] = None
+    if kernel is backward_pass.backward_kernel:
+        if not deterministic:
+            absent["turns_ptr"] = None
+        if deterministic or not kind.starts:
+            absent["sorted_ptr"] = None
     types["stat_rows"] = type_of(host.numbers(torch.empty(config.numbers), config.numbers))
     return compile_kernel(kernel, {"CONFIG": config} | absent, types)
 
@@ -127,6 +131,11 @@ def compile_prepare(head_dim: int, dtype: str) -> dict[str, Any]:
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
     types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_places", "n_heads"), "i32")
     return compile_kernel(backward_pass.prepare_kernel, constants, types)
+
+
+def compile_sort() -> dict[str, Any]:
+    types = {"ends_ptr": "*i32", "sorted_ptr": "*i32", "shift": "i32", "n_tiles": "i32"}
+    return compile_kernel(order.sort_kernel, {"N": 128, "CHUNK": 64, "CAUSAL": True}, types)
 
 
 def configurations() -> Iterator[dict[str, Any]]:
@@ -159,6 +168,7 @@ def configurations() -> Iterator[dict[str, Any]]:
                 yield row | {"kernel": kernel.__name__} | compile_backward(kernel, kind, head_dim, "fp16")
         else:
             yield row | {"kernel": "backward"} | compile_backward(backward_pass.backward_kernel, kind, head_dim, "fp16")
+    yield {"mask": "documents", "softcap": False, "kernel": "sort"} | compile_sort()
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ INSTRUCTIONS = {
     "dkdv_kernel": PRODUCTS,
     "dq_kernel": PRODUCTS,
     "prepare": {"cp.async.bulk.tensor"},
+    "sort": set(),
 }
 # Bytes of stack per thread. What the loops need is in registers, but for soft caps, and for dq_kernel with documents
 # or a window, where dQ fills more than half of them.
-STACK = {"forward": 24, "backward": 32, "turns": 32, "dkdv_kernel": 0, "dq_kernel": 32, "prepare": 0}
+STACK = {"forward": 24, "backward": 32, "turns": 32, "dkdv_kernel": 0, "dq_kernel": 32, "prepare": 0, "sort": 0}
 STACK_LOCAL = {"dq_kernel": 256}
 STACK_SOFTCAP = {"forward": 32, "backward": 128, "turns": 128, "dq_kernel": 384}
 # Versions that the kernels were not written with put more there: up to 224 in "turns" and 560 in dq_kernel.

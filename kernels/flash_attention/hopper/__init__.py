@@ -17,6 +17,7 @@ from .backward_wide import dkdv_kernel, dq_kernel
 from .common import Kind
 from .forward_pass import Forward, forward_kernel
 from .host import launch, numbers, padded, plain_rows, queue_counter, rows
+from .order import sort_kernel
 
 Tensors = tuple[Tensor, ...]
 Outputs = tuple[Tensor, Tensor, Tensor | None]
@@ -52,11 +53,7 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> t
 
 def log_mixed(kind: Kind, n_groups: int, group_items: int, items: int) -> int:
     """How many of the last groups of heads `Order` mixes, as a power of two: those with about so many items. One, which
-    changes nothing, where all tiles are as long; four times as many where there are documents, whose tiles are long and
-    short in any order: a backward of documents of 1k in rows of 16k 342 → 385 TFLOP/s at head_dim 64, 355 → 399 at 128.
-    """
-    if kind.starts:
-        items *= 4
+    changes nothing, where all tiles are as long."""
     groups = min(items // group_items, n_groups) if kind.causal and not kind.window else 1
     return max(groups, 1).bit_length() - 1
 
@@ -66,11 +63,14 @@ def sums_plan(kind: Kind, n_heads: int, n_tiles: int, programs: int) -> tuple[in
     """(lag, count, log_mixed) of `Places` and `Order`, for so many key heads with so many tiles of keys each.
 
     A head is complete once as many items have begun after it as run at a time; with a causal mask a few more, since its
-    first ones take longest. Mixed heads all need places, and nobody may wait for a head that is mixed with its own.
+    first ones take longest, and with documents still more, since any of them may. Mixed heads all need places, and
+    nobody may wait for a head that is mixed with its own.
     """
-    mixed = log_mixed(kind, n_heads, n_tiles, programs)
+    mixed = log_mixed(kind, n_heads, n_tiles, 2 * programs if kind.starts else programs)
     # At 1k and 4k, head_dim 128: 312 and 560 with 1.6, 320 and 550 with 1.2. With 1, head_dim 64, 1k: 305, not 335.
-    items = 13 * programs // 10 if kind.causal else programs
+    # Documents of 1k, rows of 16k and 64k: 374 and 326 with 1.3, 419 and 377 with 2, 420 and 377 with 2.5.
+    rounds = 2.5 if kind.starts else 1.3 if kind.causal else 1
+    items = int(rounds * programs)
     lag = min(max(1 + (items + n_tiles // 2) // n_tiles, 2**mixed), n_heads)
     return lag, min(lag + 2**mixed + programs // n_tiles, n_heads), mixed
 
@@ -108,7 +108,9 @@ def forward(
     n_tiles = portable.cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     multiprocessors = _multiprocessors(q.device)
-    mixed = log_mixed(config, B * G, n_tiles * config.group, 3 * multiprocessors // 2)
+    # Documents make tiles long and short in any order: of 1k, head_dim 64, 387 instead of 377.
+    items = (6 if config.starts else 1.5) * multiprocessors
+    mixed = log_mixed(config, B * G, n_tiles * config.group, int(items))
     with torch.cuda.device_of(q):
         launch(
             forward_kernel, min(n_items, multiprocessors),
@@ -126,7 +128,7 @@ def backward(
     """dq, dk, dv and dsinks, as `portable.backward`; without `deterministic` the last bits of dq differ between runs.
 
     With head_dim up to 128, dq is summed in float32, which takes memory while it runs: for the queries of some 450
-    tiles of 128 keys (1,200 with documents), whatever B and H are, and for those of three key heads at least. Above, dq
+    tiles of 128 keys (900 with documents), whatever B and H are, and for those of three key heads at least. Above, dq
     is never summed in memory, and always the same.
     """
     (B, S, H, D), G = q.shape, k.shape[2]
@@ -186,11 +188,19 @@ def _fused(
     sum_rows = (numbers(sums, M.value * columns // 32, 32) for columns in config.shares)
     counts = added, cleared, turns
     ends = _prepare(config, mask, dout, outputs, S_k, statistics, sums, counts, n_places, B * G)
+    sorted_tiles = None
+    if ends is not None and not config.deterministic:  # turns are in the order of the keys
+        sorted_tiles = torch.empty(B, n_tiles, dtype=torch.int32, device=q.device)
+        launch(
+            sort_kernel, B * portable.cdiv(n_tiles, 64),
+            ends, sorted_tiles, S_k - S, n_tiles, N=config.n, CHUNK=64, CAUSAL=config.causal,
+        )  # fmt: skip
     launch(
         backward_kernel, programs if config.persistent else n_items + lag * n_tiles,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
         numbers(statistics, config.numbers), *sum_rows, numbers(sums, 32, 32), rows(dq, M.value, 16),
-        rows(dk, config.n), rows(dv, config.n), sums, ends, queue_counter(q.device), *counts,
+        rows(dk, config.n), rows(dv, config.n), sums, ends, sorted_tiles,
+        queue_counter(q.device), *counts,
         places, lag, n_items, n_tiles, mixed, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
@@ -204,7 +214,8 @@ def _dkdv_then_dq(
     query_tiles = portable.cdiv(S, M.value)
     n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
-    items = 4 * _multiprocessors(q.device)  # nothing is summed in memory, so there is room to mix more
+    # Nothing is summed in memory, so there is room to mix more.
+    items = (16 if config.starts else 4) * _multiprocessors(q.device)
     ends = _prepare(config, mask, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,

@@ -14,7 +14,8 @@ bits of dQ differ between runs, or, where they must not, in turns.
 Only a few heads have a place for their sums at a time, so that these stay in the L2 cache. Items of work go head after
 head. Two finisher warps turn the sums of an earlier head, to which all has been added, into dQ, scaled and rounded, and
 clear their place for a later one. An item waits for earlier items only, and programs begin in the order of their ids.
-A small kernel before this one, `prepare_kernel`, computes the rows' statistics, and clears the places for the first.
+A small kernel before this one, `prepare_kernel`, computes the rows' statistics, and clears the places for the first;
+with documents another, `order.sort_kernel`, looks for the longest items, which must not come last.
 
 docs/kernels/hopper.md has the measurements, and what was tried besides.
 """
@@ -42,7 +43,6 @@ from .common import (
     LOG2E,
     Kind,
     Mask,
-    Order,
     async_add,
     async_load,
     async_store,
@@ -53,12 +53,12 @@ from .common import (
     make_queue,
     matrix,
     next_item,
-    place_of,
     receive_item,
     sees,
     tanh,
     wait_until_added,
 )
+from .order import Order, place_of
 
 M = gl.constexpr(64)  # queries in a tile: more would need more registers than there are
 CONSUMERS = gl.constexpr(2)
@@ -176,13 +176,17 @@ def locate(item, order, mask, CONFIG: gl.constexpr):
     """(b, g, n0) of an item; the tiles of queries [t0, t3) that see some of its keys, [t1, t2) that see all of them.
 
     Of a head the first keys first: with a causal mask the most queries see them. Where programs take turns, the last
-    keys first, unless `falls`.
+    keys first, unless `falls`. With documents the mixed heads have those first that the most queries see: all heads,
+    and it was the slower.
     """
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     head, tile = place_of(item, order, 1, CONFIG)
     if CONFIG.deterministic:
         tile = gl.where(falls(item, order, CONFIG), tile, order.n_tiles - 1 - tile)
     b = head // HEADS_KV
+    if order.sorted_ptr is not None:
+        is_mixed = item >= (order.n_groups - (1 << order.log_mixed)) * order.n_tiles
+        tile = gl.load(order.sorted_ptr + b * order.n_tiles + tile, mask=is_mixed, other=tile)
     n0 = tile * CONFIG.n
     n1 = gl.minimum(n0 + CONFIG.n, mask.S_k) - 1
     shift = mask.S_k - mask.S
@@ -628,7 +632,7 @@ def compute(c: gl.constexpr, item, n, step, scale, order, keys, queries, sums, m
 @gluon.jit(do_not_specialize=["count", "lag", "n_items", "n_tiles", "log_mixed", "S", "S_k", "window"])
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, sum0_rows, sum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
-    sum_ptr, ends_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
+    sum_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, turns_ptr, count, lag,
     n_items, n_tiles, log_mixed, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV; see `consumer` and `finisher`."""
@@ -651,7 +655,7 @@ def backward_kernel(
     chunks = Chunks(complete, barriers(CONFIG.chunk_stages, 1), rounded)
     places = Places(count, lag, added_ptr, cleared_ptr, turns_ptr)
     queue = make_queue(n_items, taken_ptr, 4)
-    order = Order(n_tiles, n_items // n_tiles, log_mixed)
+    order = Order(n_tiles, n_items // n_tiles, log_mixed, sorted_ptr)
     # Registers per thread, of 504 for three times four warps. At head_dim 64 the consumers can spare some, which the
     # finisher uses: 506 and 345 instead of 499 and 339 at 4k and 1k, causal.
     FEW: gl.constexpr = 40 if CONFIG.keys_in_registers else 24

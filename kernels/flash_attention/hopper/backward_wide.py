@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import parts
 from .backward_pass import CONSUMERS, M, Queries, load, locate, make_keys, next_tile
-from .common import Mask, Order, async_load, async_store, barriers, matrix, place_of, seen_by, sees, start_of, tanh
+from .common import Mask, async_load, async_store, barriers, matrix, seen_by, sees, start_of, tanh
+from .order import Order, place_of
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
 

@@ -117,39 +117,6 @@ def report(number, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(ARRIVE, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
 
 
-class Order(NamedTuple):
-    """Of items of work, each a tile of a head.
-
-    Group after group of heads (those that share keys), so that what is read stays in the L2 cache, and of a group first
-    the first tile of each head. With a causal mask first tiles are the longest. After the last group's there would be
-    too little else to do while they are computed; so the tiles of the last groups are mixed, and end when all ends.
-    """
-
-    n_tiles: Any
-    """Of a head."""
-    n_groups: Any
-    """Of all batches."""
-    log_mixed: Any
-    """The last 2 ** log_mixed groups are mixed."""
-
-
-@gluon.jit
-def place_of(item, order, GROUP: gl.constexpr, CONFIG: gl.constexpr):
-    """(head, tile) of an item, for groups of GROUP heads."""
-    n_items = order.n_tiles * GROUP  # of a group
-    group = item // n_items
-    i = item - group * n_items
-    tile = i // GROUP
-    if CONFIG.causal:
-        # Without a division, which takes 100 cycles, where everybody waits for the next item.
-        first = order.n_groups - (1 << order.log_mixed)
-        if item >= first * n_items:
-            i = item - first * n_items
-            group = first + (i // GROUP & ((1 << order.log_mixed) - 1))
-            tile = i // GROUP >> order.log_mixed
-    return group * GROUP + i % GROUP, tile
-
-
 class Queue(NamedTuple):
     """Work for programs that stay: items in order, each taken once. Only the producer asks for the next one."""
 

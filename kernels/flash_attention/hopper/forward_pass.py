@@ -37,7 +37,6 @@ from .common import (
     LOG2E,
     Kind,
     Mask,
-    Order,
     async_load,
     async_store,
     barriers,
@@ -45,13 +44,13 @@ from .common import (
     make_queue,
     meet,
     next_item,
-    place_of,
     receive_item,
     report,
     seen_by,
     tanh,
     wait_until_added,
 )
+from .order import Order, place_of
 
 LIMIT = gl.constexpr(2.0**60)
 """A row whose sum comes to this is computed again: weights may have overflown, or outputs, which are sums of them."""
