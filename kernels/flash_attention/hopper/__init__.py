@@ -199,8 +199,7 @@ def _fused(
         backward_kernel, programs if config.persistent else n_items + lag * n_tiles,
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
         numbers(statistics, config.numbers), *sum_rows, numbers(sums, 32, 32), rows(dq, M.value, 16),
-        rows(dk, config.n), rows(dv, config.n), sums, ends, sorted_tiles,
-        queue_counter(q.device), *counts,
+        rows(dk, config.n), rows(dv, config.n), sums, ends, sorted_tiles, queue_counter(q.device), *counts,
         places, lag, n_items, n_tiles, mixed, S, S_k, *mask.numbers, scale, CONFIG=config,
     )  # fmt: skip
 
