@@ -146,14 +146,14 @@ CAUSAL = Kind(heads=16, group=1, causal=True, window=False, starts=False, softca
 PROGRAMS = 132
 
 
-@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("rounds", [1, 2, 6])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("n_tiles", "n_groups", "group"), [(8, 99, 1), (32, 64, 1), (128, 4, 4), (3, 5, 3), (1, 1, 2)])
 def test_the_order_has_every_tile_of_every_head_once(
-    n_tiles: int, n_groups: int, group: int, causal: bool, starts: bool
+    n_tiles: int, n_groups: int, group: int, causal: bool, rounds: int
 ) -> None:
-    kind = replace(CAUSAL, group=group, causal=causal, starts=starts)
-    mixed = hopper.log_mixed(kind, n_groups, n_tiles * group, PROGRAMS)
+    kind = replace(CAUSAL, group=group, causal=causal)
+    mixed = hopper.log_mixed(kind, n_groups, n_tiles * group, rounds * PROGRAMS)
     order = Order(n_tiles, n_groups, mixed)
     places = [place_of.fn(item, order, group, kind) for item in range(n_tiles * n_groups * group)]
     assert sorted(places) == [(head, tile) for head in range(n_groups * group) for tile in range(n_tiles)]
