@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flash_cases import DOCUMENTS, LAYOUTS, Case, check, make, run
+from flash_cases import COPYING, DOCUMENTS, LAYOUTS, Case, check, check_rows, copying, make, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -113,6 +113,16 @@ def test_every_two_choices_meet_in_the_grid():
 @pytest.mark.parametrize("case", grid(), ids=str)
 def test_error_is_within_twice_that_of_standard_attention(case, implementation):
     check(flash_attention, make(case), implementation=implementation)
+
+
+@interpreted
+@implementations
+@pytest.mark.parametrize("mask", COPYING)
+def test_a_head_that_copies_gives_the_value_itself(mask, implementation):
+    """One key has nearly all of a row's weight: out is its value, and dP − delta vanishes. Judged row by row."""
+    case = replace(COPYING[mask], S=150, dtype=torch.float16)
+    for margin, first in ((5, 70), (20, 0), (60, 70)):
+        check_rows(flash_attention, copying(case, margin, first), implementation=implementation)
 
 
 cases = st.builds(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flash_cases import Case, assert_within_twice, check, make, run
+from flash_cases import COPYING, Case, check, check_rows, copying, make, rounding, run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from kernels import flash_attention, flash_attention_varlen, starts_from_separators
 from kernels.flash_attention import portable
 from kernels.flash_attention.op import why_not_hopper
+from kernels.flash_attention.testing import assert_rows_within_twice, assert_within_twice
 from kernels.reference import attend
 from kernels.reference import attention as reference
 
@@ -108,6 +109,47 @@ def test_scores_far_above_those_before_them(scores, case, implementation):
     ours, truth = check(flash_attention, inputs, implementation=implementation)
     assert (ours["out"] - truth["out"]).norm() < 0.01 * truth["out"].norm()
     torch.testing.assert_close(ours["lse"].double(), truth["lse"], rtol=1e-4, atol=1e-3)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("D", [64, 96, 128, 256])
+@pytest.mark.parametrize("mask", COPYING)
+def test_a_head_that_copies_gives_the_value_itself(mask, D, dtype, implementation):
+    """One key has nearly all of a row's weight: out is its value, and dP − delta vanishes. Judged row by row."""
+    case = replace(COPYING[mask], D=D, dtype=dtype)
+    for margin, first in ((5, 128), (10, 300), (20, 0), (20, 128), (20, 256), (40, 384), (60, 200)):
+        check_rows(flash_attention, copying(case, margin, first, "cuda"), implementation=implementation)
+
+
+@implementations
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_a_head_that_copies_is_as_exact_as_with_pytorchs_flash_kernel(D, causal, implementation):
+    case = replace(COPYING["full"], D=D, causal=causal, dtype=BF16, heads=(2, 2))
+    for margin in (5, 10, 20, 40, 60):
+        inputs = copying(case, margin, 128, "cuda")
+        truth, theirs = run(reference, inputs.double(), ("out",)), run(sdpa_flash(causal), inputs, ("out",))
+        del truth["lse"]  # it returns none
+        ours = run(flash_attention, inputs, ("out",), implementation=implementation)
+        assert_within_twice(ours, theirs, truth)
+        assert_rows_within_twice(ours, theirs, truth, rounding(inputs, ("out",)))
+
+
+@implementations
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("size", [1e20, 1e30, 1e35])
+def test_an_output_is_finite_where_the_true_one_is(size, D, implementation):
+    """Sums of values that are weighed with more than 1 overflow where those of a softmax do not."""
+    inputs = make(Case(1024, D=D, heads=(4, 2), dtype=BF16), "cuda")
+    q, k, v = inputs.tensors
+    v.mul_(size / v.abs().max())
+    k[:, 700] *= 8  # 40 nats above the others, in some rows
+    k[:, 900:].mul_(torch.linspace(1, 4, 124, device="cuda")[:, None, None])
+    truth, _ = reference(*(x.double() for x in (q, k, v)), return_lse=True)
+    out = flash_attention(q, k, v, implementation=implementation)
+    assert out.isfinite().all()
+    assert (out.double() - truth).norm() < 0.01 * truth.norm()
 
 
 def test_hopper_repeats_any_number_of_items():
@@ -274,9 +316,18 @@ def test_streams_and_graphs_at_the_same_time_get_what_they_get_alone(implementat
             assert torch.equal(x, expected)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+def sdpa_flash(causal: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """PyTorch's flash kernel, called as ours are."""
+
+    def attention(*qkv: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return sdpa(*(x.transpose(1, 2) for x in qkv), causal=causal).transpose(1, 2), torch.zeros(())
+
+    return attention
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

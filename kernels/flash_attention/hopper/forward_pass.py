@@ -6,10 +6,8 @@ report that they have read it. A consumer keeps two products in flight, the scor
 block i, and computes one softmax under them (Shah et al. 2024, arXiv:2407.08608, section 3.2). Consumers start their
 products in turns, so that one's products run under another's softmax (section 3.1 there).
 
-Softmax is the same whatever is subtracted from a row's scores, as long as nothing overflows or vanishes. So a row's
-pivot is the maximum of its first block, and later blocks are not searched for a higher one, which would be a quarter of
-a step's instructions. Where scores rise so far above the pivot that a row's sum comes to `LIMIT`, the program computes
-the item again when there are no others left, now with the maximum of every block: the usual online softmax.
+softmax.py has the softmax. It seldom looks for a maximum; where it should have, the program computes the item again
+when there are no others left.
 
 Programs stay and take tile after tile from a queue (`Order`). One tile's loads run under the end of the one before, and
 up to head_dim 128 its first scores do, too: under the last values, and under the store of the outputs.
@@ -30,11 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import parts
+from . import parts, softmax
 from .common import (
     FREE_BARRIERS,
     LN2,
-    LOG2E,
     Kind,
     Mask,
     async_load,
@@ -47,17 +44,9 @@ from .common import (
     receive_item,
     report,
     seen_by,
-    tanh,
     wait_until_added,
 )
 from .order import Order, place_of
-
-LIMIT = gl.constexpr(2.0**60)
-"""A row whose sum comes to this is computed again: weights may have overflown, or outputs, which are sums of them."""
-RISE = gl.constexpr(8)
-"""Where a block is searched for its maximum, a higher one becomes a row's pivot if it is this far above, in powers of
-two. Weights are up to 2 ** RISE then, and as finely rounded as below 1; and the outputs so far, which a higher pivot
-rescales, are left alone by nearly all blocks."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,8 @@ class Queries(NamedTuple):
     empty: Any
     """The outputs have left it."""
     failed: Any
-    """[64] int32 for each: the item whose outputs left it, in rows whose sum came to LIMIT, and −1 in the others."""
+    """[64] int32 for each: the item whose outputs left it, in rows whose sum came to LIMIT or whose outputs are not
+    finite, and −1 in the others."""
 
 
 class Tile(NamedTuple):
@@ -289,17 +279,24 @@ def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def store(c: gl.constexpr, n, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG: gl.constexpr):
+def store(
+    c: gl.constexpr, n, repeating, place, outs, pivot, row_sum, excess, out_rows, lse_ptr, queries, mask,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
     """out, over the queries of the program's n-th item and from there to global memory, and LSE."""
     item, b, h, m0 = place
     row: gl.constexpr = pivot.type.layout
+    if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
+        # NaN, and so is all that the item leaves behind until it is repeated.
+        row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.overflown(outs, row_sum))
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
+    excess = gl.convert_layout(gl.sum(excess, 1), row, assert_trivial=True)
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
-    parts.store(parts.scale(outs, 1 / row_sum), parts.of(queries.tiles, stage, CONFIG))
+    parts.store(parts.scale(outs, 1 / (row_sum + excess)), parts.of(queries.tiles, stage, CONFIG))
     fence_async_shared()
     async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage))
-    queries.failed.index(stage).store(gl.where(row_sum < LIMIT, -1, item))
+    queries.failed.index(stage).store(gl.where(row_sum < softmax.LIMIT, -1, item))
     m = m0 + gl.arange(0, 64, row)
     lse = (pivot + gl.log2(row_sum)) * LN2
     gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
@@ -374,73 +371,6 @@ def begin(
 
 
 @gluon.jit
-def by_thread(x):
-    """[64, 4]: sums over what each thread holds of a product's rows [64, N]; four threads share a row."""
-    return gl.sum(gl.sum(x.reshape([64, x.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def hide(s, n, first, width):
-    """s, with −inf where a key n is not in its row's [first, first + width).
-
-    In words of PTX, since ptxas would compare all of them before it chooses among any, and put the answers away bit by
-    bit: 453 instructions with 160 registers where this takes 161.
-    """
-    n, _ = gl.broadcast(n, s)
-    first, _ = gl.broadcast(gl.expand_dims(first, 1), s)
-    width, _ = gl.broadcast(gl.expand_dims(width, 1), s)
-    HIDE: gl.constexpr = """{
-        .reg .pred hidden; .reg .u32 at;
-        sub.u32 at, $2, $3; setp.ge.u32 hidden, at, $4; selp.f32 $0, 0fFF800000, $1, hidden;
-    }"""
-    return gl.inline_asm_elementwise(HIDE, "=f,f,r,r,r", [s, n, first, width], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def nothing_seen(s, sinks_ptr, tile):
-    """Each row's pivot and its four sums before its first scores: the sinks', where there are any."""
-    row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    pivot = gl.full([64], float("-inf"), gl.float32, row)
-    row_sum = by_thread(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
-    if sinks_ptr is not None:
-        pivot = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
-        row_sum += 0.25
-    return pivot, row_sum
-
-
-@gluon.jit
-def maximum(s, pivot, row_sum, tile, n0, careful, mask, CONFIG: gl.constexpr):
-    """The first half of a block's online softmax: the masked scores, the rows' pivots, −inf where nothing is seen yet,
-    what to subtract, the factor for everything before, and the sums, infinite once they have come to LIMIT."""
-    N: gl.constexpr = s.shape[1]
-    if CONFIG.softcap:
-        s = tanh(s * mask.cap)
-    if (n0 < tile.full_from) | (n0 + N > tile.full_to):
-        n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
-        s = hide(s, n, tile.first, tile.width)
-    subtract = pivot
-    rescale = gl.full([64], 1.0, gl.float32, pivot.type.layout)
-    if careful | (n0 < tile.settled):
-        highest = gl.max(s, 1) * mask.factor
-        highest = gl.where(highest > pivot + RISE, highest, pivot)
-        # A row that has seen nothing yet has nothing to subtract: −inf − (−inf) would be NaN.
-        subtract = gl.where(highest == float("-inf"), 0.0, highest)
-        rescale = gl.exp2(pivot - subtract)
-        pivot = highest
-        row_sum = gl.where(row_sum >= LIMIT, float("inf"), row_sum)
-    return s, pivot, subtract, rescale, row_sum
-
-
-@gluon.jit
-def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
-    """The second half: p, and the new sums."""
-    p = gl.exp2(s * mask.factor - gl.expand_dims(subtract, 1))
-    # The four threads of a row add up at the very end: a shuffle less in every block.
-    row_sum = row_sum * parts.along_rows(rescale, row_sum) + by_thread(p)
-    return p.to(dtype), row_sum
-
-
-@gluon.jit
 def consumer(
     c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, order, queries, keys, values, done, mask,
     CONFIG: gl.constexpr,
@@ -465,11 +395,14 @@ def consumer(
         if item < queue.n_items:
             release(keys, step, CONFIG)
         while item < queue.n_items:
-            pivot, row_sum = nothing_seen(s, sinks_ptr, tile)
-            s, pivot, subtract, rescale, row_sum = maximum(s, pivot, row_sum, tile, tile.i0 * N, True, mask, CONFIG)
+            pivot, row_sum, excess = softmax.nothing_seen(s, sinks_ptr, tile)
+            s, pivot, subtract, rescale, row_sum = softmax.maximum(
+                s, pivot, row_sum, tile, tile.i0 * N, True, dtype, mask, CONFIG
+            )
             await_tile(keys, step + 1, tile.i0 + 1 < tile.i1)
             await_tile(values, step, True)
-            p, row_sum = weigh(s, subtract, rescale, row_sum, dtype, mask)
+            p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
+            wanted = gl.where(dtype == gl.float16, softmax.outweighs(block, row_sum), 0)
             if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
                 if n > 0:
                     give_back(queries, c, n - 1, CONFIG)
@@ -481,24 +414,33 @@ def consumer(
                 pass_turn(c, CONFIG)
                 s = warpgroup_mma_wait(PRODUCTS, deps=[s])
                 release(keys, step + 1, CONFIG)
-                s, pivot, subtract, rescale, row_sum = maximum(s, pivot, row_sum, tile, i * N, careful, mask, CONFIG)
+                s, pivot, subtract, rescale, row_sum = softmax.maximum(
+                    s, pivot, row_sum, tile, i * N, careful, dtype, mask, CONFIG
+                )
                 # Here, and not where the tiles are used: under the maximum it takes no time. And its branch ends the
                 # straight code to whose front, above the maximum, ptxas would otherwise move the wait for p v.
                 await_tile(keys, step + 2, i + 1 < tile.i1)
                 await_tile(values, step + 1, True)
+                # While p is still there, and long after it was asked whether it is wanted.
+                excess += softmax.rounding_excess(p, block, wanted)
                 outs = parts.wait(0, outs)
                 release(values, step, CONFIG)
                 # Before the exponentials, whose gaps these products fill.
                 outs = parts.rescale(outs, rescale)
-                p, row_sum = weigh(s, subtract, rescale, row_sum, dtype, mask)
+                excess *= parts.along_rows(rescale, excess)
+                p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
+                # A block that was searched has no weight above 1, but in float16, where the pivot may stay behind.
+                searched = careful | (i * N < tile.settled)
+                wanted = gl.where((dtype == gl.float16) | ~searched, softmax.outweighs(block, row_sum), 0)
                 step += 1
 
             outs = multiply_values(p, step, values, outs, CONFIG)
+            excess += softmax.rounding_excess(p, block, wanted)
             place = item, tile.b, tile.h, tile.m0
             if not JOINED:
                 outs = parts.wait(0, outs)
                 release(values, step, CONFIG)
-                store(c, n, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+                store(c, n, repeating, place, outs, pivot, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG)
                 give_back(queries, c, n, CONFIG)
             n += 1
             item, tile, begun, s, held = begin(
@@ -508,7 +450,9 @@ def consumer(
                 outs = parts.wait(PRODUCTS, outs)
                 if held:
                     release(values, step, CONFIG)
-                store(c, n - 1, place, outs, pivot, row_sum, out_rows, lse_ptr, queries, mask, CONFIG)
+                store(
+                    c, n - 1, repeating, place, outs, pivot, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG
+                )
             s = warpgroup_mma_wait(0, deps=[s])
             if item < queue.n_items:
                 release(keys, begun, CONFIG)
