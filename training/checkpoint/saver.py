@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data import disk
 from training.config import CheckpointConfig
 from training.errors import SaveFailed
 from training.loggers.base import one_line
@@ -53,7 +54,7 @@ class Saver:
         copied = self._copy(tensors)
         self._thread = Thread(target=self._write, args=(copied, texts, facts), name="checkpoint")
         self._thread.start()
-        self.add_metrics({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
+        self._metrics.put({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
         if wait:
             self.finish(raises=True)
 
@@ -68,12 +69,8 @@ class Saver:
         if failure:
             self.notify(f"{failure}; training goes on")
 
-    def add_metrics(self, metrics: dict[str, float]) -> None:
-        """To be told with the next `metrics`."""
-        self._metrics.put(metrics)
-
     def metrics(self) -> dict[str, float]:
-        """Seconds and bytes of the save that ended since the last call; a failure is said here."""
+        """Pause, seconds and size of the saves since the last call; the failure of one is said here."""
         if self._thread is not None and not self._thread.is_alive():
             self.finish()
         found: dict[str, float] = {}
@@ -138,12 +135,12 @@ class Saver:
             began = time.perf_counter()
             copied()
             need_space(self.run, needed)
-            for record in texts["state.json"]["records"]:  # no checkpoint may be older than the lines it counts on
-                folder.sync(self.run / record)
+            for record in texts[folder.STATE]["records"]:  # no checkpoint may be older than the lines it counts on
+                disk.sync(self.run / record)
             writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
             manifest = folder.write(path, writers, texts, facts)
             seconds = time.perf_counter() - began
-            self.add_metrics({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
+            self._metrics.put({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
         except (OSError, SafetensorError) as error:
             why = save_problem(error, self.run, needed)
             self._failure = f"checkpoint {path} was not written, older ones are untouched: {why}"

@@ -1,0 +1,37 @@
+"""The trained weights alone, for whoever uses the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+from torch import nn
+
+from data import disk
+from training.errors import SaveFailed
+
+from . import folder
+from .saver import save_problem
+
+
+def save_weights(model: nn.Module, run: Path) -> None:
+    """Write model.safetensors into a run folder: whole, or not at all.
+
+    Raises:
+        SaveFailed: with one line that says why.
+    """
+    target = run / "model.safetensors"
+    try:
+        # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
+        with disk.part_of(folder.checkpoints_of(run) / "step-weights") as part:
+            save_model(model, str(part / target.name))
+            shutil.copymode(run / "config.yaml", part / target.name)
+            disk.sync(part / target.name)
+            os.replace(part / target.name, target)
+            disk.sync(run)
+    except (OSError, SafetensorError) as error:
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        raise SaveFailed(f"{target} was not written: {save_problem(error, run, needed)}") from error
