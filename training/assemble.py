@@ -19,12 +19,12 @@ def assemble(
     *,
     seed: int,
     compile: bool,
-    unit: str = COMPILE_UNIT,
+    unit: str | None = None,
 ) -> GPT:
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
-        unit: of compilation, see `GPT.compile`.
+        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
     with torch.device("meta"):
@@ -32,7 +32,7 @@ def assemble(
     # 2. Precision: conversions of layers belong here. 3. Activation policies: wrappers of blocks.
     # 4. Compilation.
     if compile:
-        model.compile(unit)
+        model.compile(unit or COMPILE_UNIT)
     # 5. Sharding belongs here. 6. Memory and first weights.
     torch.manual_seed(seed)
     model.materialize(device)

@@ -225,6 +225,32 @@ def test_compiled_equals_eager_in_one_graph_for_all_batches(build_lively, config
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "backend"), [(LLAMA, "math"), (YARN, "sdpa"), (GPT2, "sdpa")], ids=["math", "sdpa", "sdpa-learned"]
+)
+def test_compiled_by_blocks_one_graph_serves_every_layer_and_one_the_loss(build_lively, config, backend):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    config = replace(config, n_layers=10)  # more than the compiler would compile one function for
+    model = build_lively(config, backend, seq_len=S, documents=True)
+    compiled = build_lively(config, backend, seq_len=S, documents=True)
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile("block", backend=counter, fullgraph=True)
+    for rows in (([S], [S]), ([13, 20, 15], [1, 46, 1]), ([1] * S, [40, 8])):
+        tokens, targets, starts = random_tokens(), random_tokens(), starts_of(*rows)
+        losses = []
+        for each in (model, compiled):
+            each.zero_grad()
+            losses.append(each(tokens, targets, starts))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        for expected, got in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+    assert counter.frame_count == 2
+    generate(compiled, [1, 2, 3], 2)
+    assert counter.frame_count == 2, "generation is not compiled"
+
+
 def test_rows_of_another_length_are_compiled_by_themselves(build_lively):
     """Validation rows can be shorter, and come first; the graph of training rows must not be one for any length."""
     torch._dynamo.reset()
