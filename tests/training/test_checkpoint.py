@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from data import disk
 from data.config import HubData
 from scripts.checkpoint import main as checkpoint_script
+from training.checkpoint import fits, saver
 from training.checkpoint import folder as checkpoints
-from training.checkpoint import saver
 from training.checkpoint.folder import DamagedCheckpoint, Manifest
 from training.checkpoint.restore import restore
 from training.checkpoint.saver import Saver
@@ -249,6 +249,19 @@ def test_a_checkpoint_that_does_not_fit_says_which_field_differs(
         with pytest.raises(ValueError, match=said):
             check_run_folder(config("max_steps=6", override))
     assert ((folder / "metrics.jsonl").read_bytes(), (folder / "config.yaml").read_bytes()) == before
+
+
+def test_the_tokens_of_a_step_are_compared_and_not_whether_they_were_typed(
+    config: MakeConfig, run: Callable[..., Path]
+) -> None:
+    path = checkpoints.path_of(run(), 6)
+    saved = json.loads((path / "config.json").read_text())
+    for typed in (None, 128):
+        (path / "config.json").write_text(json.dumps({**saved, "tokens_per_step": typed}))
+        for same in ("tokens_per_step=null", "tokens_per_step=128"):
+            assert "tokens_per_step" not in {key for key, _, _ in fits.differences(path, config(same))}
+        other = {key: (old, new) for key, old, new in fits.differences(path, config("batch_size=2"))}
+        assert other["tokens_per_step"] == (128, 64)
 
 
 def test_what_two_configurations_tell_is_said_before_the_text_is_looked_at(
