@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -96,7 +97,7 @@ def measured(unit: str, overrides: list[str]) -> dict[str, float]:
     steps = [row["time/step_ms"] for row in rows if "time/step_ms" in row]
     return {
         "first_step_s": sum(trainer.run.startup.seconds.values()),
-        "compiling_s": compile_seconds(),
+        "compiling_s": compile_seconds() or math.nan,
         "step_ms": statistics.median(steps[1:] or steps),
         "peak_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
         "loss": rows[-1]["train/loss"],

@@ -19,12 +19,17 @@ class FirstStep(Service):
             return
         self.is_said = True
         run.throughput.synchronize()
-        compiling = f"; {compile_seconds():.1f} of them compiling" if run.runtime.compile else ""
-        run.notify(f"first step {run.startup.describe(last='first step')}{compiling}")
+        line = f"first step {run.startup.describe(last='first step')}"
+        if run.runtime.compile and (seconds := compile_seconds()) is not None:
+            line += f"; {seconds:.1f} of them compiling"
+        run.notify(line)
 
 
-def compile_seconds() -> float:
-    """What torch.compile has taken in this process, evaluation's share included."""
-    from torch._dynamo.utils import calculate_time_spent
+def compile_seconds() -> float | None:
+    """What torch.compile has taken in this process, evaluation's share included; None where PyTorch does not say."""
+    try:
+        from torch._dynamo.utils import calculate_time_spent
 
-    return calculate_time_spent()["total_wall_time"]
+        return calculate_time_spent()["total_wall_time"]
+    except (ImportError, KeyError):  # it is no public interface
+        return None
