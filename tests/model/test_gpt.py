@@ -142,6 +142,47 @@ def test_loss_and_gradients_do_not_depend_on_the_chunk_size(build_lively, chunk_
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@FAMILIES
+def test_hidden_states_loss_and_logits_are_steps_of_their_own_and_the_head_is_called_as_a_module(build_lively, config):
+    """What shards a model hooks into the calls of its modules, and generation needs the steps one by one."""
+    model = build_lively(config, seq_len=S, documents=True)
+    tokens, targets, starts = random_tokens(), random_tokens(), starts_of([13, 20, 15], [1, 46, 1])
+    calls = []
+    model.head.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs)))
+    positions = torch.arange(S)[None] - starts
+    hidden = model.hidden(tokens, positions, model.attention, model.attention.prepare(starts, S))
+    assert torch.equal(model.loss(hidden, targets), model(tokens, targets, starts))
+    assert torch.equal(model.logits(hidden), model(tokens, None, starts))
+    assert calls == [2, 2, 1, 1]
+
+
+@FAMILIES
+@torch.no_grad()
+def test_positions_are_the_batchs_and_not_the_models(build_lively, config):
+    """A shard of a row knows where it stands: here its second half, alone."""
+    model = build_lively(config, seq_len=S)
+    tokens, half = random_tokens(1, S // 2), torch.arange(S // 2)[None]
+    assert torch.equal(model(tokens, positions_BS=half), model(tokens))
+    shifted = model(tokens, positions_BS=half + S // 2)
+    same = torch.allclose(shifted, model(tokens), rtol=1e-4, atol=1e-4)
+    assert same == (config.position == "rotary"), "only a learned table tells a place from its distance to another"
+
+
+def test_every_layer_attends_with_what_the_backend_gives_it(build_lively):
+    """As a cache of keys and values does, around any backend."""
+    model = build_lively(replace(LLAMA, n_layers=3))
+    inner, layers = model.attention, []
+
+    class Wrapper(type(inner)):
+        def for_layer(self, layer):
+            layers.append(layer)
+            return super().for_layer(layer)
+
+    tokens = random_tokens()
+    assert torch.equal(model(tokens, attention=Wrapper(inner.spec, inner.config)), model(tokens))
+    assert layers == [0, 1, 2]
+
+
 @torch.no_grad()
 def test_logit_soft_cap_bounds_the_logits(build_lively):
     plain, capped = build_lively(LLAMA), build_lively(replace(LLAMA, logit_softcap=1.5))

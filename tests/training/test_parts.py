@@ -136,6 +136,36 @@ def test_a_format_that_is_not_known_yet_is_one_line(old_run: Path) -> None:
         checkpoints.verify(path)
 
 
+# ---- built once
+
+
+def test_the_runtime_is_decided_once_and_the_attention_built_once(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[AttentionConfig] = []
+
+    def build(chosen: AttentionConfig, spec: AttentionSpec) -> Any:
+        built.append(chosen)
+        return build_attention(chosen, spec)
+
+    mine = config("max_steps=1")
+    decided = resolve_runtime(mine)
+    monkeypatch.setattr("training.runtime.build_attention", build)
+    monkeypatch.setattr("training.trainer.resolve_runtime", None)
+    run = Trainer(mine, silently, decided).run
+    assert run.runtime is decided
+    assert len(built) == 1
+    assert run.model.attention is run.attention
+    assert run.attention.spec.max_documents == run.batches.max_documents, "which only the text tells"
+    assert 1 < run.batches.max_documents < mine.seq_len  # type: ignore[operator]
+
+
+def test_a_metric_without_an_entry_is_not_logged(config: MakeConfig) -> None:
+    run = Trainer(config(), silently).run
+    with pytest.raises(AssertionError, match=r"training\.metrics defines every metric"):
+        run.log({"train/los": 1.0})
+
+
 # ---- assembly
 
 MODELS = [
