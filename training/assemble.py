@@ -32,6 +32,9 @@ def assemble(
     # 2. Precision: conversions of layers belong here. 3. Activation policies: wrappers of blocks.
     # 4. Compilation.
     if compile:
+        # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
+        # job would run uncompiled.
+        torch.compiler.reset()
         model.compile(unit or COMPILE_UNIT)
     # 5. Sharding belongs here. 6. Memory and first weights.
     torch.manual_seed(seed)

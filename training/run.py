@@ -80,7 +80,7 @@ class Run:
         self.interrupt = Interrupt(self.folder, config.max_time)
         self.saver = Saver(self.folder, config.checkpoint, notify)
         self.loggers = build_loggers(config.logger, max_steps=self.num_steps, notify=notify)
-        self.services: list[Service] = build_services(self)
+        self.services: list[Service] = build_services()
         self._metrics: dict[str, float] = {}
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from data import disk
 from model.attention import AttentionConfig, AttentionSpec, build_attention
@@ -175,6 +176,25 @@ MODELS = [
         norm="layernorm", mlp="gelu", bias=True, tie_head=True,
     ),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_each_job_of_a_long_sweep_is_compiled(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    """PyTorch gives up on a function that was compiled eight times, and runs it uncompiled from then on."""
+    compile_it, counters = GPT.compile, []
+
+    def counted(model: GPT, unit: str) -> None:
+        counters.append(CompileCounter())
+        compile_it(model, unit, backend=counters[-1], fullgraph=True)
+
+    monkeypatch.setattr(GPT, "compile", counted)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    for number in range(10):
+        model = replace(MODELS[0], dim=16 + 8 * number, head_dim=8)
+        attention = build_attention(AttentionConfig("math"), AttentionSpec(4, 2, 8, 16, "float32"))
+        assembled = assemble(model, attention, torch.device("cpu"), seed=0, compile=True, unit=unit)
+        assembled(tokens, tokens).backward()
+    assert [counter.frame_count for counter in counters] == [1 if unit == "model" else 2] * 10
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -5,8 +5,6 @@ A new service is a file with a `Service` and a line in `build_services`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .base import Service
 from .checkpointing import Checkpointing
 from .evaluation import Evaluation
@@ -15,11 +13,8 @@ from .logging import Logging
 from .sampling import Sampling
 from .stopping import Stopping
 
-if TYPE_CHECKING:
-    from training.run import Run
 
-
-def build_services(run: Run) -> list[Service]:
+def build_services() -> list[Service]:
     """The services of a run, in the order in which they are called."""
     return [FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
 

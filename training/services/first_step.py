@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 class FirstStep(Service):
     def __init__(self) -> None:
         self.is_said = False
+        self.compiled_before: float | None = None
+
+    def begin(self, run: Run) -> None:
+        if run.runtime.compile:  # an earlier job of a sweep has compiled, too
+            self.compiled_before = compile_seconds()
 
     def after_step(self, run: Run) -> None:
         if self.is_said:
@@ -20,8 +25,8 @@ class FirstStep(Service):
         self.is_said = True
         run.throughput.synchronize()
         line = f"first step {run.startup.describe(last='first step')}"
-        if run.runtime.compile and (seconds := compile_seconds()) is not None:
-            line += f"; {seconds:.1f} of them compiling"
+        if self.compiled_before is not None and (seconds := compile_seconds()) is not None:
+            line += f"; {seconds - self.compiled_before:.1f} of them compiling"
         run.notify(line)
 
 
