@@ -178,12 +178,12 @@ def write(
 # ---- the checkpoints of a run
 
 
-def checkpoints_of(run: Path) -> Path:
-    return run / "checkpoints"
+def checkpoints_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
 
 
-def path_of(run: Path, step: int) -> Path:
-    return checkpoints_of(run) / f"step-{step:08}"
+def path_of(run_dir: Path, step: int) -> Path:
+    return checkpoints_of(run_dir) / f"step-{step:08}"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -191,18 +191,18 @@ def is_checkpoint(path: Path) -> bool:
     return bool(NAME.fullmatch(path.resolve().name)) or (path.is_dir() and os.access(path / MANIFEST, os.F_OK))
 
 
-def candidates(run: Path) -> list[Path]:
+def candidates(run_dir: Path) -> list[Path]:
     """Folders named like checkpoints, newest first; whether they are any, `verify` tells."""
     with suppress(OSError):
-        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run).iterdir() if path.is_dir()}
+        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run_dir).iterdir() if path.is_dir()}
         steps = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(steps, key=steps.__getitem__, reverse=True)
     return []
 
 
-def newest(run: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies. A damaged one is named, with the reason, and the one before is tried."""
-    for path in candidates(run):
+    for path in candidates(run_dir):
         try:
             return path, verify(path)
         except DamagedCheckpoint as damage:
@@ -210,10 +210,10 @@ def newest(run: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | 
     return None
 
 
-def sweep(run: Path) -> None:
+def sweep(run_dir: Path) -> None:
     """Remove what killed saves left behind. Only for who holds the run folder's lock."""
     with suppress(OSError):
-        for path in checkpoints_of(run).iterdir():
+        for path in checkpoints_of(run_dir).iterdir():
             if path.name.startswith(".step-") and ".part-" in path.name:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -241,13 +241,13 @@ def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
             yield path, read_manifest(path)
 
 
-def prune(run: Path, last: int, every: int, best: bool) -> list[Path]:
+def prune(run_dir: Path, last: int, every: int, best: bool) -> list[Path]:
     """Remove checkpoints that retention does not keep; returns them.
 
     Nothing is removed before the newest has verified, so the last good one stays whatever happened to the others. What
     has no good manifest is left for a person to look at.
     """
-    manifests = dict(readable(candidates(run)))
+    manifests = dict(readable(candidates(run_dir)))
     if not manifests:
         return []
     verify(max(manifests, key=lambda path: manifests[path].step))
