@@ -22,7 +22,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
     # What this machine cannot do or does not have is refused here, the rest is the trainer's.
-    resolve_runtime(config)
+    runtime = resolve_runtime(config)
     run_folder.check(config)
     config.data.check()
     config.tokenizer.check()
@@ -31,9 +31,9 @@ def train(composed: DictConfig) -> dict[str, float]:
     from training.trainer import Trainer
 
     with out_of_memory_explained(config):
-        trainer = Trainer(config, notify=cli.say)
+        trainer = Trainer(config, cli.say, runtime)
         summary = trainer.fit()
-    cli.say(str(trainer.folder))
+    cli.say(str(trainer.run.folder))
     return summary
 
 

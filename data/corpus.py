@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from data import disk
 from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixData, TokenizerConfig
 from data.files import expand
-from data.prepare import LONG_DOCUMENT_TOKENS, alone, open_prepared, prepare, tokenize
+from data.prepare import LONG_DOCUMENT_TOKENS, open_prepared, prepare, tokenize
 from data.sources import Source, open_source
 from data.split import Split, choose_split
 from data.tokenizer import Tokenizer
@@ -157,7 +157,7 @@ def train_tokenizer(
     settings = [CACHE_FORMAT, config.vocab_size, TRAINING_BYTES, data.val_fraction, *(s.fingerprint for s in sources)]
     file = cache / f"tokenizer-{_hash(settings)[:16]}.json"
     if not file.is_file():
-        with alone(file, notify):
+        with disk.alone(file, lambda: notify(f"tokenizer  another process learns {file}; waiting for it")):
             if not file.is_file():
                 notify(f"tokenizer  learning {config.vocab_size:,} tokens from the text, once")
                 Tokenizer.train(training_texts(sources, data.val_fraction), config.vocab_size).save(file)
@@ -241,7 +241,7 @@ def _mixture(configs: dict[str, tuple[float, DataConfig]], manifests: dict[str, 
 
 
 def _hash(settings: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return disk.sha256(json.dumps(settings))
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data import disk
+
 PROSE = (".txt", ".md", ".rst", ".tex")
 CODE = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".tsx", ".go", ".rs"),
@@ -250,7 +252,7 @@ def hash_tree(root: Path, files: list[Path], cache_dir: str) -> tuple[str, int]:
     hashes, size = hash_files(files, cache_dir)
     digest = hashlib.sha256()
     for path, content in zip(files, hashes, strict=True):
-        digest.update(hashlib.sha256(relative_name(path, root).encode()).digest() + bytes.fromhex(content))
+        digest.update(bytes.fromhex(disk.sha256(relative_name(path, root)) + content))
     return digest.hexdigest(), size
 
 
@@ -276,8 +278,7 @@ def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
             if isinstance(known, list) and known[:3] == stamp and status.st_size >= REMEMBERED_BYTES:
                 digest = str(known[3])
             else:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = disk.sha256_file(path)
                 # A change within the same tick of the clock would go unseen, so what is new is not remembered.
                 if status.st_size >= REMEMBERED_BYTES and time.time_ns() - max(stamp[1:]) > 2_000_000_000:
                     memory[key], learned = [*stamp, digest], True
@@ -288,7 +289,5 @@ def hash_files(files: Iterable[Path], cache_dir: str) -> tuple[list[str], int]:
     if learned:
         with suppress(OSError):  # then they are hashed again next time
             memory_file.parent.mkdir(parents=True, exist_ok=True)
-            part = memory_file.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(memory), encoding="utf-8")
-            part.replace(memory_file)
+            disk.write_whole(memory_file, json.dumps(memory))
     return hashes, total

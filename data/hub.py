@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from data import disk
 from data.config import HubData, HubTokenizer
 from data.files import expand, hash_tree, text_of, walk
 
@@ -52,7 +52,7 @@ def open_hub(config: HubData) -> tuple[str, list[Part]]:
         parts = [partial(_read_rows, dataset, config, first, min(first + ROWS, rows)) for first in range(0, rows, ROWS)]
         if config.max_bytes is not None:
             parts = [partial(_until, config.max_bytes, parts)]
-    return hashlib.sha256(repr([*settings, identity]).encode()).hexdigest(), parts
+    return disk.sha256(repr([*settings, identity])), parts
 
 
 def _hush() -> None:

@@ -22,6 +22,7 @@ class Batch:
     """B rows of S tokens.
 
     tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
+    positions_BS: int64, each token's place in its document; (1, S) where it is the same in every row.
     visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
     num_tokens: B · S.
     """
@@ -29,6 +30,7 @@ class Batch:
     tokens_BS: Tensor
     targets_BS: Tensor
     starts_BS: Tensor | None
+    positions_BS: Tensor
     visible_pairs: int
     num_tokens: int
 
@@ -42,14 +44,18 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that a stream uses the batch, which another one brought."""
-        for tensor in (self.tokens_BS, self.targets_BS, self.starts_BS):
+        for tensor in (self.tokens_BS, self.targets_BS, self.starts_BS, self.positions_BS):
             if tensor is not None:
                 tensor.record_stream(stream)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         starts_BS = None if self.starts_BS is None else function(self.starts_BS)
         return replace(
-            self, tokens_BS=function(self.tokens_BS), targets_BS=function(self.targets_BS), starts_BS=starts_BS
+            self,
+            tokens_BS=function(self.tokens_BS),
+            targets_BS=function(self.targets_BS),
+            starts_BS=starts_BS,
+            positions_BS=function(self.positions_BS),
         )
 
 
@@ -59,11 +65,13 @@ def collate(rows: Iterable[Row], window: int | None = None) -> Batch:
     tokens_BS = np.stack(tokens)
     B, S = tokens_BS.shape
     starts_BS = None if starts[0] is None else np.stack(starts)
-    keys_BS = np.broadcast_to(np.arange(1, S + 1), (B, S)) - (0 if starts_BS is None else starts_BS)
+    positions_BS = np.arange(S)[None] - (0 if starts_BS is None else starts_BS)
+    keys_BS = np.broadcast_to(positions_BS + 1, (B, S))
     return Batch(
         tokens_BS=torch.from_numpy(tokens_BS),
         targets_BS=torch.from_numpy(np.stack(targets)),
         starts_BS=None if starts_BS is None else torch.from_numpy(starts_BS),
+        positions_BS=torch.from_numpy(positions_BS),
         visible_pairs=int(np.minimum(keys_BS, window or S).sum()),
         num_tokens=B * S,
     )

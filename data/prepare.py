@@ -7,8 +7,6 @@ The folder gets its name when all is written and `manifest.json` says so.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data import disk
 from data.sources import Source
 from data.split import Split, choose_split, cuts_tails
 from data.tokenizer import Tokenizer
@@ -32,6 +31,7 @@ from data.tokenizer import Tokenizer
 T = TypeVar("T")
 
 SPLITS = ("train", "val")
+FILES = (*(name for split in SPLITS for name in (f"{split}.bin", f"{split}_starts.bin")), "tokenizer.json")
 LONG_DOCUMENT_TOKENS = 16_384
 BATCH_CHARS = 2**23  # text that is tokenized at once; about 200 MB while it is
 SAVE_CHARS = 2**25  # text between two savings of progress: some seconds of work
@@ -68,9 +68,7 @@ class Progressed:
             return cls()
 
     def save(self, file: Path) -> None:
-        part = file.with_suffix(".new")
-        part.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        part.replace(file)
+        disk.write_whole(file, json.dumps(asdict(self)))
 
 
 def prepare(
@@ -90,7 +88,7 @@ def prepare(
     """
     if read_manifest(folder) is not None:
         return
-    with alone(folder, notify):
+    with disk.alone(folder, lambda: notify(f"data       another process prepares {folder}; waiting for it")):
         if read_manifest(folder) is not None:
             return  # another process was first
         part = folder.with_name(f"{folder.name}.part")
@@ -99,23 +97,12 @@ def prepare(
             _fill(part, source, tokenizer, val_fraction, facts, notify)
             if folder.exists():  # damaged, or it would have a manifest
                 shutil.rmtree(folder)
+            disk.sync(part)
             part.rename(folder)
+            disk.sync(folder.parent)
         except (ValueError, OSError):
             shutil.rmtree(part, ignore_errors=True)
             raise
-
-
-@contextmanager
-def alone(target: Path, notify: Callable[[str], None]) -> Iterator[None]:
-    """Only one process at a time makes a file or folder; the lock goes with its process, however that ends."""
-    lock = target.with_name(f".{target.name}.lock")
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notify(f"data       another process prepares {target}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fill(
@@ -165,8 +152,9 @@ def _fill(
             )
 
     tokenizer.save(folder / "tokenizer.json")
-    progress_file.unlink()
-    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    files = sorted(folder / name for name in FILES)
+    for path in set(folder.iterdir()) - set(files):  # progress.json, and what a kill left of it
+        path.unlink()
     totals = {name: asdict(done.train)[name] + asdict(done.val)[name] for name in asdict(done.train)}
     tails = f"too few documents to hold out whole ones: validation is the last {val_fraction:.1%} of each"
     manifest = {
@@ -178,9 +166,9 @@ def _fill(
         "note": tails if cuts_tails(split) else None,
         "dtype": str(tokenizer.dtype),
         "files": {path.name: path.stat().st_size for path in files},
-        "sha256": {path.name: _sha256(path) for path in files},
+        "sha256": {path.name: disk.sha256_file(path) for path in files},
     }
-    write_durably(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    disk.write_synced(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     seconds, new = time.perf_counter() - began, totals["bytes"] - resumed
     if seconds > 5:
         notify(f"           {new / 1e6:,.0f} MB in {seconds:,.0f} s, {new / 1e6 / seconds:.1f} MB/s")
@@ -304,17 +292,4 @@ def open_prepared(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]
 def damaged_files(folder: Path) -> list[str]:
     """The names of files that are not what the manifest says, byte for byte. Reads everything."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return [name for name, digest in manifest["sha256"].items() if _sha256(folder / name) != digest]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file, and see it on the disk before going on."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [name for name, digest in manifest["sha256"].items() if disk.sha256_file(folder / name) != digest]

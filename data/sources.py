@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import string
 import sysconfig
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data import disk
 from data.config import DataConfig, HubData, StdlibData, SyntheticData, TextData
 from data.files import find_files, hash_tree, read_bytes, read_file, relative_name, walk
 
@@ -100,7 +100,7 @@ def _of_files(
 ) -> Source:
     files.sort(key=lambda path: relative_name(path, root))
     digest, size = hash_tree(root, files, config.cache_dir)
-    fingerprint = hashlib.sha256(f"{digest} {getattr(config, 'field', '')}".encode()).hexdigest()
+    fingerprint = disk.sha256(f"{digest} {getattr(config, 'field', '')}")
     where = f"data.path={config.path}" if isinstance(config, TextData) else f"data={config.name}"
     return Source(where, fingerprint, [partial(read, path) for path in files], size)
 
@@ -128,7 +128,7 @@ def _open_synthetic(config: SyntheticData) -> Source:
                 f"{config.task}:{number:08d}", write(random.Random(f"{config.seed}:{number}"), config.length)
             )
 
-    fingerprint = hashlib.sha256(repr(settings).encode()).hexdigest()
+    fingerprint = disk.sha256(repr(settings))
     return Source("data=synthetic", fingerprint, [read], config.documents * config.length)
 
 

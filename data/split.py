@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 
+from data import disk
 from data.sources import Document, Source
 
 Split = Callable[[Document], Iterator[tuple[str, str]]]
@@ -38,7 +38,7 @@ def cuts_tails(split: Split) -> bool:
 
 def _side(document: Document, val_fraction: float) -> str:
     key = document.text if document.key is None else document.key
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+    number = int(disk.sha256(key)[:12], 16) / 2**48
     return "val" if number < val_fraction else "train"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data import disk
 
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -81,7 +82,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Of all that decides which ids a text has."""
-        return hashlib.sha256(f"{self.separator}\n{self._backend.to_str()}".encode()).hexdigest()
+        return disk.sha256(f"{self.separator}\n{self._backend.to_str()}")
 
     @property
     def dtype(self) -> np.dtype:
@@ -140,10 +141,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, complete or not at all."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        part.replace(path)
+        disk.write_whole(Path(path), self._backend.to_str(pretty=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], separator: str | None = None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model, as pure functions of its configuration.
+"""Parameters and FLOPs of a model, as pure functions of its configuration; its memory is in `model.memory`.
 
 Conventions: a multiply-add is 2 FLOPs; a training step is 3 forward passes (one forward, two backward); recomputation
 does not count. N is the number of parameters a token is multiplied with: the weights of every linear layer and of the
@@ -17,6 +17,8 @@ class ParameterCount(NamedTuple):
     """Every trained number; a tied head counts once."""
     matmul: int
     """N above."""
+    block_matrices: int
+    """Of the matrices inside the blocks."""
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
@@ -38,6 +40,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=embeddings + config.n_layers * layer + norm + head,
         matmul=config.n_layers * layer_matmul + V * E,
+        block_matrices=config.n_layers * layer_matmul,
     )
 
 
@@ -62,8 +65,3 @@ def train_flops_per_token(config: ModelConfig, keys_per_token: float) -> float:
 def score_bytes(config: ModelConfig, batch_size: int, seq_len: int, bytes_per_score: int = 4) -> int:
     """Bytes of one layer's S × S attention scores, which only attention=math writes."""
     return batch_size * config.n_heads * seq_len * seq_len * bytes_per_score
-
-
-def state_bytes(config: ModelConfig) -> int:
-    """Bytes of float32 weights, gradients and AdamW's two moments: 16 per parameter, whatever the sequence length."""
-    return 16 * parameter_count(config).total

@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, E model width, H query heads, G key/value h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from .attention.base import AttentionBackend
 from .config import ModelConfig
 from .rotary import attention_scaling, inverse_frequencies, rotate
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""(q, k, v, mask) → out: an `AttentionBackend`, or what its `for_layer` returned."""
 Rotation = tuple[Tensor, Tensor] | None
 
 
@@ -35,12 +36,12 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BSE: Tensor, attend: Attend, rotation: Rotation) -> Tensor:
+    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         q_BSHD, k_BSGD = self.q_norm(q_BSHD).to(v_BSGD.dtype), self.k_norm(k_BSGD).to(v_BSGD.dtype)
         if rotation is not None:
             q_BSHD, k_BSGD = rotate(q_BSHD, *rotation), rotate(k_BSGD, *rotation)
-        return self.out(attend(q_BSHD, k_BSGD, v_BSGD).flatten(2))
+        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
 
 
 class GELU(nn.Module):
@@ -78,13 +79,37 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
 
-    def forward(self, x_BSE: Tensor, attend: Attend, rotation: Rotation) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, rotation)
+    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
+class Head(nn.Linear):
+    """The output head: logits, or the summed loss. Always called as a module: what shards it hooks into that call."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.vocab_size, bias=False)
+        self.softcap, self.chunk_size = config.logit_softcap, config.loss_chunk_size
+
+    def forward(self, x_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V); with targets Σ −log p(target) in nats, for which not all logits exist at once."""
+        if targets_BS is not None:
+            return linear_cross_entropy(
+                x_BSE.flatten(0, 1),
+                self.weight,
+                targets_BS.flatten(),
+                softcap=self.softcap,
+                chunk_size=self.chunk_size,
+            )
+        logits_BSV = F.linear(x_BSE, self.weight)
+        return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap > 0 else logits_BSV
+
+
 class GPT(nn.Module):
-    """A decoder-only language model whose attention is any `AttentionBackend`."""
+    """A decoder-only language model whose attention is any `AttentionBackend`.
+
+    `training.assemble` is where a run's model is made; built directly, a model is eager, on the default device.
+    """
 
     frequencies: Tensor  # of the rotary embedding
 
@@ -97,18 +122,26 @@ class GPT(nn.Module):
             self.positions = nn.Embedding(config.n_positions, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = _norm(config)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_head:
-            self.head.weight = self.embedding.weight
+        self.head = Head(config)
         if config.position == "rotary":
-            assert config.head_dim is not None
-            self.register_buffer("frequencies", inverse_frequencies(config.rotary, config.head_dim), persistent=False)
-        self._decode: Callable[..., Tensor] = self.decode
+            self.register_buffer("frequencies", None, persistent=False)
+        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
+        self._compiled_loss: Callable[..., Tensor] | None = None
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer adds to the residual stream."""
+        """GPT-2's initialisation: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer adds to the residual stream.
+
+        Draws from torch's default generator, one parameter after the other.
+        """
+        if self.config.tie_head:
+            self.head.weight = self.embedding.weight
+        if self.config.position == "rotary":
+            assert self.config.head_dim is not None
+            with self.embedding.weight.device:
+                self.frequencies = inverse_frequencies(self.config.rotary, self.config.head_dim)
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -117,71 +150,94 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the transformer, for each shape by itself; the mask is still prepared eagerly, once per batch."""
-        # Otherwise rows of validation that are shorter than those of training would make PyTorch compile the latter,
-        # which come second, for any length.
-        self._decode = torch.compile(self.decode, *args, **{"dynamic": False, **kwargs})
+    def materialize(self, device: torch.device) -> None:
+        """Give a model built on the meta device memory on `device`, and the weights it would have been built with."""
+        self.to_empty(device=device)
+        with device:
+            for module in self.modules():
+                # As PyTorch's constructors do: norms become 1, and as many random numbers are drawn.
+                getattr(module, "reset_parameters", lambda: None)()
+            self.initialize()
+
+    def compile(self, unit: str = "model", **options: Any) -> None:
+        """Compile for each shape by itself; the mask is still prepared eagerly, once per batch.
+
+        Args:
+            unit: "model", one graph; or "block", one graph that all blocks share, and one for the loss.
+            options: of torch.compile.
+        """
+        # Not for any length: rows of validation, which come first, may be shorter than those of training.
+        options = {"dynamic": False, **options}
+        if unit == "model":
+            self._compiled = torch.compile(self.steps, **options)
+        else:
+            self._compiled_blocks = [torch.compile(block, **options) for block in self.blocks]
+            self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
         starts_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
         attention: AttentionBackend | None = None,
     ) -> Tensor:
         """Logits, or with targets the summed loss.
 
         Args:
             tokens_BS: int64. targets_BS: int64, −100 where no loss is wanted.
-            starts_BS: int32, index in its row of the first token of each token's document. Attention does not cross
-                documents, and positions count from there. None: a row is one document.
-            attention: another backend for this call only (generation uses one that fits its short rows).
+            starts_BS: int32, index in its row of the first token of each token's document; attention does not cross
+                documents. None: a row is one document.
+            positions_BS: int64 (B, S), or (1, S) for all rows: each token's place in its document. None: rows are
+                whole, and places are counted from `starts_BS`.
+            attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
         Returns:
             logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar.
         """
+        S = tokens_BS.shape[1]
+        if positions_BS is None:
+            positions_BS = torch.arange(S, device=tokens_BS.device)[None]
+            positions_BS = positions_BS if starts_BS is None else positions_BS - starts_BS
+        steps = self._compiled if attention is None and self._compiled else self.steps
         attention = attention or self.attention
-        decode = self._decode if attention is self.attention else self.decode
-        return decode(tokens_BS, targets_BS, starts_BS, attention, attention.prepare(starts_BS, tokens_BS.shape[1]))
+        return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S))
 
-    def decode(
+    def steps(
         self,
         tokens_BS: Tensor,
         targets_BS: Tensor | None,
-        starts_BS: Tensor | None,
+        positions_BS: Tensor,
         attention: AttentionBackend,
         mask: Any,
     ) -> Tensor:
-        config = self.config
+        """`forward` after its arguments are complete: hidden states, then the loss or the logits."""
+        x_BSE = self.hidden(tokens_BS, positions_BS, attention, mask)
+        if targets_BS is None:
+            return self.logits(x_BSE)
+        loss = self._compiled_loss if attention is self.attention and self._compiled_loss else self.loss
+        return loss(x_BSE, targets_BS)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, mask)
-
-        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-        if starts_BS is not None:
-            positions_BS = positions_BS - starts_BS
-        x_BSE = self.embedding(tokens_BS)
-        rotation = None
-        if config.position == "learned":
+    def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
+        """The residual stream after the last block (B, S, E), before the final norm."""
+        x_BSE, rotation = self.embedding(tokens_BS), None
+        if self.config.position == "learned":
             x_BSE = x_BSE + self.positions(positions_BS)
         else:
             angles_BS1F = (positions_BS[..., None].float() * self.frequencies)[:, :, None]
-            stretch = attention_scaling(config.rotary)
+            stretch = attention_scaling(self.config.rotary)
             rotation = angles_BS1F.cos() * stretch, angles_BS1F.sin() * stretch
+        is_own = attention is self.attention
+        blocks: Iterable[Any] = self._compiled_blocks if is_own and self._compiled_blocks else self.blocks
+        for layer, block in enumerate(blocks):
+            x_BSE = block(x_BSE, attention.for_layer(layer), mask, rotation)
+        return x_BSE
 
-        for block in self.blocks:
-            x_BSE = block(x_BSE, attend, rotation)
-        x_BSE = self.norm(x_BSE)
+    def loss(self, x_BSE: Tensor, targets_BS: Tensor) -> Tensor:
+        """Σ −log p(target) in nats, a float32 scalar, from `hidden`'s states."""
+        loss: Tensor = self.head(self.norm(x_BSE), targets_BS)
+        return loss
 
-        if targets_BS is not None:
-            return linear_cross_entropy(
-                x_BSE.flatten(0, 1),
-                self.head.weight,
-                targets_BS.flatten(),
-                softcap=config.logit_softcap,
-                chunk_size=config.loss_chunk_size,
-            )
-        logits_BSV = self.head(x_BSE)
-        if config.logit_softcap > 0:
-            logits_BSV = config.logit_softcap * torch.tanh(logits_BSV / config.logit_softcap)
+    def logits(self, x_BSE: Tensor) -> Tensor:
+        """(B, S, V) from `hidden`'s states."""
+        logits_BSV: Tensor = self.head(self.norm(x_BSE))
         return logits_BSV

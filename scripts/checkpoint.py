@@ -8,7 +8,6 @@ python -m scripts.checkpoint prune RUN --keep-last 1 [--keep-every K] [--no-best
 from __future__ import annotations
 
 import argparse
-import fcntl
 from pathlib import Path
 
 from training.checkpoint import folder as checkpoints
@@ -56,7 +55,7 @@ def show(found: list[Path], read_all: bool) -> int:
 def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         with open(options.run / LOCK, "ab+") as lock:
-            take(lock, fcntl.LOCK_EX, str(options.run))
+            take(lock, str(options.run))
             gone = checkpoints.prune(options.run, options.keep_last, options.keep_every, not options.no_best)
     except DamagedCheckpoint as damage:
         print(f"nothing removed: the newest checkpoint is damaged: {damage}")

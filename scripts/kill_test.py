@@ -123,7 +123,8 @@ def wait_for_a_save(process: subprocess.Popen[bytes], run: Path, chance: random.
 def compare(peaceful: Path, killed: Path) -> list[str]:
     """What differs between two finished runs."""
     last = [checkpoints.candidates(run)[0] for run in (peaceful, killed)]
-    pairs = {name: [folder / name for folder in last] for name in checkpoints.TENSORS}
+    tensors = [name for name in checkpoints.read_manifest(last[0]).files if name.endswith(".safetensors")]
+    pairs = {name: [folder / name for folder in last] for name in tensors}
     pairs["weights"] = [run / "model.safetensors" for run in (peaceful, killed)]
     found = [name for name, (one, other) in pairs.items() if one.read_bytes() != other.read_bytes()]
     records = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from xml.sax.saxutils import escape
 
 import torch
 
+from data import disk
 from training.hardware import describe_device, git_commit, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,9 +57,7 @@ def heading(title: str, facts: dict[str, Any]) -> list[str]:
 def write(out: Path, text: str) -> None:
     """Write a file whole or not at all, so that what a killed run leaves can be read."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, out)
+    disk.write_whole(out, text)
 
 
 def write_json(out: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

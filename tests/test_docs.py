@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from kernels import reference
+from training.metrics import METRICS
+from training.metrics import markdown as metrics_table
 
 ROOT = Path(__file__).parent.parent
 FLASH = ROOT / "docs" / "flash-attention.md"
@@ -50,7 +52,13 @@ def test_every_metric_is_defined():
     sources = "".join(file.read_text("utf-8") for file in (ROOT / "training").rglob("*.py"))
     metrics = set(re.findall(r'"((?:train|val|throughput|time|memory|checkpoint)/[a-z_]+)"', sources))
     assert len(metrics) > 15
+    assert metrics == set(METRICS), "each has its entry, and each entry is computed"
     assert metrics <= set(re.findall(r"`([a-z]+/[a-z_]+)`", (ROOT / "docs" / "numbers.md").read_text("utf-8")))
+
+
+def test_the_table_of_metrics_is_that_of_the_registry():
+    page = (ROOT / "docs" / "numbers.md").read_text("utf-8")
+    assert metrics_table() in page, "python -m training.metrics prints it"
 
 
 def test_flash_attention_quotes_every_definition_as_it_stands():

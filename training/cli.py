@@ -33,6 +33,7 @@ from .config import dotted_keys, one_line, unknown_key
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
+from .metrics import in_table
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -212,17 +213,10 @@ def _settings() -> list[str]:
 
 
 def _print_comparison() -> None:
-    columns = {
-        "loss": ("train/loss", "{:.4f}"),
-        "val bits/byte": ("val/bits_per_byte", "{:.4f}"),
-        "tokens/s": ("throughput/tokens_per_second", "{:,.0f}"),
-        "step ms": ("time/step_ms", "{:,.1f}"),
-        "MFU": ("throughput/mfu", "{:.1%}"),
-        "peak GiB": ("memory/peak_allocated_gib", "{:.2f}"),
-    }
-    table = Table("job", *columns, box=None)
+    columns = in_table()
+    table = Table("job", *(metric.title for metric in columns), box=None)
     shared = set.intersection(*(set(overrides) for overrides, _ in _results))
     for overrides, summary in _results:
-        cells = [form.format(summary[key]) if key in summary else "–" for key, form in columns.values()]
+        cells = [metric.text(summary[metric.name]) if metric.name in summary else "–" for metric in columns]
         table.add_row(" ".join(o for o in overrides if o not in shared), *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)

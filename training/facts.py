@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from data.corpus import Corpus
-from model.arithmetic import parameter_count, state_bytes, train_flops_per_token
+from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
 
 from . import hardware
 from .config import TrainConfig
+from .memory import GIB, predicted
 from .runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def start_up_lines(config: TrainConfig, facts: dict[str, Any]) -> list[str]:
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
-        f"{state_bytes(config.model) / 2**30:.2f} GiB with gradients and optimizer",
+        f"{predicted(config).state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
         f"plan       {config.num_steps:,} steps × {config.step_tokens:,} tokens "
         f"({config.accumulation} × {config.batch_size} rows of {config.seq_len:,})",

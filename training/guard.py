@@ -6,51 +6,59 @@ Everything is decided on the device, before the update and without waiting for i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import BadStepConfig
 from .errors import NonFiniteError
+from .parallel.world import World
 
 COUNTERS = ("skipped", "in_a_row", "worst_in_a_row", "step", "loss", "grad_norm")
 """Bad steps so far, now in a row, most in a row since the last look; the first since then, its loss, its norm."""
 
 
 class Guard:
-    """Keeps bad steps out of the parameters, and stops the run or counts them, as `config` says.
+    """Keeps bad steps out of the parameters, and stops the run or counts them, as `config` says. A part.
 
     A loss is a spike when it is more than `spike_sigma` standard deviations above the mean of the last `spike_window`
     good losses; before there are that many, none is.
     """
 
-    def __init__(
-        self, config: BadStepConfig, device: torch.device, notify: Callable[[str], None], record: Path
-    ) -> None:
-        self.config, self.notify, self.record = config, notify, record
-        self.losses = torch.zeros(config.spike_window, device=device)
-        self.num_good = torch.zeros((), dtype=torch.int64, device=device)
-        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=device)
+    name = "guard"
+
+    def __init__(self, config: BadStepConfig, world: World, notify: Callable[[str], None], record: Path) -> None:
+        self.config, self.world, self.notify, self.record = config, world, notify, record
+        self.losses = torch.zeros(config.spike_window, device=world.device)
+        self.num_good = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=world.device)
         self.seen = 0
         """Bad steps the host knows of."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, for a checkpoint; `load` puts it back."""
-        return {"guard/losses": self.losses, "guard/num_good": self.num_good, "guard/counters": self.counters}
+        return {"losses": self.losses, "num_good": self.num_good, "counters": self.counters}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def values(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Another spike_window than the checkpoint's begins its window anew."""
-        self.counters.copy_(tensors["guard/counters"])
+        self.counters.copy_(tensors["counters"])
         self.seen = int(self.counters[0])
-        if tensors["guard/losses"].shape == self.losses.shape:
-            self.losses.copy_(tensors["guard/losses"])
-            self.num_good.copy_(tensors["guard/num_good"])
+        if tensors["losses"].shape == self.losses.shape:
+            self.losses.copy_(tensors["losses"])
+            self.num_good.copy_(tensors["num_good"])
 
     def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step may update the parameters: a bool scalar on the device. No synchronisation."""
-        good = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        """Whether a step may update the parameters: a bool scalar on the device. No synchronisation.
+
+        Args:
+            loss: of the whole step, on all ranks. grad_norm: global.
+        """
+        good = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self.config.spike_sigma > 0:
             full = self.num_good >= self.config.spike_window
             limit = self.losses.mean() + self.config.spike_sigma * self.losses.std()

@@ -124,6 +124,7 @@ class Interrupt:
                     self.stop_file.unlink(missing_ok=True)
         return self._reason
 
-    def end(self, saved: Path) -> Interrupted:
-        """What to raise once `saved` is written."""
-        return Interrupted(f"interrupted by {self._reason}; saved {saved}", code_of(self._reason))
+    def end(self, saved: Path, reason: str = "") -> Interrupted:
+        """What to raise once `saved` is written; `reason` is another process's, where that was asked."""
+        reason = reason or self._reason
+        return Interrupted(f"interrupted by {reason}; saved {saved}", code_of(reason))

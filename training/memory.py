@@ -10,12 +10,21 @@ from contextlib import contextmanager
 
 import torch
 
-from model.arithmetic import score_bytes, state_bytes
+from model.memory import GIB, MemoryPlan, predict
 
 from .config import TrainConfig
 from .errors import OutOfMemory
 
-GIB = 2**30
+
+def predicted(config: TrainConfig) -> MemoryPlan:
+    """What this run will take, as far as its configuration tells."""
+    return predict(
+        config.model,
+        optimizer=config.optimizer.name,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        writes_scores="math" in (config.attention.name, getattr(config.attention, "kernel", None)),
+    )
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
@@ -60,10 +69,11 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
 
 def advice(config: TrainConfig) -> str:
     """The settings that reduce memory in this run, the most effective first."""
-    hints = []
-    if config.attention.name == "math" or getattr(config.attention, "kernel", None) == "math":
-        scores = score_bytes(config.model, config.batch_size, config.seq_len) / GIB
-        hints.append(f"attention=auto (math holds {scores:.1f} GiB of S × S scores per layer, several times over)")
+    plan, hints = predicted(config), []
+    if plan.scores:
+        hints.append(
+            f"attention=auto (math holds {plan.scores / GIB:.1f} GiB of S × S scores per layer, several times over)"
+        )
     if config.batch_size > 1:
         rows = config.step_tokens // config.seq_len
         smaller = next(size for size in range(config.batch_size // 2, 0, -1) if rows % size == 0)
@@ -72,7 +82,5 @@ def advice(config: TrainConfig) -> str:
     if not 0 < config.model.loss_chunk_size < micro_batch and micro_batch > 2048:
         hints.append(f"model.loss_chunk_size=2048 (now {micro_batch} × {config.model.vocab_size} logits exist at once)")
     hints.append(f"seq_len={config.seq_len // 2}")
-    hints.append(
-        f"a smaller model= (weights, gradients and optimizer alone take {state_bytes(config.model) / GIB:.1f} GiB)"
-    )
+    hints.append(f"a smaller model= (weights, gradients and optimizer alone take {plan.state / GIB:.1f} GiB)")
     return "What helps: " + ", ".join(hints)

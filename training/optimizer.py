@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +12,15 @@ from .config import MuonConfig, OptimizerConfig
 
 
 class Optimizer:
-    """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know."""
+    """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know.
+
+    A part: moments and counts, by the name of their parameter ("blocks.0.mlp.down.weight/exp_avg").
+    """
+
+    name = "optimizer"
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
-        parameters = dict(model.named_parameters())
+        self.parameters = parameters = dict(model.named_parameters())
         hidden = [p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2]
         by_muon = {id(p) for p in hidden} if isinstance(config, MuonConfig) else set()
         others = [p for p in parameters.values() if id(p) not in by_muon]
@@ -57,6 +65,25 @@ class Optimizer:
             _step_where(good, muon)
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
+        return {
+            f"{names[parameter]}/{key}": value
+            for inner in self.all
+            for parameter, entries in inner.state.items()
+            for key, value in entries.items()
+        }
+
+    def values(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        owners = {p: inner for inner in self.all for group in inner.param_groups for p in group["params"]}
+        for name, value in tensors.items():
+            parameter_name, _, key = name.rpartition("/")
+            parameter = self.parameters[parameter_name]
+            owners[parameter].state[parameter][key] = value.to(parameter.device)
 
 
 @torch.no_grad()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -13,14 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
+from data import disk
+
 from .checkpoint import fits
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
 
 LOCK = "run.lock"
-RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
-"""Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it resumes there."""
 NAMED = {"resume": "a run folder or a checkpoint", "init_from": "a run folder, a checkpoint or a model.safetensors"}
 
 
@@ -47,7 +45,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
     if holds_a_run:
         with suppress(OSError), open(run / LOCK, "rb") as lock:
-            take(lock, fcntl.LOCK_SH, config.run_dir)
+            take(lock, config.run_dir, shared=True)
     resume = None if config.resume in ("auto", "none") else config.resume
     for name, value in (("resume", resume), ("init_from", config.init_from)):
         if value is None:
@@ -83,19 +81,19 @@ def _is_inside(resume: str, config: TrainConfig) -> bool:
     return Path(resume).resolve().is_relative_to(Path(config.run_dir).resolve())
 
 
-def take(lock: BinaryIO, kind: int, run_dir: str) -> None:
+def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
     """Lock a run folder. It is held by the open file, not by its content: it goes with the process, however that ends.
 
     Raises:
         ValueError: another process has it, or this file system has no locks.
     """
-    for patience in (0.1, 0.1, 0.1, 0):  # another process may be looking only, or may be dying
-        try:
-            return fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        for patience in (0.1, 0.1, 0.1, 0):  # another process may be looking only, or may be dying
+            if disk.try_lock(lock, shared):
+                return
             time.sleep(patience)
-        except OSError as error:
-            raise ValueError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another disk") from error
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another disk") from error
     lock.seek(0)
     owner = lock.read(200).decode("utf-8", "replace").strip() or "another process"
     raise ValueError(f"run_dir={run_dir} is being trained by {owner}; stop that, or choose another")
@@ -118,7 +116,7 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
         try:
-            take(self._lock, fcntl.LOCK_EX, config.run_dir)
+            take(self._lock, config.run_dir)
         except ValueError:
             self._lock.close()
             raise
@@ -157,23 +155,6 @@ class RunFolder:
                 f"or remove the later checkpoints to go back"
             )
         return found
-
-    def cut_records(self, sizes: dict[str, int], source: Path | None) -> None:
-        """Bring the records back to what a checkpoint knew: each step is in them once.
-
-        Args:
-            source: run folder of the checkpoint; another than this one gives this one its records.
-        """
-        for name in RECORDS:
-            path = self.path / name
-            if source is not None and source.resolve() != self.path.resolve() and (source / name).exists():
-                with suppress(OSError):
-                    shutil.copyfile(source / name, path)
-            if path.exists() and path.stat().st_size > sizes.get(name, 0):
-                os.truncate(path, sizes.get(name, 0))
-
-    def record_sizes(self) -> dict[str, int]:
-        return {name: (self.path / name).stat().st_size for name in RECORDS if (self.path / name).exists()}
 
 
 def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path, Manifest]:

@@ -6,6 +6,7 @@ Shape suffixes, here and in the backends: B batch, S sequence, H query heads, G 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -45,3 +46,14 @@ class AttentionBackend(ABC):
     @abstractmethod
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Any) -> Tensor:
         """out (B, S, H, D) from q (B, S, H, D), k and v (B, S, G, D) and what `prepare` returned."""
+
+    def bound_documents(self, max_documents: int | None) -> None:
+        """Tell the backend, once the text is known, how many documents a row holds at most."""
+        self.spec = replace(self.spec, max_documents=max_documents)
+
+    def for_layer(self, layer: int) -> AttentionBackend:
+        """What layer 0, 1, … attends with: the same object for all, so that one compiled block serves every layer.
+
+        A cache returns that layer's part. An index among the arguments of a compiled block would compile it per layer.
+        """
+        return self

@@ -59,6 +59,14 @@ def test_without_document_mask_a_batch_is_plain_causal():
     assert batch.to("cpu").starts_BS is None
 
 
+def test_a_batch_says_where_in_its_document_each_token_stands():
+    batch = collate(packed(2))
+    assert batch.positions_BS.tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
+    assert batch.positions_BS.dtype == torch.int64
+    assert collate(packed(2, document_mask=False)).positions_BS.tolist() == [[0, 1, 2, 3]], "the same in every row"
+    assert batch.to("meta").positions_BS.is_meta
+
+
 def test_to_moves_every_tensor():
     batch = collate(packed(2)).to("meta")
     assert {batch.tokens_BS.device.type, batch.targets_BS.device.type, batch.starts_BS.device.type} == {"meta"}

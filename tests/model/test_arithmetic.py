@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.arithmetic import causal_keys, parameter_count, score_bytes, state_bytes, train_flops_per_token
+from model.arithmetic import causal_keys, parameter_count, score_bytes, train_flops_per_token
 from model.config import ModelConfig
+from model.memory import predict
 
 LLAMA = ModelConfig(name="llama", n_layers=3, n_heads=4, dim=32, ffn_dim=48, vocab_size=101)
 GPT2 = replace(LLAMA, name="gpt2", position="learned", n_positions=40, norm="layernorm", mlp="gelu", bias=True)
@@ -109,4 +110,4 @@ def test_memory_by_hand():
     # The same for grouped heads: every query head has scores of its own.
     assert score_bytes(replace(LLAMA, n_kv_heads=1), batch_size=1, seq_len=1) == 16
     # Weight, gradient and two moments of 4 bytes each.
-    assert state_bytes(GPT2_124M) == 16 * 124_439_808
+    assert predict(GPT2_124M, optimizer="adamw", batch_size=1, seq_len=1024).state == 16 * 124_439_808

@@ -142,6 +142,47 @@ def test_loss_and_gradients_do_not_depend_on_the_chunk_size(build_lively, chunk_
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@FAMILIES
+def test_hidden_states_loss_and_logits_are_steps_of_their_own_and_the_head_is_called_as_a_module(build_lively, config):
+    """What shards a model hooks into the calls of its modules, and generation needs the steps one by one."""
+    model = build_lively(config, seq_len=S, documents=True)
+    tokens, targets, starts = random_tokens(), random_tokens(), starts_of([13, 20, 15], [1, 46, 1])
+    calls = []
+    model.head.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs)))
+    positions = torch.arange(S)[None] - starts
+    hidden = model.hidden(tokens, positions, model.attention, model.attention.prepare(starts, S))
+    assert torch.equal(model.loss(hidden, targets), model(tokens, targets, starts))
+    assert torch.equal(model.logits(hidden), model(tokens, None, starts))
+    assert calls == [2, 2, 1, 1]
+
+
+@FAMILIES
+@torch.no_grad()
+def test_positions_are_the_batchs_and_not_the_models(build_lively, config):
+    """A shard of a row knows where it stands: here its second half, alone."""
+    model = build_lively(config, seq_len=S)
+    tokens, half = random_tokens(1, S // 2), torch.arange(S // 2)[None]
+    assert torch.equal(model(tokens, positions_BS=half), model(tokens))
+    shifted = model(tokens, positions_BS=half + S // 2)
+    same = torch.allclose(shifted, model(tokens), rtol=1e-4, atol=1e-4)
+    assert same == (config.position == "rotary"), "only a learned table tells a place from its distance to another"
+
+
+def test_every_layer_attends_with_what_the_backend_gives_it(build_lively):
+    """As a cache of keys and values does, around any backend."""
+    model = build_lively(replace(LLAMA, n_layers=3))
+    inner, layers = model.attention, []
+
+    class Wrapper(type(inner)):
+        def for_layer(self, layer):
+            layers.append(layer)
+            return super().for_layer(layer)
+
+    tokens = random_tokens()
+    assert torch.equal(model(tokens, attention=Wrapper(inner.spec, inner.config)), model(tokens))
+    assert layers == [0, 1, 2]
+
+
 @torch.no_grad()
 def test_logit_soft_cap_bounds_the_logits(build_lively):
     plain, capped = build_lively(LLAMA), build_lively(replace(LLAMA, logit_softcap=1.5))
@@ -223,6 +264,32 @@ def test_compiled_equals_eager_in_one_graph_for_all_batches(build_lively, config
         for expected, got in zip(model.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(got.grad, expected.grad)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "backend"), [(LLAMA, "math"), (YARN, "sdpa"), (GPT2, "sdpa")], ids=["math", "sdpa", "sdpa-learned"]
+)
+def test_compiled_by_blocks_one_graph_serves_every_layer_and_one_the_loss(build_lively, config, backend):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    config = replace(config, n_layers=10)  # more than the compiler would compile one function for
+    model = build_lively(config, backend, seq_len=S, documents=True)
+    compiled = build_lively(config, backend, seq_len=S, documents=True)
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile("block", backend=counter, fullgraph=True)
+    for rows in (([S], [S]), ([13, 20, 15], [1, 46, 1]), ([1] * S, [40, 8])):
+        tokens, targets, starts = random_tokens(), random_tokens(), starts_of(*rows)
+        losses = []
+        for each in (model, compiled):
+            each.zero_grad()
+            losses.append(each(tokens, targets, starts))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        for expected, got in zip(model.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, expected.grad)
+    assert counter.frame_count == 2
+    generate(compiled, [1, 2, 3], 2)
+    assert counter.frame_count == 2, "generation is not compiled"
 
 
 def test_rows_of_another_length_are_compiled_by_themselves(build_lively):

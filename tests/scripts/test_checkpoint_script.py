@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 def run(tmp_path: Path) -> Path:
     """Checkpoints at steps 1 to 5, the best at step 2."""
     for step in range(1, 6):
-        tensors = {name: lambda path: path.write_bytes(os.urandom(100)) for name in checkpoints.TENSORS}
+        tensors = {
+            name: lambda path: path.write_bytes(os.urandom(100))
+            for name in ("model.safetensors", "optimizer.safetensors")
+        }
         facts = {"step": step, "tokens": 10 * step, "world_size": 1, "val_loss": abs(step - 2) + 1.0, "versions": {}}
         checkpoints.write(checkpoints.path_of(tmp_path, step), tensors, {"state.json": {}, "config.json": {}}, facts)  # type: ignore[arg-type]
     return tmp_path

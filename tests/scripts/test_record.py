@@ -33,7 +33,7 @@ def test_the_heading_names_hardware_versions_commit_and_the_exact_command():
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "new" / "out.json"
     write(path, "old")
-    monkeypatch.setattr(record.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(path, "new")
     assert path.read_text() == "old"

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +22,15 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data import disk
 from data.config import HubData
 from scripts.checkpoint import main as checkpoint_script
+from training.checkpoint import fits, saver
 from training.checkpoint import folder as checkpoints
-from training.checkpoint import saver
 from training.checkpoint.folder import DamagedCheckpoint, Manifest
+from training.checkpoint.restore import restore
 from training.checkpoint.saver import Saver
+from training.checkpoint.state import files_of
 from training.config import CheckpointConfig, TrainConfig
 from training.errors import Interrupted, NonFiniteError, SaveFailed
 from training.loggers import read_metrics
@@ -36,6 +39,8 @@ from training.run_folder import check as check_run_folder
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
+TENSORS = tuple(f"{part}.safetensors" for part in ("model", "optimizer", "guard", "progress", "random"))
+JSON = (checkpoints.STATE, checkpoints.CONFIG)
 EXACT = ("step", "tokens", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bits_per_byte")
 
 
@@ -49,19 +54,19 @@ def fit(config: TrainConfig, stop_at: int = 0, during: str = "step") -> Trainer:
     if not stop_at:
         trainer.fit()
         return trainer
-    check, loss = trainer.guard.check, trainer.loss
+    check, loss = trainer.run.guard.check, trainer.run.train_step.loss
 
     def ask(step: int, *rest: torch.Tensor) -> torch.Tensor:
         if step == stop_at and during == "step":
-            trainer.interrupt._reason = "SIGTERM"
+            trainer.run.interrupt._reason = "SIGTERM"
         return check(step, *rest)
 
     def ask_in_evaluation(batch: Any) -> torch.Tensor:
-        if trainer.step == stop_at and not torch.is_grad_enabled() and during == "evaluation":
-            trainer.interrupt._reason = "SIGTERM"
+        if trainer.run.progress.step == stop_at and not torch.is_grad_enabled() and during == "evaluation":
+            trainer.run.interrupt._reason = "SIGTERM"
         return loss(batch)
 
-    trainer.guard.check, trainer.loss = ask, ask_in_evaluation  # type: ignore[method-assign]
+    trainer.run.guard.check, trainer.run.train_step.loss = ask, ask_in_evaluation  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="by SIGTERM; saved") as interrupted:
         trainer.fit()
     assert interrupted.value.code == 75
@@ -72,14 +77,14 @@ def exact(trainer: Trainer) -> list[dict[str, float]]:
     """The record without what a clock measured."""
     return [
         {name: value for name, value in record.items() if name in EXACT}
-        for record in read_metrics(trainer.folder / "metrics.jsonl")
+        for record in read_metrics(trainer.run.folder / "metrics.jsonl")
     ]
 
 
 def same(first: Trainer, second: Trainer) -> bool:
     """Two runs end with the same weights, moments, sums and random numbers, bit for bit, and with the same record."""
-    paths = [checkpoints.candidates(trainer.folder)[0] for trainer in (first, second)]
-    pairs = ((paths[0] / name, paths[1] / name) for name in checkpoints.TENSORS)
+    paths = [checkpoints.candidates(trainer.run.folder)[0] for trainer in (first, second)]
+    pairs = ((paths[0] / name, paths[1] / name) for name in TENSORS)
     equal = [one.read_bytes() == other.read_bytes() for one, other in pairs]
     return all(equal) and exact(first) == exact(second)
 
@@ -90,7 +95,7 @@ def run(config: MakeConfig, tmp_path: Path) -> Callable[..., Path]:
 
     def train(*overrides: str) -> Path:
         options = ["max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "eval_every=0", *overrides]
-        return fit(config(*options)).folder
+        return fit(config(*options)).run.folder
 
     return train
 
@@ -105,14 +110,15 @@ def check_stopped_and_resumed(config: MakeConfig, folder: Path, *overrides: str,
     whole = fit(config(*options, f"run_dir={folder / 'whole'}"))
     parts = [*options, f"run_dir={folder / 'parts'}"]
     stopped = fit(config(*parts), stop_at, during)
-    assert not (stopped.folder / "model.safetensors").exists()
+    assert not (stopped.run.folder / "model.safetensors").exists()
     resumed = Trainer(config(*parts), silently)
     torch.manual_seed(123)  # a new process may have drawn more or fewer random numbers
     resumed.fit()
     assert same(whole, resumed)
     for name in ("samples.md", "model.safetensors"):
-        assert (whole.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
-    assert {name for name in resumed.summary if name in EXACT} == {name for name in whole.summary if name in EXACT}
+        assert (whole.run.folder / name).read_bytes() == (resumed.run.folder / name).read_bytes()
+    last = [{name for name in each.run.progress.summary if name in EXACT} for each in (resumed, whole)]
+    assert last[0] == last[1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -156,13 +162,13 @@ def test_on_a_gpu_too_where_it_is_asked_to_be_deterministic(config: MakeConfig, 
 def test_what_was_recorded_after_the_checkpoint_is_recorded_once(config: MakeConfig, tmp_path: Path) -> None:
     whole = fit(config("max_steps=6", f"run_dir={tmp_path / 'whole'}"))
     options = config("max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=9", "eval_every=2")
-    folder = fit(options).folder
+    folder = fit(options).run.folder
     lines = (folder / "metrics.jsonl").read_text()
     for step in (4, 6):
         shutil.rmtree(checkpoints.path_of(folder, step))  # as if it had been killed after step 5
     (folder / "metrics.jsonl").write_text(lines + '{"step": 7, "tok')
     resumed = fit(options)
-    assert resumed.summary["checkpoint/load_seconds"] > 0, "from step 2, not from the beginning"
+    assert resumed.run.progress.summary["checkpoint/load_seconds"] > 0, "from step 2, not from the beginning"
     train = [record for record in exact(resumed) if "train/loss" in record]
     assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
     assert train == [record for record in exact(whole) if "train/loss" in record]
@@ -197,7 +203,7 @@ def test_a_finished_run_is_left_as_it_is(config: MakeConfig, run: Callable[..., 
     before = [(folder / name).read_bytes() for name in names]
     again = fit(config("max_steps=6", "eval_every=0"))
     assert [(folder / name).read_bytes() for name in names] == before
-    assert math.isfinite(again.summary["train/loss"])
+    assert math.isfinite(again.run.progress.summary["train/loss"])
 
 
 def test_a_branch_goes_on_elsewhere_and_leaves_its_origin_alone(
@@ -245,6 +251,19 @@ def test_a_checkpoint_that_does_not_fit_says_which_field_differs(
     assert ((folder / "metrics.jsonl").read_bytes(), (folder / "config.yaml").read_bytes()) == before
 
 
+def test_the_tokens_of_a_step_are_compared_and_not_whether_they_were_typed(
+    config: MakeConfig, run: Callable[..., Path]
+) -> None:
+    path = checkpoints.path_of(run(), 6)
+    saved = json.loads((path / "config.json").read_text())
+    for typed in (None, 128):
+        (path / "config.json").write_text(json.dumps({**saved, "tokens_per_step": typed}))
+        for same in ("tokens_per_step=null", "tokens_per_step=128"):
+            assert "tokens_per_step" not in {key for key, _, _ in fits.differences(path, config(same))}
+        other = {key: (old, new) for key, old, new in fits.differences(path, config("batch_size=2"))}
+        assert other["tokens_per_step"] == (128, 64)
+
+
 def test_what_two_configurations_tell_is_said_before_the_text_is_looked_at(
     config: MakeConfig, run: Callable[..., Path]
 ) -> None:
@@ -287,7 +306,7 @@ def test_resume_none_refuses_a_run_and_a_wrong_path_is_named(config: MakeConfig,
 
 # ---- damage
 
-FILES = [*checkpoints.FILES, checkpoints.MANIFEST]
+FILES = [*TENSORS, *JSON, checkpoints.MANIFEST]
 DAMAGES = ("flipped", "truncated", "deleted", "grown")
 
 
@@ -347,7 +366,7 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(run: Path, step: int, val_loss: float | None = None, state: Any = None) -> Path:
-    tensors = {name: lambda path: path.write_bytes(os.urandom(500)) for name in checkpoints.TENSORS}
+    tensors = {name: lambda path: path.write_bytes(os.urandom(500)) for name in TENSORS}
     facts = {"step": step, "tokens": 100 * step, "world_size": 1, "val_loss": val_loss, "versions": {"torch": "2"}}
     path = checkpoints.path_of(run, step)
     checkpoints.write(path, tensors, {"state.json": state or {"step": step}, "config.json": {"seed": 0}}, facts)  # type: ignore[arg-type]
@@ -395,7 +414,7 @@ def test_no_manifest_does_anything_but_be_refused(data: bytes) -> None:
 @given(value=JSON_VALUES | st.dictionaries(st.sampled_from([*FILES, "../x", "/etc/passwd"]), JSON_VALUES))
 def test_a_manifest_forged_with_a_right_digest_leads_nowhere(field: str, value: Any) -> None:
     facts: dict[str, Any] = {"format": 1, "step": 1, "tokens": 1, "world_size": 1, "val_loss": None, "versions": {}}
-    files = {name: [1, "0" * 64] for name in checkpoints.FILES}
+    files = {name: [1, "0" * 64] for name in (*TENSORS, *JSON)}
     data = Manifest(**{**facts, "config_sha256": "", "files": files, field: value}).to_json()
     with TemporaryDirectory() as run:
         path = checkpoints.path_of(Path(run), 1)
@@ -424,10 +443,10 @@ def test_a_checkpoint_of_another_program_that_fits_by_its_config_is_one_line(
     config: MakeConfig, run: Callable[..., Path], key: str
 ) -> None:
     path = checkpoints.path_of(run(), 6)
-    texts = {name: json.loads((path / name).read_text()) for name in checkpoints.JSON}
+    texts = {name: json.loads((path / name).read_text()) for name in JSON}
     texts["state.json"]["random"] = {} if key == "random" else {"python": [1], "numpy": []}
     facts = {"step": 6, "tokens": 1, "world_size": 1, "val_loss": None, "versions": {}}
-    data = {name: (path / name).read_bytes() for name in checkpoints.TENSORS}
+    data = {name: (path / name).read_bytes() for name in TENSORS}
     writers = {name: lambda file, name=name: file.write_bytes(data[name]) for name in data}
     checkpoints.write(path, writers, texts, facts)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step-00000006 does not hold what this version saves"):
@@ -463,7 +482,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "rename", lambda *pair: (events.append("rename"), rename(*pair)))
     write(tmp_path, 2)
     *files, manifest, part, renamed, parent = events
-    assert set(files) == set(checkpoints.FILES)
+    assert set(files) == {*TENSORS, *JSON}
     assert (manifest, renamed, parent) == ("manifest.json", "rename", "checkpoints")
     assert part.startswith(".step-00000002.part-")
 
@@ -472,8 +491,14 @@ def test_the_record_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    sync = checkpoints.sync
-    monkeypatch.setattr(checkpoints, "sync", lambda path: (synced.append(path.name), sync(path)))
+    sync = disk.sync
+
+    def spy(path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread():  # where the run's own files are written
+            synced.append(path.name)
+        sync(path)
+
+    monkeypatch.setattr(disk, "sync", spy)
     fit(config("max_steps=1"))
     assert synced[0] == "metrics.jsonl"
     assert "model.safetensors" in synced
@@ -537,7 +562,7 @@ def test_nothing_is_removed_while_the_newest_is_damaged(tmp_path: Path) -> None:
 
 def test_a_run_keeps_what_its_config_says(config: MakeConfig) -> None:
     options = ["max_steps=9", "checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4"]
-    folder = fit(config(*options, "eval_every=0")).folder
+    folder = fit(config(*options, "eval_every=0")).run.folder
     found = checkpoints.candidates(folder)
     assert [checkpoints.read_manifest(path).step for path in found] == [9, 8, 4]
     assert checkpoints.read_manifest(found[0]).val_loss is not None, "the last step is evaluated"
@@ -555,16 +580,14 @@ def test_a_new_run_begins_with_the_weights_of_another(
     for source in (origin, checkpoints.path_of(origin, 6), origin / "model.safetensors"):
         new = config("seq_len=64", "max_steps=2", f"init_from={source}", f"run_dir={tmp_path / source.name / 'new'}")
         trainer = Trainer(new, silently)
-        trainer.run_folder = RunFolder(new)
-        trainer.restore()
-        trainer.run_folder.close()
+        with closing(RunFolder(new)) as folder:
+            restore(trainer.run, folder)
         old = Trainer(config("max_steps=6"), silently)
-        old.run_folder = RunFolder(old.config)
-        old.restore()
-        old.run_folder.close()
-        assert trainer.step == 0
-        assert all(map(torch.equal, trainer.model.parameters(), old.model.parameters()))
-        assert not trainer.optimizer.adamw.state
+        with closing(RunFolder(old.run.config)) as folder:
+            restore(old.run, folder)
+        assert trainer.run.progress.step == 0
+        assert all(map(torch.equal, trainer.run.model.parameters(), old.run.model.parameters()))
+        assert not trainer.run.optimizer.adamw.state
     with pytest.raises(ValueError, match=r"is \(300, 32\), the model's is \(300, 64\)"):
         fit(config("model.dim=64", f"init_from={origin / 'model.safetensors'}", f"run_dir={tmp_path / 'wide'}"))
 
@@ -636,28 +659,28 @@ def test_a_disk_that_fills_costs_a_line_and_no_checkpoint(config: MakeConfig, sm
     options = [f"run_dir={small_disk / 'run'}", "max_steps=8", "checkpoint.every=2", "eval_every=0"]
     lines: list[str] = []
     trainer = Trainer(config(*options), lines.append)
-    save = trainer.saver.save
+    save = trainer.run.saver.save
 
     def fill_before_step_4(*arguments: Any, **more: Any) -> None:
-        trainer.saver.finish()
-        if trainer.step == 4:
+        trainer.run.saver.finish()
+        if trainer.run.progress.step == 4:
             free = shutil.disk_usage(small_disk).free
             (small_disk / "filler").write_bytes(b"\0" * (free - 100_000))
         save(*arguments, **more)
-        if trainer.step == 4:
-            trainer.saver.finish()
-            assert checkpoints.verify(checkpoints.path_of(trainer.folder, 2)).step == 2
+        if trainer.run.progress.step == 4:
+            trainer.run.saver.finish()
+            assert checkpoints.verify(checkpoints.path_of(trainer.run.folder, 2)).step == 2
             (small_disk / "filler").unlink()
 
-    trainer.saver.save = fill_before_step_4  # type: ignore[method-assign]
+    trainer.run.saver.save = fill_before_step_4  # type: ignore[method-assign]
     trainer.fit()
     (line,) = (line for line in lines if "not written" in line)
     assert "step-00000004 was not written, older ones are untouched: disk full: " in line
     assert "MB needed" in line
     assert "free some" in line
     assert line.endswith("training goes on")
-    assert checkpoints.verify(checkpoints.path_of(trainer.folder, 8)).step == 8
-    assert not list((trainer.folder / "checkpoints").glob(".*"))
+    assert checkpoints.verify(checkpoints.path_of(trainer.run.folder, 8)).step == 8
+    assert not list((trainer.run.folder / "checkpoints").glob(".*"))
 
 
 def test_a_run_that_begins_on_a_full_disk_is_refused_in_one_line(config: MakeConfig, small_disk: Path) -> None:
@@ -676,7 +699,7 @@ def test_the_disk_may_fill_in_the_middle_of_a_save(
     monkeypatch.setattr(saver, "need_space", lambda folder, needed: None)  # there was room when it was asked
     with pytest.raises(SaveFailed, match=r"was not written.*disk full: .* MB needed, .* MB free; free some"):
         trainer.fit()
-    assert not list((trainer.folder / "checkpoints").glob(".*"))
+    assert not list((trainer.run.folder / "checkpoints").glob(".*"))
 
 
 def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
@@ -684,24 +707,24 @@ def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
 ) -> None:
     lines: list[str] = []
     trainer = Trainer(config(f"run_dir={small_disk / 'run'}", "max_steps=6", "checkpoint.every=2"), lines.append)
-    check = trainer.guard.check
+    check = trainer.run.guard.check
 
     def remount(step: int, *rest: torch.Tensor) -> torch.Tensor:
         if step == 3:
-            trainer.saver.finish()
-            for logger in list(trainer.loggers.loggers):
+            trainer.run.saver.finish()
+            for logger in list(trainer.run.loggers.loggers):
                 if logger.name == "jsonl":  # an open file would keep the file system writable
                     logger.finish("interrupted")
-            trainer.run_folder.close()
+            trainer.run.run_folder.close()
             subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
         return check(step, *rest)
 
-    trainer.guard.check = remount  # type: ignore[method-assign]
+    trainer.run.guard.check = remount  # type: ignore[method-assign]
     with pytest.raises(SaveFailed, match="Read-only file system"):
         trainer.fit()
-    assert trainer.step == 6
+    assert trainer.run.progress.step == 6
     assert any("step-00000004 was not written" in line and "Read-only file system" in line for line in lines)
-    assert checkpoints.verify(checkpoints.path_of(trainer.folder, 2)).step == 2
+    assert checkpoints.verify(checkpoints.path_of(trainer.run.folder, 2)).step == 2
     for path in (small_disk / "run", small_disk / "new" / "run"):
         with pytest.raises(ValueError, match=r"run_dir=.* cannot be written: Read-only file system; choose another"):
             check_run_folder(config("max_steps=6", f"run_dir={path}"))
@@ -711,12 +734,12 @@ def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
 
 
 def spoil(trainer: Trainer, steps: set[int], value: float = math.nan) -> None:
-    loss = trainer.loss
+    loss = trainer.run.train_step.loss
 
     def spoiled(batch: Any) -> torch.Tensor:
-        return loss(batch) * (value if trainer.step in steps and torch.is_grad_enabled() else 1.0)
+        return loss(batch) * (value if trainer.run.progress.step in steps and torch.is_grad_enabled() else 1.0)
 
-    trainer.loss = spoiled  # type: ignore[method-assign]
+    trainer.run.train_step.loss = spoiled  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -726,16 +749,16 @@ def test_bad_steps_are_skipped_counted_and_their_batch_is_written_down(config: M
     trainer = Trainer(config(*options), lines.append)
     spoil(trainer, {4, 5, 8})
     trainer.fit()
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
-    records = [record for record in read_metrics(trainer.folder / "metrics.jsonl") if "train/loss" in record]
+    assert all(parameter.isfinite().all() for parameter in trainer.run.model.parameters())
+    records = [record for record in read_metrics(trainer.run.folder / "metrics.jsonl") if "train/loss" in record]
     assert [record.get("train/skipped_steps", 0) for record in records] == [0, 0, 2, 3]
     assert all(math.isfinite(record["train/loss"]) for record in records)
     said = [line for line in lines if line.startswith("skipped")]
     assert "NaN or infinite at step 4, and 1 more since the last line; 2 so far" in said[0]
     assert "at step 8; 3 so far" in said[1]
-    first, second = map(json.loads, (trainer.folder / "bad-steps.jsonl").read_text().splitlines())
+    first, second = map(json.loads, (trainer.run.folder / "bad-steps.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (4, 8)
-    assert first["rows"] == trainer.rows_of(4)
+    assert first["rows"] == trainer.run.rows_of(4)
     assert len(first["rows"]) == 8
 
 
@@ -743,7 +766,7 @@ def test_a_bad_step_that_cannot_be_written_down_is_told(config: MakeConfig) -> N
     lines: list[str] = []
     trainer = Trainer(config(), lines.append)
     spoil(trainer, {2})
-    trainer.guard.record = trainer.folder  # as little to be written to as a file on a full disk
+    trainer.run.guard.record = trainer.run.folder  # as little to be written to as a file on a full disk
     with pytest.raises(NonFiniteError, match="at step 2; no parameter took that step"):
         trainer.fit()
     assert any(line.startswith("bad step   2: its rows were 4 to 7, which") for line in lines)
@@ -751,7 +774,7 @@ def test_a_bad_step_that_cannot_be_written_down_is_told(config: MakeConfig) -> N
 
 def test_a_spike_is_a_bad_step_and_an_ordinary_loss_is_none(config: MakeConfig) -> None:
     options = ["max_steps=12", "bad_step.spike_sigma=6", "bad_step.spike_window=4", "learning_rate=1e-4"]
-    assert "train/skipped_steps" not in fit(config(*options, "bad_step.action=skip")).summary
+    assert "train/skipped_steps" not in fit(config(*options, "bad_step.action=skip")).run.progress.summary
     shutil.rmtree(config().run_dir)
     trainer = Trainer(config(*options), silently)
     spoil(trainer, {9}, 50.0)
@@ -766,7 +789,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_save_nothing_over_the_good_
     with pytest.raises(NonFiniteError, match=r"4 steps in a row were bad|3 steps in a row were bad"):
         trainer.fit()
     # Two bad steps in a row are not too many: step 6 is saved, with the parameters of step 4.
-    assert checkpoints.read_manifest(checkpoints.candidates(trainer.folder)[0]).step == 6
+    assert checkpoints.read_manifest(checkpoints.candidates(trainer.run.folder)[0]).step == 6
 
 
 def test_whoever_may_read_the_run_may_read_its_weights(run: Callable[..., Path]) -> None:
@@ -784,13 +807,13 @@ def test_no_save_takes_memory_that_the_first_step_has_not(
 ) -> None:
     """To pin it takes longer than a save may."""
     trainer, steps = Trainer(config("max_steps=4", "checkpoint.every=2"), silently), list[int]()
-    host_memory = Saver._host_memory
+    progress, host_memory = trainer.run.progress, Saver._host_memory
     monkeypatch.setattr(
-        Saver, "_host_memory", lambda saver, source: (steps.append(trainer.step), host_memory(saver, source))[1]
+        Saver, "_host_memory", lambda saver, source: (steps.append(progress.step), host_memory(saver, source))[1]
     )
     trainer.fit()
     assert set(steps) == {1}
-    assert len(steps) == sum(len(group) for group in trainer.tensors().values())
+    assert len(steps) == sum(len(group) for group in files_of(trainer.run.parts).values())
 
 
 def test_where_no_memory_can_be_pinned_saves_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

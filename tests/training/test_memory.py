@@ -10,7 +10,8 @@ import torch
 
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
-from training.memory import advice, memory_metrics, out_of_memory_explained
+from training.memory import advice, memory_metrics, out_of_memory_explained, predicted
+from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -22,6 +23,31 @@ def test_math_attention_is_told_the_size_of_its_scores_first(config: MakeConfig)
     sdpa_math = advice(config("attention=sdpa", "attention.kernel=math", "seq_len=16384"))
     assert sdpa_math.startswith("What helps: attention=auto (")
     assert "attention=auto" not in advice(config("attention=sdpa"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("family", ["model=tiny", "model=gpt2-124m"])
+def test_the_state_that_is_predicted_is_the_state_that_is_held(config: MakeConfig, optimizer: str, family: str) -> None:
+    small = ["model.n_layers=2", "model.n_heads=2", "model.dim=32", "model.vocab_size=300", "max_steps=1"]
+    mine = config(family, *small, f"optimizer={optimizer}")
+    trainer = Trainer(mine, lambda line: None)
+    trainer.fit()
+    weights = sum(parameter.nbytes for parameter in trainer.run.model.parameters())
+    moments = sum(value.nbytes for name, value in trainer.run.optimizer.tensors().items() if not name.endswith("/step"))
+    plan = predicted(mine)
+    assert (plan.weights, plan.gradients, plan.optimizer) == (weights, weights, moments)
+    assert plan.state == 2 * weights + moments
+    assert (plan.optimizer == 2 * weights) == (optimizer == "adamw")
+
+
+def test_logits_and_scores_that_are_predicted_by_hand(config: MakeConfig) -> None:
+    # 4 rows of 32 tokens, 300 logits of 4 bytes each and their gradients; a chunk holds 100 tokens
+    assert predicted(config("attention=sdpa")).logits == 2 * 4 * 128 * 300
+    assert predicted(config("attention=sdpa", "model.loss_chunk_size=100")).logits == 2 * 4 * 100 * 300
+    assert predicted(config("attention=sdpa")).scores == 0
+    plan = predicted(config("attention=math"))
+    assert plan.scores == 4 * 2 * 32 * 32 * 4, "rows · heads · S² · 4 bytes"
+    assert plan.total == plan.state + plan.logits + plan.scores
 
 
 def test_more_logits_at_once_than_need_be_are_told_of_chunks(config: MakeConfig) -> None:

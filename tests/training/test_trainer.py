@@ -23,6 +23,8 @@ from training.config import TrainConfig, load_config
 from training.errors import Interrupted, NonFiniteError
 from training.loggers import read_metrics
 from training.loggers.base import Logger, RunInfo
+from training.run import Run
+from training.services.evaluation import Evaluation
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -48,7 +50,7 @@ def train(config: MakeConfig, tmp_path: Path) -> Callable[..., Trainer]:
 
 
 def records(trainer: Trainer) -> list[dict[str, float]]:
-    return list(read_metrics(trainer.folder / "metrics.jsonl"))
+    return list(read_metrics(trainer.run.folder / "metrics.jsonl"))
 
 
 def losses(trainer: Trainer, name: str = "train/loss") -> list[float]:
@@ -63,7 +65,7 @@ def test_a_seed_is_a_run_and_another_seed_another(train: Callable[..., Trainer])
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert losses(first, name) == losses(again, name), "not one bit may differ"
         assert losses(first, name) != losses(other, name)
-    for value, same in zip(first.model.parameters(), again.model.parameters(), strict=True):
+    for value, same in zip(first.run.model.parameters(), again.run.model.parameters(), strict=True):
         assert torch.equal(value, same)
 
 
@@ -71,16 +73,16 @@ def test_the_seed_decides_the_first_weights_and_the_order_of_the_rows(config: Ma
     weights, rows = [], []
     for seed in (1, 1, 2):
         trainer = Trainer(config(f"seed={seed}", f"run_dir={tmp_path / str(len(rows))}", "max_steps=1"), silently)
-        weights.append(trainer.model.embedding.weight.detach().clone())
+        weights.append(trainer.run.model.embedding.weight.detach().clone())
         read: list[torch.Tensor] = []
-        loss = trainer.loss
+        loss = trainer.run.train_step.loss
 
         def spy(batch: Batch, loss: Any = loss, read: list[torch.Tensor] = read) -> torch.Tensor:
             if torch.is_grad_enabled():  # not the evaluation
                 read.append(batch.tokens_BS)
             return loss(batch)
 
-        trainer.loss = spy  # type: ignore[method-assign]
+        trainer.run.train_step.loss = spy  # type: ignore[method-assign]
         trainer.fit()
         rows.append(torch.cat(read))
     for values in (weights, rows):
@@ -100,14 +102,14 @@ def test_every_attention_trains_alike(train: Callable[..., Trainer], masked: str
 
 def test_documents_do_not_see_each_other_unless_they_may(train: Callable[..., Trainer]) -> None:
     masked, open_rows = train("data.document_mask=true"), train("data.document_mask=false")
-    assert masked.corpus.manifest == open_rows.corpus.manifest
+    assert masked.run.batches.corpus.manifest == open_rows.run.batches.corpus.manifest
     assert losses(masked) != losses(open_rows)
 
 
 def test_accumulation_is_the_same_step_in_less_memory(train: Callable[..., Trainer]) -> None:
     options = ["tokens_per_step=128", "learning_rate=1e-2", "schedule.warmup_steps=1"]
     whole, parts = train("batch_size=4", *options), train("batch_size=1", *options)
-    assert (whole.config.accumulation, parts.config.accumulation) == (1, 4)
+    assert (whole.run.config.accumulation, parts.run.config.accumulation) == (1, 4)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
     assert losses(parts, "train/grad_norm") == pytest.approx(losses(whole, "train/grad_norm"), rel=1e-4)
 
@@ -124,9 +126,9 @@ def test_log_lines_between_steps_hold_the_mean_of_theirs(train: Callable[..., Tr
 
 def test_bits_per_byte_by_hand(train: Callable[..., Trainer]) -> None:
     trainer = train()
-    tokenizer, nats, num_bytes, num_tokens = trainer.corpus.tokenizer, 0.0, 0, 0
-    for batch in trainer.val_batches:
-        log_p_BSV = trainer.model(batch.tokens_BS, None, batch.starts_BS).detach().double().log_softmax(-1)
+    tokenizer, nats, num_bytes, num_tokens = trainer.run.batches.corpus.tokenizer, 0.0, 0, 0
+    for batch in trainer.run.batches.val_batches:
+        log_p_BSV = trainer.run.model(batch.tokens_BS, None, batch.starts_BS).detach().double().log_softmax(-1)
         for log_p_SV, targets_S in zip(log_p_BSV, batch.targets_BS, strict=True):
             for log_p_V, target in zip(log_p_SV, targets_S.tolist(), strict=True):
                 nats -= log_p_V[target].item()
@@ -153,14 +155,14 @@ def test_gradients_are_clipped_after_their_norm_is_taken(config: MakeConfig, tmp
 
     def norm_at_the_step(clip: str) -> float:
         trainer = Trainer(config("max_steps=1", f"grad_clip={clip}", f"run_dir={tmp_path / clip}"), silently)
-        step = trainer.optimizer.step
+        step = trainer.run.optimizer.step
 
         def spy(rate: float, finite: torch.Tensor) -> None:
-            grads = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+            grads = [parameter.grad for parameter in trainer.run.model.parameters() if parameter.grad is not None]
             seen.append(torch.nn.utils.get_total_norm(grads).item())
             step(rate, finite)
 
-        trainer.optimizer.step = spy  # type: ignore[method-assign]
+        trainer.run.optimizer.step = spy  # type: ignore[method-assign]
         return trainer.fit()["train/grad_norm"]
 
     logged = [norm_at_the_step(clip) for clip in ("0", "0.01")]
@@ -195,9 +197,9 @@ def test_every_way_to_train_learns(train: Callable[..., Trainer], overrides: lis
 
 def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(config: MakeConfig) -> None:
     trainer = Trainer(config("optimizer=muon"), silently)
-    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in trainer.run.model.named_parameters()}
     by_adamw, *by_muons = (
-        {names[id(p)] for group in inner.param_groups for p in group["params"]} for inner in trainer.optimizer.all
+        {names[id(p)] for group in inner.param_groups for p in group["params"]} for inner in trainer.run.optimizer.all
     )
     by_muon = set().union(*by_muons)
     layers = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
@@ -212,25 +214,25 @@ def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(config: MakeCo
 def test_a_gradient_that_is_not_a_number_ends_the_run_and_moves_nothing(config: MakeConfig, optimizer: str) -> None:
     # Noticed only at the next log line, two steps later: the message must still name the step that was bad.
     trainer = Trainer(config(f"optimizer={optimizer}", "max_steps=9", "log_every=6"), silently)
-    step, history = trainer.optimizer.step, []
+    step, history = trainer.run.optimizer.step, []
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(grad, math.nan) if trainer.step == 4 else grad
+        return torch.full_like(grad, math.nan) if trainer.run.progress.step == 4 else grad
 
-    trainer.model.blocks[0].mlp.down.weight.register_hook(spoil)  # type: ignore[union-attr]
+    trainer.run.model.blocks[0].mlp.down.weight.register_hook(spoil)  # type: ignore[union-attr]
 
     def spy(rate: float, finite: torch.Tensor) -> None:
-        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.run.model.parameters()]
         step(rate, finite)
-        changed = [not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True)]
-        history.append((trainer.step, any(changed)))
+        changed = [not torch.equal(*pair) for pair in zip(before, trainer.run.model.parameters(), strict=True)]
+        history.append((trainer.run.progress.step, any(changed)))
 
-    trainer.optimizer.step = spy  # type: ignore[method-assign]
+    trainer.run.optimizer.step = spy  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match=r"at step 4; .*learning_rate"):
         trainer.fit()
     assert history == [(1, True), (2, True), (3, True), (4, False), (5, False), (6, False)]
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
-    assert not (trainer.folder / "model.safetensors").exists()
+    assert all(parameter.isfinite().all() for parameter in trainer.run.model.parameters())
+    assert not (trainer.run.folder / "model.safetensors").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(config: MakeConfig, tmp_path: Path) -> None:
@@ -261,12 +263,12 @@ def test_held_out_text_shorter_than_a_row_is_read_whole_with_a_notice(config: Ma
     lines: list[str] = []
     options = [f"data.path={tmp_path / 'one.txt'}", "data.val_fraction=0.02", "seq_len=512", "batch_size=1"]
     trainer = Trainer(config(*options, "max_steps=2"), lines.append)
-    held_out = len(trainer.corpus.parts[0].val.tokens) - 1
+    held_out = len(trainer.run.batches.corpus.parts[0].val.tokens) - 1
     assert 0 < held_out < 512
     assert f"validation rows have {held_out:,} tokens, all the held-out text there is, not seq_len" in lines
     summary = trainer.fit()
     assert math.isfinite(summary["val/loss"])
-    assert [batch.tokens_BS.shape for batch in trainer.val_batches] == [(1, held_out)]
+    assert [batch.tokens_BS.shape for batch in trainer.run.batches.val_batches] == [(1, held_out)]
 
 
 class Broken(Logger):
@@ -296,9 +298,9 @@ def test_a_logger_that_fails_does_not_stop_training(config: MakeConfig) -> None:
     lines: list[str] = []
     trainer = Trainer(config("sample_tokens=2"), lines.append)
     methods = ["start", "log", "sample", "finish"]
-    trainer.loggers.loggers[:0] = map(Broken, methods)
+    trainer.run.loggers.loggers[:0] = map(Broken, methods)
     trainer.fit()
-    assert (trainer.folder / "model.safetensors").exists()
+    assert (trainer.run.folder / "model.safetensors").exists()
     assert len(losses(trainer)) == 4, "those after it are not touched"
     assert [sum(f"logger {method} is dropped" in line for line in lines) for method in methods] == [1] * 4
 
@@ -311,16 +313,17 @@ def test_an_interrupted_run_says_so_and_keeps_its_record(config: MakeConfig) -> 
         def finish(self, status: str) -> None:
             statuses.append(status)
 
-    trainer.loggers.loggers.append(Watcher("nothing"))
-    evaluate = trainer.evaluate
+    trainer.run.loggers.loggers.append(Watcher("nothing"))
+    (evaluation,) = (service for service in trainer.run.services if isinstance(service, Evaluation))
+    evaluate = evaluation.evaluate
 
-    def interrupted() -> bool:
-        if trainer.step == 2:
+    def interrupted(run: Run) -> None:
+        if trainer.run.progress.step == 2:
             raise KeyboardInterrupt
-        return evaluate()
+        evaluate(run)
 
-    trainer.evaluate = interrupted  # type: ignore[method-assign]
-    trainer.config.eval_every = 2
+    evaluation.evaluate = interrupted  # type: ignore[method-assign]
+    trainer.run.config.eval_every = 2
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert statuses == ["interrupted"]
@@ -336,8 +339,8 @@ def test_a_second_sigterm_does_not_cut_the_loggers_short(config: MakeConfig) -> 
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
-    trainer.loggers.loggers.append(Slow("nothing"))
-    trainer.interrupt._reason = "SIGTERM"
+    trainer.run.loggers.loggers.append(Slow("nothing"))
+    trainer.run.interrupt._reason = "SIGTERM"
     before = signal.signal(signal.SIGTERM, lambda number, frame: deaths.append(number))
     try:
         with pytest.raises(Interrupted, match="by SIGTERM; saved"):
@@ -358,15 +361,15 @@ def finished(config: MakeConfig, tmp_path: Path) -> Trainer:
 
 
 def test_the_run_folder_holds_all_that_the_run_was(finished: Trainer) -> None:
-    folder = finished.folder
+    folder = finished.run.folder
     files = {"config.yaml", "metrics.jsonl", "samples.md", "tokenizer.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} >= files
     assert not [path for path in folder.iterdir() if path.suffix == ".part"]
 
-    assert load_config(yaml.safe_load((folder / "config.yaml").read_text())) == finished.config
+    assert load_config(yaml.safe_load((folder / "config.yaml").read_text())) == finished.run.config
 
     text = "line 3 of file 4 holds 5 apples"
-    assert Tokenizer.load(folder / "tokenizer.json").encode(text) == finished.corpus.tokenizer.encode(text)
+    assert Tokenizer.load(folder / "tokenizer.json").encode(text) == finished.run.batches.corpus.tokenizer.encode(text)
 
     samples = (folder / "samples.md").read_text()
     assert samples.count("## step 3 ") == samples.count("## step 6 ") == 1
@@ -381,7 +384,7 @@ def test_the_metrics_of_a_run_are_these(finished: Trainer) -> None:
     found = [(record.pop("step"), names(record) - {"tokens"}) for record in records(finished)]
     warm_up = [(0, validation), (1, train), (2, train), (3, train), (3, validation)]
     assert found == [*warm_up, *((step, train | speed) for step in (4, 5, 6)), (6, validation)]
-    assert names(finished.summary) == train | speed | validation
+    assert names(finished.run.progress.summary) == train | speed | validation
 
 
 def names(metrics: Mapping[str, float]) -> set[str]:
@@ -392,11 +395,11 @@ def names(metrics: Mapping[str, float]) -> set[str]:
 @torch.no_grad()
 def test_the_saved_weights_are_the_trained_model(finished: Trainer) -> None:
     torch.manual_seed(1)
-    fresh = GPT(finished.config.model, finished.attention)
-    batch = finished.val_batches[0]
-    logits = finished.model(batch.tokens_BS, None, batch.starts_BS)
+    fresh = GPT(finished.run.config.model, finished.run.attention)
+    batch = finished.run.batches.val_batches[0]
+    logits = finished.run.model(batch.tokens_BS, None, batch.starts_BS)
     assert not torch.equal(fresh(batch.tokens_BS, None, batch.starts_BS), logits)
-    load_model(fresh, str(finished.folder / "model.safetensors"))
+    load_model(fresh, str(finished.run.folder / "model.safetensors"))
     assert torch.equal(fresh(batch.tokens_BS, None, batch.starts_BS), logits)
 
 
@@ -407,7 +410,7 @@ def test_samples_and_evaluation_change_nothing_in_the_training(train: Callable[.
 
 
 def test_samples_are_switched_off_by_zero_tokens(train: Callable[..., Trainer]) -> None:
-    assert not (train("sample_every=1", "sample_tokens=0").folder / "samples.md").exists()
+    assert not (train("sample_every=1", "sample_tokens=0").run.folder / "samples.md").exists()
 
 
 def test_what_was_decided_at_the_start_is_said(config: MakeConfig) -> None:
@@ -419,14 +422,14 @@ def test_what_was_decided_at_the_start_is_said(config: MakeConfig) -> None:
             said.append(run)
 
     trainer = Trainer(config("attention=math", "tokens_per_step=256", "max_steps=1"), lines.append)
-    trainer.loggers.loggers.append(Watcher("nothing"))
+    trainer.run.loggers.loggers.append(Watcher("nothing"))
     trainer.fit()
     text = "\n".join(lines)
     for expected in ("fp32, eager, torch ", "attention  math: ", "1 steps × 256 tokens (2 × 4 rows of 32)"):
         assert expected in text
     facts: dict[str, Any] = said[0].facts
-    assert facts["parameters"] == sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert facts["data"] == trainer.corpus.manifest
+    assert facts["parameters"] == sum(parameter.numel() for parameter in trainer.run.model.parameters())
+    assert facts["data"] == trainer.run.batches.corpus.manifest
     assert (facts["precision"], facts["compile"], facts["peak_flops"]) == ("fp32", False, None)
 
 

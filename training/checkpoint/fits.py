@@ -12,7 +12,7 @@ from typing import Any
 
 from training.config import TrainConfig
 
-from .folder import Manifest, read_json
+from .folder import CONFIG, Manifest, read_json
 
 # A run that goes on with another value of one of these would be neither the old run nor a new one.
 MUST_AGREE = (
@@ -78,7 +78,10 @@ def check_init(path: Path, manifest: Manifest, config: TrainConfig) -> list[str]
 
 def differences(path: Path, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, the checkpoint's value, this run's), sorted."""
-    before, now = dict(flat(read_json(path / "config.json"))), dict(flat(asdict(config)))
+    before, now = dict(flat(read_json(path / CONFIG))), dict(flat(asdict(config)))
+    for values in (before, now):  # null means one micro-batch: what that is, is compared
+        if values.get("tokens_per_step") is None and "batch_size" in values:
+            values["tokens_per_step"] = values["batch_size"] * values["seq_len"]
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

@@ -1,7 +1,7 @@
 """A checkpoint on disk: a folder that a manifest vouches for. Needs no torch, and unpickles nothing.
 
     checkpoints/step-00000200/
-        model.safetensors  optimizer.safetensors  loop.safetensors  state.json  config.json  manifest.json
+        model.safetensors  optimizer.safetensors  …  state.json  config.json  manifest.json
 
 It is written beside its place under another name, every file and folder is flushed to the disk, the manifest last, and
 one rename puts it there. A folder whose manifest does not describe exactly what lies in it is no checkpoint.
@@ -9,25 +9,25 @@ one rename puts it there. A folder whose manifest does not describe exactly what
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-TENSORS = ("model.safetensors", "optimizer.safetensors", "loop.safetensors")
-JSON = ("state.json", "config.json")
-FILES = (*TENSORS, *JSON)
-MANIFEST = "manifest.json"
+from data import disk
+
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1, of commits up to e18cd2b: the parts that are neither model nor optimizer lie in loop.safetensors."""
+STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
+FILE = re.compile(r"[a-z][a-z0-9_]*\.(safetensors|json)")  # no path leads elsewhere
 MOST_MANIFEST_BYTES = 1 << 20
-READ_BYTES = 1 << 24  # at once: a thread that hashes asks for the interpreter, which trains, only so often
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -57,8 +57,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """Exactly one spelling, with its own SHA-256 as the last key: a flipped byte anywhere shows."""
         body = asdict(self)
-        digest = hashlib.sha256(_spell(body)).hexdigest()
-        return _spell({**body, "sha256": digest})
+        return _spell({**body, "sha256": disk.sha256(_spell(body))})
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
@@ -72,11 +71,12 @@ class Manifest:
             same = False
         if not same:
             raise DamagedCheckpoint(f"{MANIFEST} is not what was written")
-        if manifest.format != FORMAT:
-            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest.format}, this version reads {FORMAT}")
+        if manifest.format not in READABLE:
+            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest.format}, this version reads up to {FORMAT}")
         well_formed = (
             isinstance(manifest.files, dict)
-            and set(manifest.files) == set(FILES)  # names come from here, never from the file: no path leads elsewhere
+            and {STATE, CONFIG} <= set(manifest.files)
+            and all(FILE.fullmatch(name) and name != MANIFEST for name in manifest.files)
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
             and all(isinstance(size, int) and isinstance(digest, str) for size, digest in manifest.files.values())
             and all(type(getattr(manifest, name)) is int for name in ("step", "tokens", "world_size"))
@@ -102,8 +102,8 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(data)
 
 
-def verify(folder: Path, only: Iterable[str] = FILES) -> Manifest:
-    """Read every byte of a checkpoint, or of some of its files, and compare it with the manifest.
+def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
+    """Read every byte of a checkpoint, or `only` some of its files, and compare it with the manifest.
 
     Raises:
         DamagedCheckpoint: names the first file that is missing, has another size or another content.
@@ -116,13 +116,13 @@ def verify(folder: Path, only: Iterable[str] = FILES) -> Manifest:
             found = (folder / name).stat().st_size
             if found != size:
                 raise DamagedCheckpoint(f"{name} has {found:,} bytes, not {size:,}")
-            if sha256(folder / name, from_disk=True) != digest:
+            if disk.sha256_file(folder / name, from_disk=True) != digest:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (SHA-256)")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(check, only))
+        list(pool.map(check, manifest.files if only is None else only))
     return manifest
 
 
@@ -135,17 +135,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def sha256(path: Path, from_disk: bool) -> str:
-    """Of a file as it was written, which the page cache still holds; or, that dropped, of what the disk gives back."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def write(
     folder: Path, tensors: Mapping[str, Callable[[Path], None]], texts: dict[str, Any], facts: dict[str, Any]
 ) -> Manifest:
@@ -153,85 +142,48 @@ def write(
 
     Args:
         folder: its place, `checkpoints/step-…`. What may lie there (a damaged checkpoint) is replaced.
-        tensors: for each name in TENSORS, what writes that file. texts: for each name in JSON, the value.
+        tensors: by the name of a file, what writes it. texts: by the name of a file, its value as JSON.
         facts: the remaining fields of `Manifest`.
     Raises:
         OSError and whatever `tensors` raise; nothing is left behind then.
     """
-    with part_of(folder) as part, ThreadPoolExecutor() as pool:
+    with disk.part_of(folder) as part, ThreadPoolExecutor() as pool:
         for name, value in texts.items():
-            write_synced(part / name, _spell(value))
+            disk.write_synced(part / name, _spell(value))
 
         def write_tensors(name: str) -> None:
             tensors[name](part / name)
-            shutil.copymode(part / JSON[0], part / name)  # safetensors lets nobody but the owner read its files
+            shutil.copymode(part / STATE, part / name)  # safetensors lets nobody but the owner read its files
 
         # The disk and several processors at the same time: what of a save takes long is this.
         list(pool.map(write_tensors, tensors))
-        synced = [pool.submit(sync, part / name) for name in tensors]
-        digests = pool.map(lambda name: sha256(part / name, from_disk=False), FILES)
-        files = {name: [(part / name).stat().st_size, digest] for name, digest in zip(FILES, digests, strict=True)}
+        synced = [pool.submit(disk.sync, part / name) for name in tensors]
+        names = (*tensors, *texts)
+        digests = pool.map(lambda name: disk.sha256_file(part / name), names)
+        files = {name: [(part / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
         for flushed in synced:
             flushed.result()
-        manifest = Manifest(format=FORMAT, config_sha256=str(files["config.json"][1]), files=files, **facts)
-        write_synced(part / MANIFEST, manifest.to_json())
-        sync(part)
+        manifest = Manifest(format=FORMAT, config_sha256=str(files[CONFIG][1]), files=files, **facts)
+        disk.write_synced(part / MANIFEST, manifest.to_json())
+        disk.sync(part)
         if folder.exists():
             replaced = part.with_name(f"{part.name}-replaced")
             os.rename(folder, replaced)
             shutil.rmtree(replaced, ignore_errors=True)
         os.rename(part, folder)
-        sync(folder.parent)
+        disk.sync(folder.parent)
     return manifest
-
-
-@contextmanager
-def part_of(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, which `sweep` knows and which is gone afterwards, renamed or removed."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        write_synced(part, data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk: a rename alone does not survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the checkpoints of a run
 
 
-def checkpoints_of(run: Path) -> Path:
-    return run / "checkpoints"
+def checkpoints_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
 
 
-def path_of(run: Path, step: int) -> Path:
-    return checkpoints_of(run) / f"step-{step:08}"
+def path_of(run_dir: Path, step: int) -> Path:
+    return checkpoints_of(run_dir) / f"step-{step:08}"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -239,18 +191,18 @@ def is_checkpoint(path: Path) -> bool:
     return bool(NAME.fullmatch(path.resolve().name)) or (path.is_dir() and os.access(path / MANIFEST, os.F_OK))
 
 
-def candidates(run: Path) -> list[Path]:
+def candidates(run_dir: Path) -> list[Path]:
     """Folders named like checkpoints, newest first; whether they are any, `verify` tells."""
     with suppress(OSError):
-        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run).iterdir() if path.is_dir()}
+        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run_dir).iterdir() if path.is_dir()}
         steps = {path: int(match[1]) for path, match in found.items() if match}
         return sorted(steps, key=steps.__getitem__, reverse=True)
     return []
 
 
-def newest(run: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies. A damaged one is named, with the reason, and the one before is tried."""
-    for path in candidates(run):
+    for path in candidates(run_dir):
         try:
             return path, verify(path)
         except DamagedCheckpoint as damage:
@@ -258,10 +210,10 @@ def newest(run: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | 
     return None
 
 
-def sweep(run: Path) -> None:
+def sweep(run_dir: Path) -> None:
     """Remove what killed saves left behind. Only for who holds the run folder's lock."""
     with suppress(OSError):
-        for path in checkpoints_of(run).iterdir():
+        for path in checkpoints_of(run_dir).iterdir():
             if path.name.startswith(".step-") and ".part-" in path.name:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -289,20 +241,20 @@ def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
             yield path, read_manifest(path)
 
 
-def prune(run: Path, last: int, every: int, best: bool) -> list[Path]:
+def prune(run_dir: Path, last: int, every: int, best: bool) -> list[Path]:
     """Remove checkpoints that retention does not keep; returns them.
 
     Nothing is removed before the newest has verified, so the last good one stays whatever happened to the others. What
     has no good manifest is left for a person to look at.
     """
-    manifests = dict(readable(candidates(run)))
+    manifests = dict(readable(candidates(run_dir)))
     if not manifests:
         return []
     verify(max(manifests, key=lambda path: manifests[path].step))
     surplus = sorted(set(manifests) - to_keep(manifests, last, every, best))
     for path in surplus:
         # Renamed first: a removal that is killed half-way leaves no folder that looks like a checkpoint.
-        gone = path.with_name(f".{path.name}.part-{os.getpid()}")
+        gone = disk.part_name(path)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
     return surplus

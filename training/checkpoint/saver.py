@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data import disk
 from training.config import CheckpointConfig
 from training.errors import SaveFailed
 from training.loggers.base import one_line
 
-from . import folder
+from . import folder as checkpoints
 
 Tensors = dict[str, dict[str, Tensor]]
 """File name → tensor name → tensor."""
@@ -35,8 +36,8 @@ class Saver:
     last save of a process, raises SaveFailed instead.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig, notify: Callable[[str], None]) -> None:
-        self.run, self.config, self.notify = run, config, notify
+    def __init__(self, run_dir: Path, config: CheckpointConfig, notify: Callable[[str], None]) -> None:
+        self.run_dir, self.config, self.notify = run_dir, config, notify
         self._snapshot: Tensors = {}
         self._pins = True
         self._thread: Thread | None = None
@@ -46,14 +47,14 @@ class Saver:
     def save(self, tensors: Tensors, texts: dict[str, Any], facts: dict[str, Any], wait: bool = False) -> None:
         """Take a snapshot and begin to write it. Waits for the save before, should that still be under way.
 
-        Args: as `folder.write`, with the tensors themselves. wait: come back when the checkpoint is there.
+        Args: as `checkpoints.write`, with the tensors themselves. wait: come back when the checkpoint is there.
         """
         began = time.perf_counter()
         self.finish()
         copied = self._copy(tensors)
         self._thread = Thread(target=self._write, args=(copied, texts, facts), name="checkpoint")
         self._thread.start()
-        self.add_metrics({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
+        self._metrics.put({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
         if wait:
             self.finish(raises=True)
 
@@ -68,12 +69,8 @@ class Saver:
         if failure:
             self.notify(f"{failure}; training goes on")
 
-    def add_metrics(self, metrics: dict[str, float]) -> None:
-        """To be told with the next `metrics`."""
-        self._metrics.put(metrics)
-
     def metrics(self) -> dict[str, float]:
-        """Seconds and bytes of the save that ended since the last call; a failure is said here."""
+        """Pause, seconds and size of the saves since the last call; the failure of one is said here."""
         if self._thread is not None and not self._thread.is_alive():
             self.finish()
         found: dict[str, float] = {}
@@ -132,27 +129,27 @@ class Saver:
             return torch.empty(source.shape, dtype=source.dtype)
 
     def _write(self, copied: Callable[[], None], texts: dict[str, Any], facts: dict[str, Any]) -> None:
-        path = folder.path_of(self.run, facts["step"])
+        path = checkpoints.path_of(self.run_dir, facts["step"])
         needed = sum(tensor.nbytes for group in self._snapshot.values() for tensor in group.values())
         try:
             began = time.perf_counter()
             copied()
-            need_space(self.run, needed)
-            for record in texts["state.json"]["records"]:  # no checkpoint may be older than the lines it counts on
-                folder.sync(self.run / record)
+            need_space(self.run_dir, needed)
+            for record in texts[checkpoints.STATE]["records"]:  # no checkpoint may be older than the lines it counts on
+                disk.sync(self.run_dir / record)
             writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
-            manifest = folder.write(path, writers, texts, facts)
+            manifest = checkpoints.write(path, writers, texts, facts)
             seconds = time.perf_counter() - began
-            self.add_metrics({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
+            self._metrics.put({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
         except (OSError, SafetensorError) as error:
-            why = save_problem(error, self.run, needed)
+            why = save_problem(error, self.run_dir, needed)
             self._failure = f"checkpoint {path} was not written, older ones are untouched: {why}"
         except Exception as error:  # a bug of ours must not end a run that goes well
             self._failure = f"checkpoint {path} was not written: {type(error).__name__}: {error}"
         else:
             try:
-                folder.prune(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best)
-            except folder.DamagedCheckpoint as damage:
+                checkpoints.prune(self.run_dir, self.config.keep_last, self.config.keep_every, self.config.keep_best)
+            except checkpoints.DamagedCheckpoint as damage:
                 self._failure = f"checkpoint {path} does not read back as written, nothing older is removed: {damage}"
             except OSError as error:
                 self._failure = f"old checkpoints could not be removed: {error.strerror}"

@@ -1,76 +1,62 @@
-"""What of a run must survive, as named tensors and JSON."""
+"""The parts of a run as the files of a checkpoint, and back."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.config import TrainConfig
-from training.optimizer import Optimizer
-from training.run_folder import find
+from training.parts import Part
 
-from . import fits
-from .folder import read_json
+from .folder import CONFIG, STATE, Manifest, read_json
+from .saver import Tensors
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Moments and counts by parameter: {"blocks.0.mlp.down.weight/exp_avg": …}."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value
-        for inner in optimizer.all
-        for parameter, entries in inner.state.items()
-        for key, value in entries.items()
-    }
+class State(NamedTuple):
+    """What a checkpoint holds, by the name of a part."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, dict[str, Any]]
+
+    def load(self, parts: Iterable[Part]) -> None:
+        """Raises what `Part.load` raises."""
+        for part in parts:
+            part.load(self.tensors.get(part.name, {}), self.values[part.name])
 
 
-@torch.no_grad()
-def load_model_tensors(model: nn.Module, file: Path) -> None:
-    """Copy weights into the model.
+def files_of(parts: Iterable[Part]) -> Tensors:
+    """One safetensors file for each part that has tensors: file → name → tensor."""
+    return {f"{part.name}.safetensors": tensors for part in parts if (tensors := part.tensors())}
+
+
+def values_of(parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
+    """What state.json holds: part → values."""
+    return {part.name: part.values() for part in parts}
+
+
+def read(path: Path, manifest: Manifest) -> State:
+    """A checkpoint that verified.
 
     Raises:
-        ValueError: a tensor is missing, is one too many, or has another shape.
+        ValueError: another program wrote it.
     """
-    parameters = dict(model.named_parameters())
-    saved = read_tensors(file)
-    if odd := set(saved) ^ set(parameters):
-        raise ValueError(f"{file} is of another architecture: {min(odd)} is {'' if min(odd) in saved else 'not '}there")
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape:
-            raise ValueError(f"{file}: {name} is {tuple(saved[name].shape)}, the model's is {tuple(parameter.shape)}")
-        parameter.copy_(saved[name])
+    tensors = {name.removesuffix(".safetensors"): read_tensors(path / name) for name in tensor_files(manifest)}
+    values = read_json(path / STATE)
+    try:
+        if manifest.format == 1:
+            return _from_format_1(tensors, values, manifest, read_json(path / CONFIG))
+        if not all(isinstance(of_part, dict) for of_part in values.values()) or "text" not in values["data"]:
+            raise TypeError
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path / STATE} was not written by this version: it is no state of a run") from error
+    return State(tensors, values)
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, file: Path) -> None:
-    owners = {
-        parameter: inner for inner in optimizer.all for group in inner.param_groups for parameter in group["params"]
-    }
-    parameters = dict(model.named_parameters())
-    for name, value in read_tensors(file).items():
-        parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
-        owners[parameter].state[parameter][key] = value.to(parameter.device)
-
-
-STATE = {
-    "reported": int, "events": int, "records": dict, "summary": dict, "random": dict, "data": str, "tokenizer": str
-}  # fmt: skip
-
-
-def read(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that verified; ValueError where another program wrote it."""
-    values = read_json(path / "state.json")
-    for key, kind in STATE.items():
-        if not isinstance(values.get(key), kind):
-            raise ValueError(f"{path / 'state.json'} was not written by this version: {key} is no {kind.__name__}")
-    return values
+def tensor_files(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.files if name.endswith(".safetensors")]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -82,52 +68,40 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
 
 
-def load_initial(model: nn.Module, config: TrainConfig, tokenizer_sha256: str, notify: Callable[[str], None]) -> None:
-    """init_from=PATH: the weights of a checkpoint, of a run's newest good checkpoint, or of a safetensors file.
+def _from_format_1(
+    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], manifest: Manifest, config: dict[str, Any]
+) -> State:
+    """Commits up to e18cd2b kept all small parts in loop.safetensors, and their values at the top of state.json."""
+    loop = tensors["loop"]
 
-    Raises:
-        ValueError: there are none, they are of another architecture, or of another tokenizer.
-    """
-    assert config.init_from is not None
-    value, path = config.init_from, Path(config.init_from)
-    if path.is_file():
-        load_model_tensors(model, path)
-        notify(f"init       weights of {path}; whether its tokenizer is this run's cannot be told from a file")
-        return
-    found, manifest = find(value, "init_from", notify)
-    if read(found)["tokenizer"] != tokenizer_sha256:
-        raise ValueError(
-            f"init_from={value} was trained with another tokenizer, so its embeddings mean other tokens; "
-            f"train on the text and tokenizer.vocab_size it was trained with"
-        )
-    changes = fits.check_init(found, manifest, config)
-    load_model_tensors(model, found / "model.safetensors")
-    notify(f"init       weights of {found} (step {manifest.step:,}), verified")
-    for change in changes:
-        notify(f"           changed: {change}")
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in loop.items() if name.startswith(prefix)}
 
-
-# ---- random numbers: nothing in the loop draws any today, and whatever will draws the same after a resume
-
-
-def random_tensors() -> dict[str, Tensor]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"rng/torch": torch.get_rng_state()} | ({} if cuda is None else {"rng/cuda": cuda})
-
-
-def random_json() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-    }
-
-
-def set_random(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["rng/torch"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    version, words, gauss = values["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(values["numpy"]))
+    is_finished = state["reported"] == manifest.step
+    return State(
+        tensors={
+            "model": tensors["model"],
+            "optimizer": tensors["optimizer"],
+            "guard": named("guard/"),
+            "progress": {"losses": loop["losses"]},
+            "random": named("rng/"),
+        },
+        values={
+            "model": {},
+            "optimizer": {},
+            "guard": {},
+            "progress": {
+                "step": manifest.step,
+                "events": state["events"],
+                "unfinished": [] if is_finished else ["evaluation", "sampling"],
+                "summary": state["summary"],
+            },
+            "random": state["random"],
+            "data": {
+                "text": state["data"],
+                "tokenizer": state["tokenizer"],
+                "rows": manifest.tokens // config["seq_len"],
+            },
+            "records": state["records"],
+        },
+    )

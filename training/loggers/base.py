@@ -47,20 +47,17 @@ class Loggers:
 
     def __init__(self, loggers: Iterable[Logger], notify: Callable[[str], None]) -> None:
         self.loggers = list(loggers)
-        self.events = 0
         self.started = False
         self._notify = notify
 
     def start(self, run: RunInfo) -> None:
-        self.events, self.started = run.events, True
+        self.started = True
         self._each(lambda logger: logger.start(run))
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        self.events += 1
         self._each(lambda logger: logger.log(step, tokens, metrics))
 
     def sample(self, step: int, tokens: int, text: str) -> None:
-        self.events += 1
         self._each(lambda logger: logger.sample(step, tokens, text))
 
     def finish(self, status: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TextIO
 
@@ -18,33 +18,11 @@ from rich.panel import Panel
 from rich.text import Text
 
 from training.loggers.base import Logger, RunInfo
+from training.metrics import Metric, on_console, short
 
-
-def short(number: float) -> str:
-    """A count in at most six characters: 950, 12.3k, 1.6M, 2.1B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= 0.99995 * size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-# (metric, label, how to print its value); each value has a fixed width, so that a column is a column.
 # A metric that an event lacks is left out: a CPU has no memory peak, an unknown card no MFU.
-Column = tuple[str, str, Callable[[float], str]]
-TRAIN: list[Column] = [
-    ("train/loss", "loss", lambda value: f"{value:7.4f}"),
-    ("train/learning_rate", "lr", lambda value: f"{value:8.2e}"),
-    ("train/grad_norm", "grad", lambda value: f"{value:6.2f}"),
-    ("throughput/tokens_per_second", "tok/s", lambda value: f"{short(value):>6}"),
-    ("throughput/tflops", "TFLOP/s", lambda value: f"{value:6.1f}"),
-    ("throughput/mfu", "MFU", lambda value: f"{100 * value:4.1f}%"),
-    ("throughput/mfu_attended", "attended", lambda value: f"{100 * value:4.1f}%"),
-    ("memory/peak_allocated_gib", "peak", lambda value: f"{value:5.1f} GiB"),
-]
-VALIDATION: list[Column] = [
-    ("val/loss", "loss", lambda value: f"{value:7.4f}"),
-    ("val/bits_per_byte", "bits/byte", lambda value: f"{value:7.4f}"),
-]
+TRAIN = on_console(("train", "throughput", "memory"))
+VALIDATION = on_console(("val",))
 
 
 class Console(Logger):
@@ -106,5 +84,5 @@ class Console(Logger):
         self._stream.flush()
 
 
-def _fields(columns: list[Column], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(label, form(metrics[name])) for name, label, form in columns if name in metrics]
+def _fields(columns: Sequence[Metric], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [(column.label, column.in_line(metrics[column.name])) for column in columns if column.name in metrics]

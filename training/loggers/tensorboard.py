@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from training.loggers.base import Logger, RunInfo
+from training.metrics import markdown
 
 
 class TensorBoardLogger(Logger):
@@ -29,6 +30,7 @@ class TensorBoardLogger(Logger):
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
         everything = json.dumps({**run.config, "facts": run.facts}, indent=2, default=str)
         self._writer.add_text("config", textwrap.indent(everything, "    "))  # indented: Markdown for "as it is"
+        self._writer.add_text("metrics", markdown())
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         for name, value in {"tokens": tokens, **metrics}.items():

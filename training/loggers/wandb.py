@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training.loggers.base import Logger, RunInfo, one_line
+from training.metrics import METRICS
 
 MODES = ("auto", "online", "offline", "disabled")
 PROBE_SECONDS = 3.0
@@ -89,8 +90,10 @@ class WandbLogger(Logger):
         self._event, self._first_new = run.events, self._run.step
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="step")
-        for name in ("val/loss", "val/bits_per_byte"):
-            self._run.define_metric(name, step_metric="step", summary="min")
+        for metric in METRICS.values():
+            if metric.section == "val":  # a run is as good as its best evaluation; of the rest the last value counts
+                summary = "min" if metric.better == "lower" else "max"
+                self._run.define_metric(metric.name, step_metric="step", summary=summary)
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         if self._run:

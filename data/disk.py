@@ -1,0 +1,137 @@
+"""The disk: files that are there whole or not at all, SHA-256, and locks. Once, for everybody; needs no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+READ_BYTES = 1 << 24  # at once: a thread that hashes asks for the interpreter, which trains, only so often
+
+
+# ---- writing
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all; text as UTF-8. What was there before stays until the new file is on the disk.
+
+    Raises:
+        OSError: it cannot be written. Nothing is left behind then.
+    """
+    with replacing(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under. At the end the file is flushed to the disk and renamed to `path`.
+
+    Raises:
+        OSError: it cannot be flushed or renamed. After this or any other error nothing is left behind.
+    """
+    part = part_name(path)
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def part_of(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which is gone afterwards: renamed by the caller, or removed."""
+    part = part_name(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def part_name(path: Path) -> Path:
+    """The name of a file or folder while this process writes it: hidden, and beside its place."""
+    return path.with_name(f".{path.name}.part-{os.getpid()}")
+
+
+def write_synced(path: Path, data: bytes | str) -> None:
+    """Write a file in place, and see it on the disk: for files of a folder that is renamed when it is whole."""
+    with open(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk: a rename alone does not survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading
+
+
+def sha256(data: bytes | str) -> str:
+    """The SHA-256 of bytes, or of a text as UTF-8, in hexadecimal digits."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def sha256_file(path: Path, from_disk: bool = False) -> str:
+    """The SHA-256 of a file.
+
+    Args:
+        from_disk: read what the disk gives back, not what the page cache still holds.
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(READ_BYTES, os.fstat(file.fileno()).st_size + 1)))
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+# ---- locks
+
+
+def try_lock(file: IO[Any], shared: bool = False) -> bool:
+    """Lock an open file, unless another process holds it: then False. The lock belongs to the open file, whatever the
+    file contains, and goes with the process, however that ends.
+
+    Args:
+        shared: any number of processes may hold a shared lock, and none then an exclusive one.
+    Raises:
+        OSError: this file system has no locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def alone(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Only one process at a time makes a file or folder. `waiting` is called where another one does so now.
+
+    Raises:
+        OSError: the folder of `target` cannot be written, or its file system has no locks.
+    """
+    with target.with_name(f".{target.name}.lock").open("a") as file:
+        if not try_lock(file):
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

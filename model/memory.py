@@ -1,0 +1,58 @@
+"""How much memory a training run takes, predicted from its configuration. No torch here.
+
+What the blocks keep for the backward pass depends on the kernels and the compiler and is not predicted yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .arithmetic import parameter_count, score_bytes
+from .config import ModelConfig
+
+GIB = 2**30
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, part by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    logits: int
+    """The float32 logits that exist at once, and their gradient."""
+    scores: int
+    """One layer's S × S attention scores, which attention=math alone writes, several times over."""
+
+    @property
+    def state(self) -> int:
+        """What is held from step to step, whatever the sequence length."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def predict(
+    config: ModelConfig, *, optimizer: str, batch_size: int, seq_len: int, writes_scores: bool = False
+) -> MemoryPlan:
+    """The memory of one process that trains with float32 weights.
+
+    Args:
+        optimizer: adamw keeps two moments of each parameter; muon one of the blocks' matrices and two of the rest.
+        batch_size: rows per micro-batch. writes_scores: whether attention writes S × S scores to memory.
+    """
+    count, _, block_matrices = parameter_count(config)
+    moments = 2 * count - (block_matrices if optimizer == "muon" else 0)
+    tokens = batch_size * seq_len
+    tokens_at_once = min(tokens, config.loss_chunk_size or tokens)
+    return MemoryPlan(
+        weights=FLOAT32 * count,
+        gradients=FLOAT32 * count,
+        optimizer=FLOAT32 * moments,
+        logits=2 * FLOAT32 * tokens_at_once * config.vocab_size,
+        scores=score_bytes(config, batch_size, seq_len) if writes_scores else 0,
+    )

@@ -1,0 +1,91 @@
+"""Services are called at three points, in order, whatever ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training.config import TrainConfig
+from training.errors import Interrupted
+from training.run import Run
+from training.services.base import Service
+from training.trainer import Trainer
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+class Spy(Service):
+    """Notes its calls; raises at one of them."""
+
+    def __init__(self, label: str, calls: list[str], error: BaseException | None = None, at: str = "") -> None:
+        self.label, self.calls, self.error, self.at = label, calls, error, at
+
+    def note(self, point: str, told: str) -> None:
+        self.calls.append(f"{self.label} {told}")
+        if self.error and point == self.at:
+            raise self.error
+
+    def begin(self, run: Run) -> None:
+        self.note("begin", "begin")
+
+    def after_step(self, run: Run) -> None:
+        self.note("after_step", f"step {run.progress.step}")
+
+    def end(self, run: Run, status: str) -> None:
+        self.note("end", status)
+
+
+def train(config: TrainConfig, *spies: Service) -> Trainer:
+    trainer = Trainer(config, lambda line: None)
+    trainer.run.services.extend(spies)
+    trainer.fit()
+    return trainer
+
+
+def test_services_begin_and_step_in_order_and_end_in_reverse(config: MakeConfig) -> None:
+    calls: list[str] = []
+    train(config("max_steps=2"), Spy("a", calls), Spy("b", calls))
+    steps = ["a step 1", "b step 1", "a step 2", "b step 2"]
+    assert calls == ["a begin", "b begin", *steps, "b finished", "a finished"]
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "status"),
+    [
+        ("begin", ValueError("no"), "failed"),
+        ("after_step", OSError("no"), "failed"),
+        ("after_step", KeyboardInterrupt(), "interrupted"),
+        ("after_step", Interrupted("by a test"), "interrupted"),
+        ("end", OSError("no"), "failed"),
+    ],
+)
+def test_a_service_that_raises_ends_the_run_and_the_others_end_with_its_status(
+    config: MakeConfig, at: str, error: BaseException, status: str
+) -> None:
+    calls: list[str] = []
+    spies = Spy("a", calls), Spy("b", calls, error, at), Spy("c", calls)
+    with pytest.raises(type(error)):
+        train(config("max_steps=2"), *spies)
+    assert calls[-1] == f"a {status}"
+    ended = {call for call in calls if call.split()[1] in ("finished", "failed", "interrupted")}
+    assert (
+        ended
+        == {
+            "begin": {"a failed", "b failed"},  # c never began
+            "after_step": {f"{label} {status}" for label in "abc"},
+            "end": {"c finished", "b finished", "a failed"},
+        }[at]
+    )
+
+
+def test_the_first_step_says_where_the_time_went(config: MakeConfig, tmp_path: Path) -> None:
+    lines: list[str] = []
+    Trainer(config("max_steps=2"), lines.append).fit()
+    (line,) = (line for line in lines if line.startswith("first step"))
+    assert "s after the command: " in line
+    stages = line.partition("command: ")[2].split(", ")
+    seconds = {stage.rpartition(" ")[0]: float(stage.rpartition(" ")[2]) for stage in stages}
+    assert set(seconds) <= {"imports", "data", "model", "loggers", "evaluation", "first step"}
+    assert sum(seconds.values()) == pytest.approx(float(line.split()[2]), abs=0.4), "nothing is left out"

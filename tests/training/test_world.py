@@ -1,0 +1,57 @@
+"""What ranks agree on: in a world of one nothing is computed; two real processes get the same answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from training.parallel.world import World
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_RANKS = """
+import torch
+from training.parallel.world import World
+
+world = World.start(torch.device("cpu"))
+total = world.sum(torch.tensor([1.0 + world.rank, 10.0]))
+print(
+    world.rank, world.size, world.is_first, total.tolist(), world.count(21),
+    world.all(torch.tensor(True)).item(), world.all(torch.tensor(world.rank == 0)).item(),
+    repr(world.first_reason("")), repr(world.first_reason("SIGTERM" if world.rank == 1 else "")),
+)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_world_of_one_gives_back_what_it_is_given() -> None:
+    world = World.start(torch.device("cpu"))
+    assert (world.rank, world.size, world.is_first) == (0, 1, True)
+    tensor, flag = torch.ones(2), torch.tensor(True)
+    assert world.sum(tensor) is tensor
+    assert world.all(flag) is flag
+    assert (world.count(5), world.first_reason("SIGTERM"), world.first_reason("")) == (5, "SIGTERM", "")
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_ranks_agree() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS],
+            cwd=ROOT,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    agreed = "[3.0, 20.0] 42 True False '' 'SIGTERM'\n"
+    assert said == [f"0 2 True {agreed}", f"1 2 False {agreed}"]

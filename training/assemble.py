@@ -1,0 +1,42 @@
+"""The only place where a run's model is made, in an order that can be read aloud."""
+
+from __future__ import annotations
+
+import torch
+
+from model.attention.base import AttentionBackend
+from model.config import ModelConfig
+from model.gpt import GPT
+
+COMPILE_UNIT = "model"
+"""What torch.compile sees at a time, "model" or "block"; `scripts.bench_compile` measures both."""
+
+
+def assemble(
+    config: ModelConfig,
+    attention: AttentionBackend,
+    device: torch.device,
+    *,
+    seed: int,
+    compile: bool,
+    unit: str | None = None,
+) -> GPT:
+    """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
+
+    Args:
+        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
+    """
+    # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
+    with torch.device("meta"):
+        model = GPT(config, attention)
+    # 2. Precision: conversions of layers belong here. 3. Activation policies: wrappers of blocks.
+    # 4. Compilation.
+    if compile:
+        # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
+        # job would run uncompiled.
+        torch.compiler.reset()
+        model.compile(unit or COMPILE_UNIT)
+    # 5. Sharding belongs here. 6. Memory and first weights.
+    torch.manual_seed(seed)
+    model.materialize(device)
+    return model

@@ -1,0 +1,78 @@
+"""What a run reads: training batches from where it stands in the text, and the held-out batches of every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.corpus import Corpus
+from data.loader import Batch, Loader, eval_batches
+from data.packing import pack, training_rows
+
+from .config import TrainConfig
+from .parallel.world import World
+
+
+class Batches:
+    """The batches of a run, and its position in the text: a part.
+
+    `open` begins to read at the position, ahead of the loop; `close` ends that.
+    """
+
+    name = "data"
+
+    def __init__(self, corpus: Corpus, config: TrainConfig, world: World, notify: Callable[[str], None]) -> None:
+        self.corpus, self.config, self.world = corpus, config, world
+        mask, seq_len = config.data.document_mask, config.seq_len
+        self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
+        available = min(len(part.val.tokens) for part in corpus.parts) - 1
+        if available < seq_len:
+            notify(f"validation rows have {available:,} tokens, all the held-out text there is, not seq_len")
+        val_rows = pack(corpus, "val", min(available, seq_len), mask)
+        self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
+        self.max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
+        """Most documents in a row; None where rows are read as one."""
+        self.token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes().astype(np.int64))
+        """UTF-8 bytes that each token stands for."""
+        self.rows = 0
+        """Rows read so far, by all ranks: `train_rows.at(seed, position)` is each of them."""
+        self._loader: Loader | None = None
+
+    def open(self) -> None:
+        config, world = self.config, self.world
+        self._loader = Loader(
+            self.train_rows,
+            config.batch_size,
+            seed=config.seed,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            first=self.rows,
+            window=config.model.window,
+        )
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def next(self, number: int) -> list[Batch]:
+        """The next batches of this rank."""
+        assert self._loader is not None
+        batches = [next(self._loader) for _ in range(number)]
+        self.rows += self.world.count(number * self.config.batch_size)
+        return batches
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def values(self) -> dict[str, Any]:
+        manifest = self.corpus.manifest
+        return {"text": manifest["hash"], "tokenizer": manifest["tokenizer"]["sha256"], "rows": self.rows}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Whether the text is the same, `checkpoint.restore` has asked."""
+        self.rows = int(values["rows"])

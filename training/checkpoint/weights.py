@@ -1,0 +1,37 @@
+"""The trained weights alone, for whoever uses the model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+from torch import nn
+
+from data import disk
+from training.errors import SaveFailed
+
+from . import folder as checkpoints
+from .saver import save_problem
+
+
+def save_weights(model: nn.Module, run_dir: Path) -> None:
+    """Write model.safetensors into `run_dir`: whole, or not at all.
+
+    Raises:
+        SaveFailed: with one line that says why.
+    """
+    target = run_dir / "model.safetensors"
+    try:
+        # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
+        with disk.part_of(checkpoints.checkpoints_of(run_dir) / "step-weights") as part:
+            save_model(model, str(part / target.name))
+            shutil.copymode(run_dir / "config.yaml", part / target.name)
+            disk.sync(part / target.name)
+            os.replace(part / target.name, target)
+            disk.sync(run_dir)
+    except (OSError, SafetensorError) as error:
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        raise SaveFailed(f"{target} was not written: {save_problem(error, run_dir, needed)}") from error

@@ -1,0 +1,1 @@
+"""Many processes as one: who is there, and what they agree on."""

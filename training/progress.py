@@ -1,0 +1,62 @@
+"""How far a run has come, and what its log lines say so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .step import StepResult
+
+
+class Progress:
+    """The counters of a run. A part: a resumed run goes on counting.
+
+    Attributes:
+        step: the last step that was trained; 0 before the first.
+        saved: the last step with a checkpoint in the run folder; −1 without one.
+        unfinished: services with work at this step that is still to do. A new run begins with an evaluation; after
+            that, only a request to stop leaves something, and the resumed run does it first.
+        val_loss: the last validation loss, and the step that it is of.
+        events: log lines and samples so far.
+        summary: the last value of every metric.
+    """
+
+    name = "progress"
+
+    def __init__(self, device: torch.device) -> None:
+        self.step, self.saved, self.events = 0, -1, 0
+        self.unfinished = {"evaluation"}
+        self.val_loss = -1, math.nan
+        self.summary: dict[str, float] = {}
+        self._losses = torch.zeros(2, device=device)  # sum and number of good steps since the last log line
+
+    def add(self, result: StepResult) -> None:
+        """Count a step's loss into the next log line. Does not wait for the device."""
+        counted = torch.stack([result.loss, torch.ones_like(result.loss)])
+        self._losses += torch.where(result.good, counted, 0.0)
+
+    def mean_loss(self) -> float:
+        """Mean over the good steps since the last call, NaN without one. Waits for the device."""
+        nats, count = self._losses.tolist()
+        self._losses.zero_()
+        return nats / count if count else math.nan
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"losses": self._losses}
+
+    def values(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "events": self.events,
+            "unfinished": sorted(self.unfinished),
+            "summary": self.summary,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self._losses.copy_(tensors["losses"])
+        self.step, self.events = int(values["step"]), int(values["events"])
+        self.unfinished, self.summary = set(values["unfinished"]), dict(values["summary"])

@@ -1,0 +1,22 @@
+"""What happens around the steps: one small file each, called at three points, in list order.
+
+A new service is a file with a `Service` and a line in `build_services`.
+"""
+
+from __future__ import annotations
+
+from .base import Service
+from .checkpointing import Checkpointing
+from .evaluation import Evaluation
+from .first_step import FirstStep
+from .logging import Logging
+from .sampling import Sampling
+from .stopping import Stopping
+
+
+def build_services() -> list[Service]:
+    """The services of a run, in the order in which they are called."""
+    return [FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
+
+
+__all__ = ["Service", "build_services"]

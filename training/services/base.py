@@ -1,0 +1,24 @@
+"""What a service is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Service:
+    """Called at three points of a run. It sees the run, never the loop, and decides itself whether something is due."""
+
+    name = ""
+    """What `Progress.unfinished` knows it by, for a service whose work a request to stop may cut."""
+
+    def begin(self, run: Run) -> None:
+        """Once, after the run is restored and before its first step."""
+
+    def after_step(self, run: Run) -> None:
+        """After each step; `run.progress.step` is its number and `run.last` its result."""
+
+    def end(self, run: Run, status: str) -> None:
+        """Once, in the reverse order, whatever ended the run: status is "finished", "failed" or "interrupted"."""

@@ -1,0 +1,61 @@
+"""Saves the parts of the run, in the background, and at the end the trained weights alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoint.folder import CONFIG, STATE
+from training.checkpoint.state import files_of, values_of
+from training.checkpoint.weights import save_weights
+from training.hardware import versions
+
+from .base import Service
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Checkpointing(Service):
+    def __init__(self) -> None:
+        self.has_memory = False
+
+    def after_step(self, run: Run) -> None:
+        if not self.has_memory:  # now the optimizer's moments are there, and no step is measured yet
+            self.has_memory = True
+            run.saver.reserve(files_of(run.parts))
+        run.add_metrics(run.saver.metrics())
+        if run.due(run.config.checkpoint.every):
+            save(run)
+
+    def end(self, run: Run, status: str) -> None:
+        """Raises SaveFailed where a run that finished could not save what it trained."""
+        try:
+            if status == "finished":
+                save_weights(run.model, run.folder)
+                run.saver.finish(raises=True)
+        finally:
+            run.saver.finish()
+
+
+def save(run: Run, wait: bool = False) -> None:
+    """A checkpoint of this step, unless it is there; with `wait`, come back when it is.
+
+    Raises:
+        NonFiniteError: the run must stop, and is not saved over a good one. SaveFailed: with `wait`.
+    """
+    progress = run.progress
+    if progress.saved == progress.step:
+        return
+    run.guard.report(run.rows_of)
+    step, val_loss = progress.val_loss
+    facts: dict[str, Any] = {
+        "step": progress.step,
+        "tokens": run.tokens,
+        "world_size": run.world.size,
+        "val_loss": val_loss if step == progress.step and math.isfinite(val_loss) else None,
+        "versions": versions(),
+    }
+    run.saver.save(files_of(run.parts), {STATE: values_of(run.parts), CONFIG: asdict(run.config)}, facts, wait)
+    progress.saved = progress.step

@@ -1,0 +1,60 @@
+"""Writes what the run is into its folder, says what is about to happen, and logs the steps since the last line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+
+from data import disk
+from training.facts import start_up_lines
+from training.loggers.base import RunInfo
+from training.memory import memory_metrics
+
+from .base import Service
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Logging(Service):
+    def begin(self, run: Run) -> None:
+        """Raises ValueError where the run folder cannot be written."""
+        config, facts, folder = run.config, run.facts(), run.folder
+        try:
+            disk.write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+            disk.write_whole(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
+            run.batches.corpus.tokenizer.save(folder / "tokenizer.json")
+        except OSError as error:
+            why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
+            raise ValueError(f"{why}; free some space or make it writable, or choose another") from error
+        for line in start_up_lines(config, facts):
+            run.notify(line)
+        with run.startup.timed("loggers"):
+            progress = run.progress
+            run.loggers.start(RunInfo(folder.name, folder, asdict(config), facts, progress.step, progress.events))
+        if run.runtime.compile:
+            run.notify("compiling  the first steps take up to a minute and are in no measurement")
+
+    def after_step(self, run: Run) -> None:
+        """The only place where the loop waits for the device."""
+        if not run.due(run.config.log_every, first=True):
+            return
+        bad = run.guard.report(run.rows_of)
+        run.log(
+            {
+                "train/loss": run.progress.mean_loss(),
+                "train/grad_norm": run.last.grad_norm.item(),
+                "train/learning_rate": run.last.learning_rate,
+                **bad,
+                **run.throughput.report(),
+                **memory_metrics(run.world.device),
+                **run.take_metrics(),
+            }
+        )
+
+    def end(self, run: Run, status: str) -> None:
+        if run.loggers.started:
+            run.loggers.finish(status)

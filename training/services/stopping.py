@@ -1,0 +1,27 @@
+"""Answers a request to stop: a signal, a STOP file, max_time. The run saves itself and ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training.checkpoint import folder as checkpoints
+
+from .base import Service
+from .checkpointing import save
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Stopping(Service):
+    def begin(self, run: Run) -> None:
+        self.after_step(run)
+
+    def after_step(self, run: Run) -> None:
+        """Raises Interrupted, where the run was asked to stop and has not done everything anyway."""
+        progress = run.progress
+        is_done = progress.step == run.num_steps and not progress.unfinished
+        reason = run.stop_reason()
+        if reason and not is_done:
+            save(run, wait=True)
+            raise run.interrupt.end(checkpoints.path_of(run.folder, progress.step), reason)

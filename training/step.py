@@ -1,0 +1,77 @@
+"""One optimizer step: micro-batches in, an update of the parameters out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from model.gpt import GPT
+
+from .guard import Guard
+from .optimizer import Optimizer
+from .parallel.world import World
+
+
+class StepResult(NamedTuple):
+    """What a step did. The tensors are scalars on the device: reading one waits for it."""
+
+    loss: Tensor
+    """Mean over the step's tokens on all ranks, in nats."""
+    grad_norm: Tensor
+    """Global, before clipping."""
+    good: Tensor
+    """bool: whether the parameters took the step."""
+    learning_rate: float
+    num_tokens: int
+    """On all ranks, as `visible_pairs`: (query, key) pairs that the masks let through."""
+    visible_pairs: int
+
+
+class TrainStep:
+    """Gradients over micro-batches, clipped, guarded, and applied. The host waits for nothing.
+
+    Args:
+        grad_clip: global norm that gradients are scaled down to; 0 for none.
+        autocast: returns the context that the forward pass runs in.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: Optimizer,
+        guard: Guard,
+        world: World,
+        *,
+        grad_clip: float,
+        autocast: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self.model, self.optimizer, self.guard, self.world = model, optimizer, guard, world
+        self.max_norm, self.autocast = grad_clip or math.inf, autocast
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed loss of a batch in nats."""
+        batch = batch.to(self.world.device)
+        with self.autocast():
+            loss: Tensor = self.model(batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS)
+            return loss
+
+    def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
+        num_tokens = self.world.count(sum(batch.num_tokens for batch in micro_batches))
+        loss = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
+            micro_loss = self.loss(batch) / num_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        loss = self.world.sum(loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        good = self.guard.check(step, loss, grad_norm)
+        self.optimizer.step(learning_rate, good)
+        pairs = self.world.count(sum(batch.visible_pairs for batch in micro_batches))
+        return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)
