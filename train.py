@@ -9,23 +9,31 @@ import hydra
 from omegaconf import DictConfig
 
 from training import cli, run_folder
-from training.config import load_config
+from training.config import TrainConfig, load_config
 from training.runtime import resolve_runtime
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> None:
-    cli.job(train, composed)
+def main(composed: DictConfig) -> float:
+    return cli.job(train, composed)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what this machine cannot do or does not have; the rest is the trainer's.
+
+    Raises:
+        ValueError: one line.
+    """
+    resolve_runtime(config)
+    run_folder.check(config)
+    config.data.check()
+    config.tokenizer.check()
 
 
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
-    # What this machine cannot do or does not have is refused here, the rest is the trainer's.
-    resolve_runtime(config)
-    run_folder.check(config)
-    config.data.check()
-    config.tokenizer.check()
+    check(config)
 
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
@@ -38,4 +46,4 @@ def train(composed: DictConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, check)

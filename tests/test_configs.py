@@ -131,7 +131,6 @@ class InACycle:
 def test_a_job_of_a_sweep_begins_without_what_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     hydra = SimpleNamespace(initialized=lambda: False, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=[])))
     monkeypatch.setattr(cli, "HydraConfig", hydra)
-    monkeypatch.setattr(cli, "_results", [])
     models: list[weakref.ref[InACycle]] = []
 
     def task(composed: DictConfig) -> dict[str, float]:

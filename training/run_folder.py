@@ -32,7 +32,7 @@ def check(config: TrainConfig) -> None:
     """
     run = Path(config.run_dir)
     try:
-        holds_something = run.exists() and any(path.name != LOCK for path in run.iterdir())
+        holds_something = run.exists() and any(path.name != LOCK and not _is_log(path) for path in run.iterdir())
         holds_a_run = (run / LOCK).exists()
     except OSError as error:  # a file, a name that is too long, a folder that may not be read
         raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
@@ -58,6 +58,16 @@ def check(config: TrainConfig) -> None:
         if not is_weights and not _checkpoints_at(value):
             raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
     _check_fits(config, resume)
+
+
+def _is_log(path: Path) -> bool:
+    """What this process prints (`> runs/x/train.log`), or a log by its name (`| tee runs/x/train.log`)."""
+    if path.suffix in (".log", ".out", ".err"):
+        return True
+    with suppress(OSError):
+        there = path.stat()
+        return any(os.path.samestat(there, os.fstat(output)) for output in (1, 2))
+    return False
 
 
 def _check_fits(config: TrainConfig, resume: str | None) -> None:
