@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from training import cli, run_folder
+from training.capacity import check_capacity
 from training.config import TrainConfig, load_config
 from training.runtime import resolve_runtime
 
@@ -24,7 +25,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: one line.
     """
-    resolve_runtime(config)
+    runtime = resolve_runtime(config)
+    check_capacity(config, runtime.gpu)
     run_folder.check(config)
     config.data.check()
     config.tokenizer.check()
@@ -38,10 +40,10 @@ def train(composed: DictConfig) -> dict[str, float]:
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
 
-    with out_of_memory_explained(config):
-        trainer = Trainer(config, notify=cli.say)
-        summary = trainer.fit()
-    cli.say(str(trainer.folder))
+    named = cli.is_typed("run_dir")
+    with run_folder.claimed(config, named) as config, out_of_memory_explained(config):
+        summary = Trainer(config, notify=cli.say).fit()
+    cli.say(config.run_dir)
     return summary
 
 

@@ -40,6 +40,7 @@ from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
 from .mistakes import CONFIGS, explain, refuse_lists, set_by_experiment, typed_settings
+from .run_folder import make_new
 from .sweep import Sweep
 from .terminal import say, say_error
 
@@ -110,9 +111,9 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
     summary: dict[str, float] | None = None
     code = 0
     try:
-        composed = settings_of_job(composed)
         if _sweep:
-            say(f"job        {number}{f' of {_sweep.total}' if _sweep.total else ''}: {' '.join(_typed())}")
+            say(_sweep.header(number or 0, _typed()))
+        composed = settings_of_job(composed)
         summary = task(composed)
     except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:
@@ -131,8 +132,7 @@ def settings_of_job(composed: DictConfig) -> DictConfig:
 
     `python train.py run_dir=runs/x` goes on with what runs/x/config.yaml holds; what is typed beside it is a change.
     """
-    typed = _typed()
-    keys = {key for override in typed for key in _keys_of_override(override)}
+    keys = typed_keys()
     if "run_dir" not in keys:
         return composed
     composed = composed.copy()
@@ -171,10 +171,14 @@ class BeforeTheFirstJob(Callback):
         parsed = OverridesParser.create(loader).parse_overrides([*(f"{k}={v}" for k, v in params.items()), *words])
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
         named = next((override for override in parsed if override.key_or_group == "run_dir"), None)
-        if named and "run_dir" not in swept and not _is_typed("hydra.sweep.dir", config):
-            folder = expand_path(str(named.value()), "run_dir")
+        if not _is_typed_for_hydra("hydra.sweep.dir", config):
+            if named and "run_dir" not in swept:
+                folder = expand_path(str(named.value()), "run_dir")
+            else:
+                folder = str(make_new(Path(str(config.hydra.sweep.dir))))
             config.hydra.sweep.dir = folder  # of multirun.yaml and the table
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")  # for what the jobs compose
+            quoted = folder.replace("'", r"\'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose
         self.sweep = _sweep = Sweep(f"{_started()} {os.getpid()}", str(config.hydra.sweep.dir), swept)
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # another sweeper chooses as it goes
@@ -199,7 +203,7 @@ class BeforeTheFirstJob(Callback):
             if _check is not None:
                 _check(loaded)
         except ValueError as error:
-            say_error(f"job {number}: {error}" if len(self.sweep.swept) == 0 else str(error))
+            say_error(str(error))
             self.sweep.refused.append(number)
             _failures.append(2)
         finally:
@@ -226,13 +230,22 @@ def _refuse_secrets_of_hydra(config: DictConfig) -> None:
         refuse_secrets(plain)
 
 
-def _is_typed(key: str, config: DictConfig) -> bool:
+def _is_typed_for_hydra(key: str, config: DictConfig) -> bool:
     return any(word.lstrip("+").startswith(f"{key}=") for word in config.hydra.overrides.hydra)
 
 
 def _typed() -> list[str]:
     """The settings of this job as they were typed, or as its sweep has chosen them."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def typed_keys() -> set[str]:
+    """The settings and groups that this job's command decides, an experiment's among them."""
+    return {key for word in _typed() for key in _keys_of_override(word)}
+
+
+def is_typed(key: str) -> bool:
+    return key in typed_keys()
 
 
 def _keys_of_override(word: str) -> set[str]:
@@ -248,8 +261,11 @@ def register_resolvers() -> None:
     folder; ${ours:path}, a path inside this repository.
     """
     started = strftime("%Y-%m-%d_%H-%M-%S")  # once: Hydra's ${now:} differs between the jobs of a sweep
+    on_cpu = "device=cpu" in sys.argv  # now: a launcher may compose in a process with a command of its own
     OmegaConf.register_new_resolver("started", lambda: started, replace=True)
-    OmegaConf.register_new_resolver("cpu_or_gpu", lambda cpu, gpu: gpu if _runs_on_gpu() else cpu, replace=True)
+    OmegaConf.register_new_resolver(
+        "cpu_or_gpu", lambda cpu, gpu: gpu if not on_cpu and _runs_on_gpu() else cpu, replace=True
+    )
     OmegaConf.register_new_resolver("rows_in", _rows_in, replace=True)
     OmegaConf.register_new_resolver("new_run", lambda: _new_run(started), replace=True)
     OmegaConf.register_new_resolver("ours", lambda path: str(CONFIGS.parent / path), replace=True)
@@ -260,7 +276,7 @@ def _started() -> str:
 
 
 def _runs_on_gpu() -> bool:
-    return "device=cpu" not in sys.argv and find_gpu() is not None
+    return find_gpu() is not None
 
 
 def _rows_in(tokens: int, seq_len: Any) -> int:

@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -58,6 +60,36 @@ def check(config: TrainConfig) -> None:
         if not is_weights and not _checkpoints_at(value):
             raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
     _check_fits(config, resume)
+
+
+@contextmanager
+def claimed(config: TrainConfig, is_named: bool) -> Iterator[TrainConfig]:
+    """The configuration with a run folder that is this run's alone.
+
+    A folder that somebody named is that folder. Of one that is called by its time, another run of the same second may
+    have the name; this one is then NAME-2, and is removed again if nothing comes into it.
+    """
+    if is_named:
+        yield config
+        return
+    try:
+        path = make_new(Path(config.run_dir))
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+    try:
+        yield replace(config, run_dir=str(path))
+    finally:
+        with suppress(OSError):  # it holds something
+            path.rmdir()
+
+
+def make_new(path: Path) -> Path:
+    """Make a folder that was not there, of this name or of this name with a number."""
+    for name in chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2))):
+        with suppress(FileExistsError):
+            name.mkdir(parents=True)
+            return name
+    raise AssertionError("numbers do not end")
 
 
 def _is_log(path: Path) -> bool:

@@ -86,6 +86,11 @@ class Sweep:
         numbers = (str(Path(run_dir) / str(n)) for n in range(number, number + len(used) + 1))
         return next(path for path in numbers if path not in used)
 
+    def header(self, number: int, overrides: list[str]) -> str:
+        """The line above a job's own."""
+        own = [word for word in overrides if word.partition("=")[0].lstrip("+") in self.swept]
+        return f"job        {number + 1}{f'/{self.total}' if self.total else ''}   {' '.join(own or overrides)}"
+
     def record(self, number: int, overrides: list[str], code: int, metrics: Mapping[str, float] | None) -> None:
         """Note how a job ended. Several processes may do so at once: a line is one write."""
         row = {"sweep": self.id, "job": number, "settings": overrides, "code": code, "metrics": dict(metrics or {})}

@@ -65,6 +65,10 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     S_k, D = k.shape[1], k.shape[3]
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal={causal!r}: use True or False")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt)):
+        raise ValueError(f"window={window!r}: use a whole number (of keys, the query's own included), or None for all")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
     if not 0 <= softcap < math.inf:

@@ -1,0 +1,47 @@
+"""Whether a model's weights, gradients and optimizer fit into this machine at all; asked before anything is built."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from model.arithmetic import parameter_count
+
+from .config import MuonConfig, TrainConfig
+from .machine import Gpu
+
+GIB = 2**30
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_capacity(config: TrainConfig, gpu: Gpu | None) -> None:
+    """Refuse a model whose state alone is larger than the memory that it is trained in.
+
+    Raises:
+        ValueError: names the model's size, the bytes needed and the machine's memory.
+    """
+    parameters = parameter_count(config.model).total
+    # float32 weights and gradients, and the least that the optimizer keeps of each: Muon a momentum, AdamW two moments
+    needed = parameters * (12 if isinstance(config.optimizer, MuonConfig) else 16)
+    there = host_memory() if gpu is None else gpu.memory
+    if there is None or needed <= there:
+        return
+    model, place = config.model, "this machine" if gpu is None else gpu.name
+    raise ValueError(
+        f"model.name={model.name} with model.n_layers={model.n_layers}, model.dim={model.dim}, "
+        f"model.ffn_dim={model.ffn_dim} and model.vocab_size={model.vocab_size} has {parameters:.3g} parameters, whose "
+        f"weights, gradients and optimizer alone take {needed / GIB:,.0f} GiB; {place} has {there / GIB:,.1f} GiB of "
+        f"memory; use a smaller one, such as model=tiny"
+    )
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or its container's; None where nobody knows."""
+    known = []
+    with suppress(ValueError, OSError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in CGROUP_LIMITS:
+        with suppress(ValueError, OSError):  # "max" is no number
+            known.append(int(Path(limit).read_text()))
+    return min(known, default=None)
