@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -140,6 +142,9 @@ def one_line(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value, and what to do instead."""
     reason = str(error.msg or error).splitlines()[0].removesuffix(".")
     remedy = next((remedy for words, remedy in REMEDIES.items() if words in reason), None)
+    variable = re.search(r"Interpolation key '(\w+)' not found", reason)
+    if variable and variable[1] in os.environ:
+        remedy = f"a variable of the environment is ${variable[1]}, without braces"
     key = f"{error.full_key}: " if error.full_key else ""
     return f"{key}{reason}; {remedy or 'python train.py --cfg job shows what it may be'}"
 

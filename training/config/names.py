@@ -81,7 +81,7 @@ ABSENT = {
     ),
     **dict.fromkeys(
         ("dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"),
-        "no model here has dropout: leave it out",
+        "no model has dropout: leave it out",
     ),
     **dict.fromkeys(
         ("num_workers", "dataloader_num_workers", "pin_memory"),

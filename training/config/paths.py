@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")  # ${…} is OmegaConf's, and comes here escaped only
 
 
 def expand_path(path: str, setting: str) -> str:
@@ -19,6 +19,6 @@ def expand_path(path: str, setting: str) -> str:
         if name not in os.environ:
             raise ValueError(f"{setting}={path} needs the variable {name}, which is not set; write the path out")
     expanded = os.path.expanduser(os.path.expandvars(path))
-    if re.match(r"~\w*(/|$)", expanded):
+    if expanded.startswith("~"):
         raise ValueError(f"{setting}={path} begins with a home folder that is not known; write the path out")
     return expanded
