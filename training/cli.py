@@ -165,15 +165,15 @@ class BeforeTheFirstJob(Callback):
     def _prepare(self, config: DictConfig) -> None:
         global _sweep
         _refuse_secrets_of_hydra(config)
-        words = list(config.hydra.overrides.task)
+        typed: Any = OmegaConf.to_container(config.hydra.overrides.task)
         params = config.hydra.sweeper.get("params") or {}
         loader = GlobalHydra.instance().config_loader()
-        parsed = OverridesParser.create(loader).parse_overrides([*(f"{k}={v}" for k, v in params.items()), *words])
+        parsed = OverridesParser.create(loader).parse_overrides([*(f"{k}={v}" for k, v in params.items()), *typed])
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-        named = next((override for override in parsed if override.key_or_group == "run_dir"), None)
+        is_named = "run_dir" not in swept and any(override.key_or_group == "run_dir" for override in parsed)
         if not _is_typed_for_hydra("hydra.sweep.dir", config):
-            if named and "run_dir" not in swept:
-                folder = expand_path(str(named.value()), "run_dir")
+            if is_named:
+                folder = expand_path(str(config.run_dir), "run_dir")
             else:
                 folder = str(make_new(Path(str(config.hydra.sweep.dir))))
             config.hydra.sweep.dir = folder  # of multirun.yaml and the table
@@ -236,7 +236,11 @@ def _is_typed_for_hydra(key: str, config: DictConfig) -> bool:
 
 def _typed() -> list[str]:
     """The settings of this job as they were typed, or as its sweep has chosen them."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    if not HydraConfig.initialized():
+        return []
+    words: Any = HydraConfig.get().overrides.task
+    # Unresolved: in run_dir=${…} there is nothing of Hydra's own.
+    return list(words if isinstance(words, list) else OmegaConf.to_container(words))  # type: ignore[arg-type]
 
 
 def typed_keys() -> set[str]:
