@@ -34,7 +34,7 @@ EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 
 SMALL = ["model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=null", "model.dim=32", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=64", "batch_size=2", "tokens_per_step=null", "max_steps=2"]
-SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none"]
+SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none", "schedule.warmup_tokens=null"]
 
 
 @cache

@@ -41,7 +41,8 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return one_line(error)
-    if "Config group override must be" in text:  # attention=null, attention=3: Hydra does not say which
+    # attention=null, attention=3, attention='${x}': Hydra does not say which.
+    if "Config group override must be" in text or "Error resolving interpolation" in text:
         for group, value in typed_settings():
             if options(group) and value not in options(group):
                 return f"{group}={value} is not possible; use {', '.join(options(group))}"

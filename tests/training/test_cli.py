@@ -54,6 +54,7 @@ def test_words_are_made_what_hydras_grammar_takes(monkeypatch: pytest.MonkeyPatc
         ("hydra/launcher=mine", "hydra/launcher=mine is unknown; use basic, or a plug-in of Hydra: joblib"),
         ("~nothing", "~nothing takes away what is not there"),
         ("attention=flsh", "did you mean flash?"),
+        ("model='${x}'", "model='${x}' is not possible; use gpt2-1.5b"),
         ("hidden_size=64", "hidden_size is not a setting; did you mean model.dim?"),
         ("epochs=3", "epochs is not a setting; use max_steps or max_tokens"),
         ("data.block_size=3", "data.block_size is not a setting; did you mean seq_len?"),

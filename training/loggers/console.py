@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from training.loggers.base import Logger, RunInfo
+from training.terminal import plain
 
 
 def short(number: float) -> str:
@@ -59,7 +60,7 @@ class Console(Logger):
         self._first: tuple[int, float] | None = None
 
     def start(self, run: RunInfo) -> None:
-        self._write(Text(f"run        {run.folder}"))
+        self._write(Text(plain(f"run        {run.folder}")))
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         if training := _fields(TRAIN, metrics):
