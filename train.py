@@ -30,6 +30,7 @@ def check(config: TrainConfig) -> None:
     run_folder.check(config)
     config.data.check()
     config.tokenizer.check()
+    config.logger.check()
 
 
 def train(composed: DictConfig) -> dict[str, float]:

@@ -67,6 +67,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], None] | None = 
     _check = check
     terminal.use_utf8()
     terminal.secure()
+    set_home()
     listen(leave)  # until the process ends; a trainer listens itself while there is something to save
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
@@ -303,6 +304,13 @@ def _job_number() -> int | None:
         return None
     job = HydraConfig.get().job
     return None if OmegaConf.is_missing(job, "num") else int(job.num)
+
+
+def set_home() -> None:
+    """Without HOME the user database knows it; not all libraries ask there."""
+    home = os.path.expanduser("~")
+    if home != "~":
+        os.environ.setdefault("HOME", home)
 
 
 def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import train
 from training import cli, mistakes
 from training.config import Plan, load_config
 from training.facts import epochs
+from training.loggers import tensorboard
 
 Composed = Callable[..., DictConfig]
 
@@ -98,3 +102,21 @@ def test_the_plans_line_says_how_often_the_text_is_read() -> None:
     assert epochs(plan, {"train": {"tokens": 10_000}}) == ", 0.50 epochs of the text"
     assert epochs(plan, {"train": {"tokens": 100}}) == ", 50 epochs of the text"
     assert epochs(plan, {"prepared": False}) == ""
+
+
+def test_without_home_the_user_database_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    cli.set_home()
+    assert os.environ["HOME"] == pwd.getpwuid(os.getuid()).pw_dir
+    monkeypatch.setenv("HOME", "/home/me")
+    cli.set_home()
+    assert os.environ["HOME"] == "/home/me"
+
+
+def test_a_missing_package_is_refused_before_any_text_is_read(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
+    config = load_config(composed("logger=tensorboard", "run_dir=nowhere/x", "device=cpu"))
+    with pytest.raises(ValueError, match=r"pip install tensorboard, or logger\.tensorboard=false"):
+        train.check(config)
