@@ -8,7 +8,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from training import cli, run_folder
+from training import cli, jobs, run_folder
 from training.capacity import check_capacity
 from training.config import TrainConfig, load_config
 from training.runtime import resolve_runtime
@@ -41,7 +41,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
 
-    named = cli.is_typed("run_dir")
+    named = jobs.is_typed("run_dir")
     with run_folder.claimed(config, named) as config, out_of_memory_explained(config):
         summary = Trainer(config, notify=cli.say).fit()
     cli.say(config.run_dir)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.config import SOURCES, TOKENIZERS, HubData
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
-from training import cli
+from training import cli, jobs
 from training.config import OPTIMIZERS, load_config
 from training.loggers import LoggerConfig, WandbConfig
 from training.schedule import SCHEDULES
@@ -130,7 +130,7 @@ class InACycle:
 
 def test_a_job_of_a_sweep_begins_without_what_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     hydra = SimpleNamespace(initialized=lambda: False, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=[])))
-    monkeypatch.setattr(cli, "HydraConfig", hydra)
+    monkeypatch.setattr(jobs, "HydraConfig", hydra)
     models: list[weakref.ref[InACycle]] = []
 
     def task(composed: DictConfig) -> dict[str, float]:

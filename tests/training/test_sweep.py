@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from training import cli
+from training import cli, jobs
 from training.config import TrainConfig
 from training.sweep import Sweep, comparison, identity
 
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_sweep", None)
-    monkeypatch.setattr(cli, "_failures", [])
+    monkeypatch.setattr(jobs, "sweep", None)
+    monkeypatch.setattr(jobs, "failures", [])
 
 
 def leave_run(folder: str, config: TrainConfig) -> None:
@@ -104,8 +104,8 @@ def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], None]:
 
     def at(number: int, words: list[str]) -> None:
         node = OmegaConf.create({"mode": "MULTIRUN", "job": {"num": number}, "overrides": {"task": words}})
-        node.mode = cli.RunMode.MULTIRUN
-        monkeypatch.setattr(cli, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: node))
+        node.mode = jobs.RunMode.MULTIRUN
+        monkeypatch.setattr(jobs, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: node))
 
     return at
 
@@ -134,13 +134,13 @@ def test_a_job_that_fails_returns_nan_and_its_code_is_kept(job_of: Any, capsys: 
     job_of(0, ["seed=1"])
     assert math.isnan(cli.job(task, OmegaConf.create({"optimized_metric": "val/loss"})))
     assert capsys.readouterr().err == "error: seed=1 is no good\n"
-    assert cli._failures == [2]
+    assert jobs.failures == [2]
 
 
 def test_jobs_in_other_processes_are_in_the_table_too(
     job_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    callback = cli.BeforeTheFirstJob()
+    callback = jobs.BeforeTheFirstJob()
     callback.sweep = Sweep("id", str(tmp_path), ["seed"], total=3, refused=[2])
     (tmp_path / "sweep.jsonl").write_text(json.dumps({"sweep": "another", "job": 0, "code": 0, "metrics": {"a": 1}}))
     (tmp_path / "sweep.jsonl").open("a").write("\nhalf a li\n")
@@ -151,7 +151,7 @@ def test_jobs_in_other_processes_are_in_the_table_too(
         return {"train/loss": float(composed.seed), "val/loss": 2.0}
 
     for number in (1, 3, 0, 2):
-        monkeypatch.setattr(cli, "_sweep", None)  # a process that knows nothing but what comes with the job
+        monkeypatch.setattr(jobs, "sweep", None)  # a process that knows nothing but what comes with the job
         pickle.loads(pickle.dumps(callback)).on_job_start(OmegaConf.create(), task_function=task)
         job_of(number, [f"seed={number}", "max_steps=4"])
         cli.job(task, OmegaConf.create({"optimized_metric": "val/loss", "seed": number}))
@@ -229,10 +229,12 @@ def test_a_job_that_this_machine_cannot_do_is_refused_before_another_trains(home
 
 def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(home: Path) -> None:
     key = "hf_" + "aB3" * 10
+    before = {path.name for path in home.iterdir()}
     for setting in (f"logger.wandb.notes=a,{key}", f"+hydra.job.env_set.X={key}", "+logger.wandb.api_key=a,b"):
-        done = sweep(home, "run_dir=secret", "seed=1,2", setting)
+        done = sweep(home, "seed=1,2", setting)
         assert done.returncode == 2
         (line,) = done.stdout.splitlines()
         assert "looks like a secret" in line
         assert key not in line
-        assert not (home / "secret").exists()
+        assert {path.name for path in home.iterdir()} <= before | {"runs"}
+        assert not any(home.glob("runs/*"))
