@@ -88,11 +88,11 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
     A task's last metrics, where it has any, are a row of the table at the end of a sweep.
 
     Returns:
-        The metric that `optimized_metric` names, for a sweeper that looks for the smallest; NaN where there is none.
+        The metric that `optimized_metric` names, for a sweeper that looks for the smallest; infinity without one.
     """
     number = jobs.job_number()
     if jobs.sweep and number in jobs.sweep.refused:
-        return math.nan
+        return math.inf
     gc.collect()  # what the sweep's job before left in cycles: 0.5 GiB of weights, once, in this one's peak
     summary: dict[str, float] | None = None
     code = 0
@@ -110,7 +110,7 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
         jobs.failures.append(code)
     if jobs.sweep and number is not None:
         jobs.sweep.record(number, jobs.typed(), code, summary)
-    return (summary or {}).get(composed.get("optimized_metric") or "", math.nan)
+    return (summary or {}).get(composed.get("optimized_metric") or "", math.inf)
 
 
 def register_resolvers() -> None:

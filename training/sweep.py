@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -93,7 +94,8 @@ class Sweep:
 
     def record(self, number: int, overrides: list[str], code: int, metrics: Mapping[str, float] | None) -> None:
         """Note how a job ended. Several processes may do so at once: a line is one write."""
-        row = {"sweep": self.id, "job": number, "settings": overrides, "code": code, "metrics": dict(metrics or {})}
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}  # as JSON has no NaN
+        row = {"sweep": self.id, "job": number, "settings": overrides, "code": code, "metrics": finite}
         path = Path(self.folder) / RECORD
         try:
             with open(path, "ab", buffering=0) as file:

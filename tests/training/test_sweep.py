@@ -115,8 +115,8 @@ def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, list[str]], None]:
     [
         ({"val/loss": 1.5, "train/loss": 1.0}, "val/loss", 1.5),
         ({"val/loss": 1.5, "train/loss": 1.0}, "train/loss", 1.0),
-        ({"train/loss": 1.0}, "val/loss", math.nan),
-        (None, "val/loss", math.nan),
+        ({"train/loss": 1.0}, "val/loss", math.inf),
+        (None, "val/loss", math.inf),
     ],
 )
 def test_a_job_returns_the_metric_that_a_sweeper_minimises(
@@ -124,15 +124,17 @@ def test_a_job_returns_the_metric_that_a_sweeper_minimises(
 ) -> None:
     job_of(0, ["seed=1"])
     found = cli.job(lambda composed: summary, OmegaConf.create({"optimized_metric": metric}))
-    assert found == pytest.approx(returned, nan_ok=True)
+    assert found == returned
 
 
-def test_a_job_that_fails_returns_nan_and_its_code_is_kept(job_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_fails_is_the_worst_there_is_and_its_code_is_kept(
+    job_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     def task(composed: DictConfig) -> dict[str, float]:
         raise ValueError("seed=1 is no good")
 
     job_of(0, ["seed=1"])
-    assert math.isnan(cli.job(task, OmegaConf.create({"optimized_metric": "val/loss"})))
+    assert cli.job(task, OmegaConf.create({"optimized_metric": "val/loss"})) == math.inf
     assert capsys.readouterr().err == "error: seed=1 is no good\n"
     assert jobs.failures == [2]
 
@@ -148,7 +150,7 @@ def test_jobs_in_other_processes_are_in_the_table_too(
     def task(composed: DictConfig) -> dict[str, float]:
         if composed.seed == 1:
             raise cli.NonFiniteError("loss is not finite")
-        return {"train/loss": float(composed.seed), "val/loss": 2.0}
+        return {"train/loss": float(composed.seed), "val/loss": 2.0, "throughput/mfu": math.nan}
 
     for number in (1, 3, 0, 2):
         monkeypatch.setattr(jobs, "sweep", None)  # a process that knows nothing but what comes with the job
@@ -161,6 +163,7 @@ def test_jobs_in_other_processes_are_in_the_table_too(
     assert printed == (tmp_path / "comparison.txt").read_text()
     rows = [line.split() for line in printed.splitlines()[1:]]
     assert [row[:2] for row in rows] == [["seed=0", "0.0000"], ["seed=3", "3.0000"]]
+    assert "NaN" not in (tmp_path / "sweep.jsonl").read_text()
 
 
 def test_each_job_has_a_header_with_what_is_its_own() -> None:
