@@ -12,6 +12,7 @@ from .config import MuonConfig, TrainConfig
 from .machine import Gpu
 
 GIB = 2**30
+SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -27,12 +28,12 @@ def check_capacity(config: TrainConfig, gpu: Gpu | None) -> None:
     there = host_memory() if gpu is None else gpu.memory
     if there is None or needed <= there:
         return
-    model, place = config.model, "this machine" if gpu is None else gpu.name
+    shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
+    place = "this machine" if gpu is None else gpu.name
     raise ValueError(
-        f"model.name={model.name} with model.n_layers={model.n_layers}, model.dim={model.dim}, "
-        f"model.ffn_dim={model.ffn_dim} and model.vocab_size={model.vocab_size} has {parameters:.3g} parameters, whose "
-        f"weights, gradients and optimizer alone take {needed / GIB:,.0f} GiB; {place} has {there / GIB:,.1f} GiB of "
-        f"memory; use a smaller one, such as model=tiny"
+        f"model.name={config.model.name} ({shape}) has {parameters:.3g} parameters, whose weights, gradients and "
+        f"optimizer alone take {needed / GIB:,.0f} GiB; {place} has {there / GIB:,.1f} GiB of memory; "
+        f"use a smaller one, such as model=tiny"
     )
 
 

@@ -39,21 +39,27 @@ failures: list[int] = []
 
 
 def settings_of_job(composed: DictConfig) -> DictConfig:
-    """The settings of the job that Hydra composed: in its own folder of a sweep, and over those that its folder saved.
+    """What Hydra composed for this job: in the job's own folder, and over the settings of the run that it goes on with.
 
-    `python train.py run_dir=runs/x` goes on with what runs/x/config.yaml holds; what is typed beside it is a change.
+    `python train.py run_dir=runs/x` goes on with what runs/x/config.yaml holds, `resume=runs/x` branches off with it;
+    what is typed beside it is a change.
     """
     keys = typed_keys()
-    if "run_dir" not in keys:
+    if not keys & {"run_dir", "resume"}:
         return composed
     composed = composed.copy()
-    run_dir = expand_path(str(resolved(composed)["run_dir"] or ""), "run_dir")
-    number = job_number()
-    if sweep and number is not None and "run_dir" not in sweep.swept:
+    typed = resolved(composed)
+    saved = None
+    if "run_dir" in keys:
+        run_dir = expand_path(str(typed["run_dir"] or ""), "run_dir")
+        number = job_number()
+        if sweep and number is not None and "run_dir" not in sweep.swept:
+            composed.run_dir = run_dir
+            run_dir = sweep.folder_for(number, run_dir, load_config(composed))
         composed.run_dir = run_dir
-        run_dir = sweep.folder_for(number, run_dir, load_config(composed))
-        composed.run_dir = run_dir
-    saved = saved_settings(Path(run_dir))
+        saved = saved_settings(Path(run_dir))
+    if saved is None and typed["resume"] not in ("auto", "none"):
+        saved = saved_settings(Path(expand_path(str(typed["resume"] or ""), "resume")))
     return composed if saved is None else with_saved(composed, saved, keys)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -76,6 +77,27 @@ def test_a_run_that_began_with_other_weights_may_be_told_to_go_on_from_a_checkpo
     save(tmp_path, composed, "init_from=weights")
     assert go_on(tmp_path, composed)["init_from"] == "weights"
     assert go_on(tmp_path, composed, "resume=elsewhere")["init_from"] is None
+
+
+def test_a_branch_has_the_settings_of_the_run_and_a_folder_of_its_own(composed: Composed, tmp_path: Path) -> None:
+    began = save(tmp_path, composed, *BEGAN)
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text(json.dumps(began))
+    for source in (tmp_path, checkpoint):
+        saved = saved_settings(source)
+        assert saved is not None
+        branch = with_saved(composed(f"resume={source}", "seed=5"), saved, ["resume", "seed"])
+        settings = asdict(load_config(branch))
+        assert settings.pop("run_dir").startswith("runs/2"), "the name of a new run"
+        assert settings == {key: began[key] for key in settings} | {"resume": str(source), "seed": 5}
+
+
+def test_the_name_of_a_branch_is_made_of_the_settings_that_it_has(composed: Composed, tmp_path: Path) -> None:
+    save(tmp_path, composed, *BEGAN)
+    saved = saved_settings(tmp_path)
+    assert saved is not None
+    assert load_config(with_saved(composed("resume=x"), saved, ["resume"])).run_dir.endswith("_tiny_auto_64")
 
 
 def test_what_an_older_version_did_not_save_has_its_default(composed: Composed, tmp_path: Path) -> None:

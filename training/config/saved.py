@@ -16,14 +16,16 @@ INSTEAD = {"max_tokens": "max_steps", "resume": "init_from"}
 """Where the first is typed, the second that was saved no longer holds."""
 
 
-def saved_settings(run_dir: Path) -> dict[str, Any] | None:
-    """What a run folder's config.yaml holds; None where there is none.
+def saved_settings(folder: Path) -> dict[str, Any] | None:
+    """What a run folder's config.yaml holds, or a checkpoint's config.json; None where there is neither.
 
     Raises:
         ValueError: it cannot be read.
     """
-    path = run_dir / "config.yaml"
+    path = folder / "config.yaml"
     try:
+        if not path.is_file():
+            path = folder / "config.json"  # JSON is YAML
         if not path.is_file():
             return None
         saved = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -46,6 +48,8 @@ def with_saved(composed: DictConfig, saved: dict[str, Any], typed: Iterable[str]
     result = composed.copy()
     OmegaConf.set_struct(result, False)
     for name, value in saved.items():
+        if name == "run_dir":
+            continue  # a branch has another, and a folder may have been moved
         if name in GROUPS or not OmegaConf.is_dict(result.get(name)):
             result[name] = value
         else:
@@ -55,7 +59,7 @@ def with_saved(composed: DictConfig, saved: dict[str, Any], typed: Iterable[str]
     for name, other in INSTEAD.items():
         if name in typed and other not in typed:
             result[other] = None
-    for key in sorted(typed):  # a group before its settings
+    for key in sorted(set(typed) - {"run_dir"}):  # a group before its settings
         *parents, name = key.split(".")
         source, target = _node(composed, parents), _node(result, parents)
         if not OmegaConf.is_dict(target):
