@@ -46,6 +46,9 @@ def explain(error: Exception) -> str:
         for group, value in typed_settings():
             if options(group) and value not in options(group):
                 return f"{group}={value} is not possible; use {', '.join(options(group))}"
+    for word in sys.argv[1:]:
+        if re.match(r"[+~]*(=|$)", word):
+            return f"cannot read the command: {word} names nothing; write key=value"
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
         return f"{several[1]} is several values; add -m to run each in turn (a list: [a,b]; one text: \"'a,b'\")"
@@ -61,6 +64,9 @@ def explain(error: Exception) -> str:
     option = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
     if option:
         return _unknown_option(*option.groups())
+    merging = re.search(r"Error merging override (\S+)", text)
+    if merging:
+        return f"{merging[1]} is not possible; --hydra-help lists Hydra's own settings, --cfg job all others"
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, OverrideParseException):
         first = first.removeprefix("LexerNoViableAltException: ")
@@ -106,6 +112,9 @@ def typed_settings() -> Iterator[tuple[str, str]]:
 
 
 def options(group: str) -> list[str]:
+    """The names that a group has; none of what is no group."""
+    if not group:
+        return []
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import train
 from training import cli, mistakes
@@ -120,3 +122,43 @@ def test_a_missing_package_is_refused_before_any_text_is_read(
     config = load_config(composed("logger=tensorboard", "run_dir=nowhere/x", "device=cpu"))
     with pytest.raises(ValueError, match=r"pip install tensorboard, or logger\.tensorboard=false"):
         train.check(config)
+
+
+ODD = {
+    "seq_len={a:1}": "seq_len",
+    "model=[]": "model=[]",
+    "+model.deep.er=1": "model.deep",
+    "optimizer.betas=3": "optimizer.betas",
+    "=": "names nothing; write key=value",
+    "~": "names nothing; write key=value",
+    "+=1": "names nothing; write key=value",
+    "seed": "'seed'",
+    "seed=???": "seed is not set",
+    "seed=[": "write key=value",
+    "seed='": "write key=value",
+    "seed=${": "write key=value",
+    "seed=@a": "use a whole number",
+    "hydra.mode=x": "hydra.mode=x is not possible",
+    "hydra/x=y": "hydra/x",
+    "logger.wandb=3": "use logger.wandb.mode=…",
+    "checkpoint=null": "checkpoint=None is not possible: settings stand in it; leave it out",
+    "model.rotary.theta.x=1": "did you mean model.rotary.theta?",
+    "++seed.x=1": "seed",
+}
+
+
+@pytest.mark.parametrize(("word", "said"), ODD.items())
+def test_an_odd_word_is_refused_in_one_line(
+    composes_for_cpu: None, monkeypatch: pytest.MonkeyPatch, word: str, said: str
+) -> None:
+    def read() -> None:
+        mistakes.refuse_lists()
+        with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+            load_config(compose("train", [word]))
+
+    monkeypatch.setattr(mistakes.sys, "argv", ["train.py", word])
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as refused:
+        read()
+    line = mistakes.explain(refused.value)
+    assert said in line
+    assert "\n" not in line

@@ -298,7 +298,7 @@ def test_a_name_that_is_no_text_is_refused(composed: Composed) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model.rotary": 10000}, ["model.rotary=10000 is not possible", "use model.rotary.theta=10000"]),
+        ({"model.rotary": 10000}, ["model.rotary=10000 is not possible", "or use model.rotary.theta=10000"]),
         ({"model.name": ""}, ["model.name=''", "leave it out"]),
         ({"logger.wandb.project": ""}, ["logger.wandb.project is empty"]),
         ({"resume": "x", "init_from": "y"}, ["resume=x", "init_from=y", "leave out one"]),

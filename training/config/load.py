@@ -102,10 +102,14 @@ def _refuse_what_is_missing(config: DictConfig) -> None:
 def _refuse_what_is_no_section(raw: dict[str, Any]) -> None:
     """`model.rotary=10000`, where a group of settings stands."""
     for key, kind in SECTIONS.items():
-        value = _at(raw, key)
-        if not isinstance(value, dict | None):
-            names = [field.name for field in fields(kind) if field.name != "name"]
-            raise ValueError(f"{key}={value} is not possible: settings stand in it; use {key}.{names[0]}={value}")
+        group, _, name = key.rpartition(".")
+        parent = _at(raw, group) if group else raw
+        if not isinstance(parent, dict) or isinstance(value := parent.get(name, {}), dict):
+            continue
+        inside = [field.name for field in fields(kind) if field.name != "name"]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        settings = f"{key}.{inside[0]}={value}" if key == "model.rotary" and is_number else f"{key}.{inside[0]}=…"
+        raise ValueError(f"{key}={value} is not possible: settings stand in it; leave it out, or use {settings}")
 
 
 def _schema(raw: dict[str, Any]) -> DictConfig:
