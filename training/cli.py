@@ -99,7 +99,7 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
     try:
         if jobs.sweep:
             say(jobs.sweep.header(number or 0, jobs.typed()))
-        composed = jobs.settings_of_job(composed)
+        composed = jobs.settings_of_job(composed, say)
         summary = task(composed)
     except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:

@@ -38,7 +38,7 @@ failures: list[int] = []
 """Exit codes of what failed in this process."""
 
 
-def settings_of_job(composed: DictConfig) -> DictConfig:
+def settings_of_job(composed: DictConfig, notify: Callable[[str], None] = lambda line: None) -> DictConfig:
     """What Hydra composed for this job: in the job's own folder, and over the settings of the run that it goes on with.
 
     `python train.py run_dir=runs/x` goes on with what runs/x/config.yaml holds, `resume=runs/x` branches off with it;
@@ -49,7 +49,7 @@ def settings_of_job(composed: DictConfig) -> DictConfig:
         return composed
     composed = composed.copy()
     typed = resolved(composed)
-    saved = None
+    saved, source = None, ""
     if "run_dir" in keys:
         run_dir = expand_path(str(typed["run_dir"] or ""), "run_dir")
         number = job_number()
@@ -57,10 +57,14 @@ def settings_of_job(composed: DictConfig) -> DictConfig:
             composed.run_dir = run_dir
             run_dir = sweep.folder_for(number, run_dir, load_config(composed))
         composed.run_dir = run_dir
-        saved = saved_settings(Path(run_dir))
+        saved, source = saved_settings(Path(run_dir)), run_dir
     if saved is None and typed["resume"] not in ("auto", "none"):
-        saved = saved_settings(Path(expand_path(str(typed["resume"] or ""), "resume")))
-    return composed if saved is None else with_saved(composed, saved, keys)
+        source = expand_path(str(typed["resume"] or ""), "resume")
+        saved = saved_settings(Path(source))
+    if saved is None:
+        return composed
+    notify(f"settings   those of {source}, and over them what is typed")
+    return with_saved(composed, saved, keys)
 
 
 class BeforeTheFirstJob(Callback):
@@ -87,16 +91,17 @@ class BeforeTheFirstJob(Callback):
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(loader).parse_overrides([*(f"{k}={v}" for k, v in params.items()), *words])
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-        is_named = "run_dir" not in swept and any(override.key_or_group == "run_dir" for override in parsed)
-        if not _is_typed_for_hydra("hydra.sweep.dir", config):
-            if is_named:
-                folder = expand_path(str(config.run_dir), "run_dir")
-            else:
-                folder = str(make_new(Path(str(config.hydra.sweep.dir))))
-            config.hydra.sweep.dir = folder  # of multirun.yaml and the table
-            quoted = folder.replace("'", r"\'")
-            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose
-        self.sweep = sweep = Sweep(f"{time_ns()} {os.getpid()}", str(config.hydra.sweep.dir), swept)
+        named = {key for word in words for key in _keys_of_override(word)} - set(swept)
+        if _is_typed_for_hydra("hydra.sweep.dir", config):
+            folder = expand_path(str(config.hydra.sweep.dir), "hydra.sweep.dir")
+        elif "run_dir" in named:
+            folder = expand_path(str(config.run_dir), "run_dir")
+        else:
+            folder = str(make_new(Path(str(config.hydra.sweep.dir))))
+        config.hydra.sweep.dir = folder  # of multirun.yaml and the table
+        quoted = folder.replace("'", r"\'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose
+        self.sweep = sweep = Sweep(f"{time_ns()} {os.getpid()}", folder, swept)
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # another sweeper chooses as it goes
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
