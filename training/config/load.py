@@ -94,7 +94,7 @@ def _whole_numbers() -> frozenset[str]:
 def _refuse_what_is_missing(config: DictConfig) -> None:
     """`~model` would be met first by whatever is computed from it."""
     for field in fields(TrainConfig):
-        if field.name not in config and field.default_factory is field.default:  # both are MISSING
+        if field.name not in config:
             how = f"use {', '.join(CHOICES[field.name])}" if field.name in CHOICES else "give it a value"
             raise ValueError(f"{field.name} is not set; leave out ~{field.name}, or {how}")
 
