@@ -8,34 +8,46 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from training import cli, run_folder
-from training.config import load_config
-from training.runtime import resolve_runtime
+from training import cli, jobs, run_folder
+from training.capacity import check_capacity
+from training.config import TrainConfig, load_config
+from training.runtime import Runtime, resolve_runtime
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> None:
-    cli.job(train, composed)
+def main(composed: DictConfig) -> float:
+    return cli.job(train, composed)
+
+
+def check(config: TrainConfig) -> Runtime:
+    """What this machine runs the configuration on; what it cannot do or does not have is refused.
+
+    Raises:
+        ValueError: one line.
+    """
+    runtime = resolve_runtime(config)
+    check_capacity(config, runtime.gpu)
+    run_folder.check(config)
+    config.data.check()
+    config.tokenizer.check()
+    config.logger.check()
+    return runtime
 
 
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
     config = load_config(composed)
-    # What this machine cannot do or does not have is refused here, the rest is the trainer's.
-    runtime = resolve_runtime(config)
-    run_folder.check(config)
-    config.data.check()
-    config.tokenizer.check()
+    runtime = check(config)
 
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
 
-    with out_of_memory_explained(config):
-        trainer = Trainer(config, cli.say, runtime)
-        summary = trainer.fit()
-    cli.say(str(trainer.run.folder))
+    named = jobs.is_typed("run_dir")
+    with run_folder.claimed(config, named) as config, out_of_memory_explained(config):
+        summary = Trainer(config, cli.say, runtime).fit()
+    cli.say(config.run_dir)
     return summary
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, check)

@@ -86,6 +86,7 @@ def check_refusal(done: Done, *said: str) -> None:
 
 # ---- mistakes: the name, the value, what to do instead
 
+SECRET = "hf_" + "sesame" * 5
 MISTAKES = {
     "attn=math": ["attn", "did you mean attention?"],
     "model.dims=64": ["model.dims", "did you mean model.dim?"],
@@ -124,7 +125,12 @@ MISTAKES = {
     "checkpoint.evry=5": ["checkpoint.evry", "did you mean checkpoint.every?"],
     "bad_step.action=hope": ["bad_step.action=hope", "use stop or skip"],
     "max_time=soon": ["max_time", "'soon'", "use a number"],
+    "~model": ["model is not set", "leave out ~model"],
+    "run_dir=$NOT_SET_ANYWHERE/x": ["run_dir=$NOT_SET_ANYWHERE/x", "not set", "write the path out"],
+    f"sample_prompt='my {SECRET}'": ["sample_prompt", "looks like a secret", "HF_TOKEN"],
+    f"+hydra.job.env_set.MINE={SECRET}": ["hydra.job.env_set.MINE", "looks like a secret"],
     # What depends on the machine.
+    "model.n_layers=1e8": ["model.n_layers=100000000", "GiB of memory", "model=tiny"],
     "device=cuda": ["device=cuda", "use device=cpu"],
     "precision=tf32": ["precision=tf32", "use precision=fp32"],
     "attention=flash": ["attention=flash", "not on a CPU", "use attention=auto"],
@@ -244,6 +250,23 @@ def test_a_run_ends_with_its_folder_on_the_last_line(home: Path, ran: dict[str, 
     assert (folder / "model.safetensors").exists()
 
 
+def test_a_run_goes_on_from_its_folder_alone_and_what_is_typed_is_a_change(home: Path) -> None:
+    (home / "alone").mkdir()
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "max_steps=2", "learning_rate=1e-3", "run_dir=alone"]
+    with open(home / "alone" / "printed", "w") as log:  # a log inside the run folder, in an encoding without a ×
+        more = environment(home, PYTHONIOENCODING="ascii")
+        began = subprocess.run(command, cwd=home, env=more, stdout=log, stderr=subprocess.PIPE, text=True)
+    assert (began.returncode, began.stderr) == (0, "")
+    assert "plan       2 steps x 2,048 tokens" in (home / "alone" / "printed").read_text()
+    done = run(home, "run_dir=alone", "max_steps=3")
+    assert (done.code, done.err) == (0, [])
+    changed = [line.split(": ")[1] for line in done.out if line.startswith("           changed: ")]
+    assert changed == ["max_steps 2 → 3"]
+    assert done.out[0] == "settings   those of alone, and over them what is typed"
+    assert [record["step"] for record in metrics(home / "alone")] == [0, 1, 2, 2, 3, 3]
+    assert "learning_rate: 0.001" in (home / "alone" / "config.yaml").read_text()
+
+
 def test_a_sweep_goes_on_after_a_job_that_cannot_work(home: Path, ran: dict[str, Done]) -> None:
     done = ran["sweep"]
     folders = [home / line for line in done.out if line.startswith("runs/")]
@@ -299,7 +322,7 @@ def lines_of(folder: Path) -> int:
 
 
 ENDLESS = ["max_steps=1_000_000", "eval_every=0", "log_every=1"]
-REQUESTS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "STOP": 75}
+REQUESTS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75, "STOP": 75}
 
 
 def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(home: Path, no_torch: Path) -> None:

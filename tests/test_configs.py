@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.config import SOURCES, TOKENIZERS, HubData
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
-from training import cli
+from training import cli, jobs
 from training.config import OPTIMIZERS, load_config
 from training.loggers import LoggerConfig, WandbConfig
 from training.schedule import SCHEDULES
@@ -34,7 +34,7 @@ EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 
 SMALL = ["model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=null", "model.dim=32", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=64", "batch_size=2", "tokens_per_step=null", "max_steps=2"]
-SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none"]
+SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none", "schedule.warmup_tokens=null"]
 
 
 @cache
@@ -130,8 +130,7 @@ class InACycle:
 
 def test_a_job_of_a_sweep_begins_without_what_the_one_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     hydra = SimpleNamespace(initialized=lambda: False, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=[])))
-    monkeypatch.setattr(cli, "HydraConfig", hydra)
-    monkeypatch.setattr(cli, "_results", [])
+    monkeypatch.setattr(jobs, "HydraConfig", hydra)
     models: list[weakref.ref[InACycle]] = []
 
     def task(composed: DictConfig) -> dict[str, float]:

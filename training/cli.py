@@ -10,213 +10,173 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
-from pathlib import Path
 from time import strftime
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
 
-from .config import dotted_keys, one_line, unknown_key
+from . import jobs, terminal
+from .config import TrainConfig
+from .config.numbers import whole_number
+from .config.secrets import refuse_secrets
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
-from .metrics import in_table
+from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
+from .terminal import say, say_error
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+__all__ = ["CONFIGS", "job", "register_resolvers", "run", "say"]
 
 # A person who sets this wants tracebacks. It is set below in any case: otherwise Hydra prints errors itself.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+FLAGS_WITH_VALUES: tuple[str, ...] = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
+FLAGS_WITH_VALUES += ("-cd", "--config-dir", "-i", "--info", "--experimental-rerun")
 
-_results: list[tuple[list[str], dict[str, float]]] = []  # of a sweep's jobs: overrides, summary
-_failures: list[int] = []  # exit codes
 
+def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.check) -> None:
+    """Run a Hydra application and end the process with the right exit code.
 
-def run(main: Callable[[], None]) -> None:
-    """Run a Hydra application and end the process with the right exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed (`>&-`): otherwise the next file that is opened would take its place
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    Args:
+        check: refuses (ValueError) a configuration that this machine cannot run; in a sweep it is asked of every job
+            before the first one begins.
+    """
+    jobs.check = check
+    terminal.use_utf8()
+    terminal.secure()
+    set_home()
     listen(leave)  # until the process ends; a trainer listens itself while there is something to save
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
     # 1.0k against 3.6k tokens/s; on idle cores there is little between them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.argv[1:] = map(_expand_home, sys.argv[1:])
+    sys.argv[1:] = settings_first(map(_for_hydra, sys.argv[1:]))
     register_resolvers()
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
         try:
-            _refuse_lists()
+            refuse_lists()
+            for key, value in typed_settings():  # facts.json holds the command
+                refuse_secrets({key: value})
             main()
         finally:
             keep_exit_code()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:
             raise
-        _error(explain(error))
-        _failures.append(2)
+        say_error(explain(error))
+        jobs.failures.append(2)
     except Interrupted as stopped:
-        _error(str(stopped))
-        _failures.insert(0, stopped.code)
-    if len(_results) > 1:
-        _print_comparison()
-    sys.exit(_failures[0] if _failures else 0)
+        say_error(str(stopped))
+        jobs.failures.insert(0, stopped.code)
+    if jobs.sweep is not None:
+        jobs.failures.extend(jobs.sweep.compare())
+    sys.exit(jobs.failures[0] if jobs.failures else 0)
 
 
-def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictConfig) -> None:
+def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictConfig) -> float:
     """Run one job of a Hydra application, turning what a person can cause into one line.
 
     A task's last metrics, where it has any, are a row of the table at the end of a sweep.
+
+    Returns:
+        The metric that `optimized_metric` names, for a sweeper that looks for the smallest; infinity without one.
     """
-    if _job_folder() and any(override.startswith("run_dir=") for override in HydraConfig.get().overrides.task):
-        composed.run_dir += _job_folder()  # jobs share the folder that was named for the sweep
+    number = jobs.job_number()
+    if jobs.sweep and number in jobs.sweep.refused:
+        return math.inf
     gc.collect()  # what the sweep's job before left in cycles: 0.5 GiB of weights, once, in this one's peak
+    summary: dict[str, float] | None = None
+    code = 0
     try:
+        if jobs.sweep:
+            say(jobs.sweep.header(number or 0, jobs.typed()))
+        composed = jobs.settings_of_job(composed, say)
         summary = task(composed)
-        if summary:
-            _results.append((list(HydraConfig.get().overrides.task), summary))
     except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:
             raise
-        _error(str(error))
+        say_error(str(error))
         codes: dict[type[Exception], int] = {OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
-        _failures.append(codes.get(type(error), 2))
+        code = codes.get(type(error), 2)
+        jobs.failures.append(code)
+    if jobs.sweep and number is not None:
+        jobs.sweep.record(number, jobs.typed(), code, summary)
+    return (summary or {}).get(composed.get("optimized_metric") or "", math.inf)
 
 
 def register_resolvers() -> None:
-    """What configs/train.yaml may compute: ${cpu_or_gpu:a,b}, ${rows_in:tokens,seq_len}, ${started:} and ${job:}."""
+    """What configs/train.yaml may compute.
+
+    ${cpu_or_gpu:a,b}; ${rows_in:tokens,seq_len}; ${started:}, the time; ${new_run:}, the beginning of a new run's
+    folder; ${ours:path}, a path inside this repository.
+    """
     started = strftime("%Y-%m-%d_%H-%M-%S")  # once: Hydra's ${now:} differs between the jobs of a sweep
+    on_cpu = "device=cpu" in sys.argv  # now: a launcher may compose in a process with a command of its own
     OmegaConf.register_new_resolver("started", lambda: started, replace=True)
-    OmegaConf.register_new_resolver("cpu_or_gpu", lambda cpu, gpu: gpu if _runs_on_gpu() else cpu, replace=True)
+    OmegaConf.register_new_resolver(
+        "cpu_or_gpu", lambda cpu, gpu: gpu if not on_cpu and _runs_on_gpu() else cpu, replace=True
+    )
     OmegaConf.register_new_resolver("rows_in", _rows_in, replace=True)
-    OmegaConf.register_new_resolver("job", _job_folder, replace=True)
+    OmegaConf.register_new_resolver("new_run", lambda: _new_run(started), replace=True)
+    OmegaConf.register_new_resolver("ours", lambda path: str(CONFIGS.parent / path), replace=True)
 
 
 def _runs_on_gpu() -> bool:
-    return "device=cpu" not in sys.argv and find_gpu() is not None
+    return find_gpu() is not None
 
 
 def _rows_in(tokens: int, seq_len: Any) -> int:
     """Rows that hold so many tokens, at least one. Short rows alone keep the host of an H100 busier than the H100."""
+    seq_len = whole_number(seq_len, "seq_len")
     return max(1, tokens // seq_len) if isinstance(seq_len, int) and seq_len > 0 else 1
 
 
-def _job_folder() -> str:
-    """/0, /1, … in a sweep: each job has a folder inside the sweep's; nothing in a single run."""
+def _new_run(started: str) -> str:
+    """runs/TIME, or a folder inside the sweep's: each job has one."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return ""
-    job = HydraConfig.get().job
-    return "/N" if OmegaConf.is_missing(job, "num") else f"/{job.num}"  # no number yet in `--cfg job`
+        return f"runs/{started}"
+    number = jobs.job_number()  # none yet in `--cfg job`
+    return f"{HydraConfig.get().sweep.dir}/{'N' if number is None else number}"
+
+
+def set_home() -> None:
+    """Without HOME the user database knows it; not all libraries ask there."""
+    home = os.path.expanduser("~")
+    if home != "~":
+        os.environ.setdefault("HOME", home)
 
 
 def _refuse_flags(self: argparse.ArgumentParser, message: str) -> NoReturn:
     raise ValueError(f"{message}; write settings as key=value, without dashes (--hydra-help lists the flags)")
 
 
-def _expand_home(argument: str) -> str:
-    """data.path=~/notes: the shell leaves this ~ to us, and Hydra's grammar has none but in quotes."""
-    if "'" in argument or '"' in argument:
-        return argument
-    return re.sub(r"(?<=[=:,\[ ])~(?=/|$)", lambda _: os.path.expanduser("~"), argument)
+def settings_first(words: Any) -> list[str]:
+    """The command's words with its flags at the end: argparse takes settings on one side of a flag only."""
+    settings, flags, awaits_value = list[str](), list[str](), False
+    for word in words:
+        is_flag = word.startswith("-") or awaits_value
+        (flags if is_flag else settings).append(word)
+        awaits_value = word in FLAGS_WITH_VALUES
+    return [*settings, *flags]
 
 
-def _refuse_lists() -> None:
-    """attention=[math,sdpa] would be one laid over the other, without a word."""
-    for group, _, value in (override.partition("=") for override in sys.argv[1:]):
-        if value.startswith("[") and _options(group):
-            raise ValueError(f"{group}={value} is not possible; name one, or -m {group}=a,b to run each in turn")
+def _for_hydra(word: str) -> str:
+    """A word as Hydra's grammar takes it.
 
-
-def say(line: str) -> None:
-    """Print a line. A reader that went away (`python train.py | head`) or a full disk is no reason to end a run."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _error(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-def explain(error: Exception) -> str:
-    """One line for what Hydra says in several: what, which value, what to do instead."""
-    text = str(error)
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return one_line(error)
-    if "Config group override must be" in text:  # attention=null, attention=3: Hydra does not say which
-        for group, _, value in (override.partition("=") for override in sys.argv[1:]):
-            if _options(group) and value not in _options(group):
-                return f"{group}={value} is not possible; use {', '.join(_options(group))}"
-    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
-    if several:
-        return f"{several[1]} is several values; add -m to run each in turn (a list: [a,b]; one text: \"'a,b'\")"
-    present = re.search(r"Could not append to config. An item is already at '([^']+)'", text)
-    if present:
-        return f"{present[1]} is a setting already; write {present[1]}=…, without +"
-    key = re.search(r"Could not override '([^']+)'", text)
-    if key:
-        group, _, field = key[1].partition(".")
-        if not field and _options(group):
-            return f"{group} is a choice, not a setting; use {', '.join(_options(group))}"
-        owners = [name for name in _options(group) if field in _keys_of(CONFIGS / group / f"{name}.yaml")]
-        if field and owners:
-            return f"{key[1]} belongs to {group}={' or '.join(owners)}; choose that too"
-        return unknown_key(key[1], _settings())
-    option = re.search(r"Could not find '([^'/]+)/([^']*)'", text)
-    if option:
-        group, name = option.groups()
-        near = get_close_matches(name, _options(group), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{group}={name} is unknown; use {', '.join(_options(group))}{hint}"
-    first = text.strip().splitlines()[0]
-    if isinstance(error, OverrideParseException):
-        first = first.removeprefix("LexerNoViableAltException: ")
-        return f"cannot read the command: {first}; write key=value, and special characters in two quotes: \"key='a b'\""
-    return first
-
-
-def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-
-
-def _keys_of(option: Path) -> set[str]:
-    """The settings in an option's file: its own, and those of the files that it builds on."""
-    content: Any = OmegaConf.load(option)
-    bases = [f"{base.partition('@')[0]}.yaml" for base in content.pop("defaults", []) if base != "_self_"]
-    return {*dotted_keys(content), *(key for base in bases for key in _keys_of(option.parent / base))}
-
-
-def _settings() -> list[str]:
-    """Every setting of the configuration with the options that were chosen, and the names of the groups."""
-    chosen = [
-        f"{group}={name}"
-        for group, _, name in (word.partition("=") for word in sys.argv[1:])
-        if name in _options(group)
-    ]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return [*dotted_keys(compose("train", chosen)), "experiment"]
-
-
-def _print_comparison() -> None:
-    columns = in_table()
-    table = Table("job", *(metric.title for metric in columns), box=None)
-    shared = set.intersection(*(set(overrides) for overrides, _ in _results))
-    for overrides, summary in _results:
-        cells = [metric.text(summary[metric.name]) if metric.name in summary else "–" for metric in columns]
-        table.add_row(" ".join(o for o in overrides if o not in shared), *cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    It has no ~ (data.path=~/notes, which the shell leaves to us) and no letters beyond ASCII but in quotes.
+    """
+    if "'" in word or '"' in word:
+        return word
+    word = re.sub(r"(?<=[=:,\[ ])~(?=/|$)", lambda _: os.path.expanduser("~"), word)
+    key, equals, value = word.partition("=")
+    simple = equals and not value.isascii() and not set(value) & set("[]{}(),")
+    return f"{key}='{value}'" if simple else word

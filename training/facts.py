@@ -12,10 +12,11 @@ import torch
 from data.corpus import Corpus
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
+from model.memory import GIB
 
 from . import hardware
-from .config import TrainConfig
-from .memory import GIB, predicted
+from .capacity import predicted
+from .config import Plan, TrainConfig
 from .runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +52,21 @@ def matmul_peak(runtime: Runtime) -> float | None:
 def start_up_lines(config: TrainConfig, facts: dict[str, Any]) -> list[str]:
     """What a person should know before the first step."""
     execution = "torch.compile" if facts["compile"] else "eager"
+    plan = config.plan
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{predicted(config).state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
-        f"plan       {config.num_steps:,} steps × {config.step_tokens:,} tokens "
-        f"({config.accumulation} × {config.batch_size} rows of {config.seq_len:,})",
+        f"plan       {plan.max_steps:,} steps × {plan.tokens_per_step:,} tokens "
+        f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}){epochs(plan, facts['data'])}",
     ]
+
+
+def epochs(plan: Plan, manifest: dict[str, Any]) -> str:
+    """ ", 0.7 epochs of the text"; nothing where the text is a stream or a mixture, which has no one length."""
+    tokens = manifest.get("train", {}).get("tokens", 0)
+    if not tokens:
+        return ""
+    number = plan.max_steps * plan.tokens_per_step / tokens
+    return f", {number:,.2f} epochs of the text" if number < 10 else f", {number:,.0f} epochs of the text"

@@ -97,15 +97,20 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(root: Path) -> str | None:
-    """The commit checked out at root, with "+dirty" if files differ from it; None without git or a repository."""
+    """The commit checked out at root, with "+dirty" if files differ from it; None without git, or where root is no
+    repository of its own: a copy of the sources inside another repository has no commit."""
+    elsewhere = {name for name in os.environ if name.startswith("GIT_")}  # GIT_DIR would name another repository
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
 
     def git(*command: str) -> str:
         result = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=10, env=environment
         )
         return result.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
         return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from .errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 POLL_SECONDS = 1.0  # looking for STOP on a network file system takes up to a millisecond
 STARTED = time.monotonic()  # of the process, nearly: imports are outside, data and compilation are inside
 
@@ -67,13 +67,14 @@ def listen(hear: Callable[[signal.Signals], None]) -> Callable[[], None]:
 
 def leave(number: signal.Signals) -> NoReturn:
     """End the process at once: there is nothing to save. An exception would be lost in some import or callback."""
-    os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
+    with suppress(OSError):  # nobody may read it
+        os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
     os._exit(code_of(number.name))
 
 
 def keep_exit_code() -> None:
     """For the last second of a process, in which Python gives signals back their power to kill it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,8 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     """Compute capability: (9, 0) is Hopper."""
+    memory: int | None = field(default=None, compare=False)
+    """Bytes."""
 
 
 @cache
@@ -36,7 +38,8 @@ def find_gpu() -> Gpu | None:
         import torch
 
         if torch.cuda.is_available():
-            return Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+            memory = torch.cuda.get_device_properties(0).total_memory
+            return Gpu(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), memory)
     return None
 
 
@@ -53,7 +56,7 @@ def _ask_driver() -> Gpu | None:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device, major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
     name = ctypes.create_string_buffer(256)
     failed = (  # error codes; 0 goes on to the next
         driver.cuInit(0)
@@ -61,5 +64,6 @@ def _ask_driver() -> Gpu | None:
         or driver.cuDeviceGetName(name, len(name), device)
         or driver.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     )
-    return None if failed else Gpu(name.value.decode(), (major.value, minor.value))
+    return None if failed else Gpu(name.value.decode(), (major.value, minor.value), memory.value)

@@ -10,21 +10,11 @@ from contextlib import contextmanager
 
 import torch
 
-from model.memory import GIB, MemoryPlan, predict
+from model.memory import GIB
 
+from .capacity import predicted
 from .config import TrainConfig
 from .errors import OutOfMemory
-
-
-def predicted(config: TrainConfig) -> MemoryPlan:
-    """What this run will take, as far as its configuration tells."""
-    return predict(
-        config.model,
-        optimizer=config.optimizer.name,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        writes_scores="math" in (config.attention.name, getattr(config.attention, "kernel", None)),
-    )
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
@@ -75,9 +65,9 @@ def advice(config: TrainConfig) -> str:
             f"attention=auto (math holds {plan.scores / GIB:.1f} GiB of S × S scores per layer, several times over)"
         )
     if config.batch_size > 1:
-        rows = config.step_tokens // config.seq_len
+        rows = config.plan.tokens_per_step // config.seq_len
         smaller = next(size for size in range(config.batch_size // 2, 0, -1) if rows % size == 0)
-        hints.append(f"batch_size={smaller} (tokens_per_step={config.step_tokens} keeps the step's size)")
+        hints.append(f"batch_size={smaller} (tokens_per_step={config.plan.tokens_per_step} keeps the step's size)")
     micro_batch = config.batch_size * config.seq_len
     if not 0 < config.model.loss_chunk_size < micro_batch and micro_batch > 2048:
         hints.append(f"model.loss_chunk_size=2048 (now {micro_batch} × {config.model.vocab_size} logits exist at once)")

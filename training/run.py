@@ -48,6 +48,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> None:
         self.config, self.runtime, self.notify = config, runtime, notify
+        self.plan = config.plan
         self.startup = StartUp()
         _set_up_torch(config, runtime)
         self.attention = attention_for(config, runtime)  # a refusal comes now, not after the data is read
@@ -79,7 +80,7 @@ class Run:
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
         self.saver = Saver(self.folder, config.checkpoint, notify)
-        self.loggers = build_loggers(config.logger, max_steps=self.num_steps, notify=notify)
+        self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)
         self.services: list[Service] = build_services()
         self._metrics: dict[str, float] = {}
 
@@ -92,32 +93,24 @@ class Run:
     # ---- numbers of the plan
 
     @property
-    def num_steps(self) -> int:
-        return self.config.num_steps
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches in a step."""
-        return self.config.accumulation
-
-    @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.progress.step * self.config.step_tokens
+        return self.progress.step * self.plan.tokens_per_step
 
     def due(self, every: int, first: bool = False) -> bool:
         """Whether something done every so many steps (0: never) is due: always at the last step."""
         step = self.progress.step
-        return step == self.num_steps or (first and step == 1) or (every > 0 and step % every == 0)
+        return step == self.plan.max_steps or (first and step == 1) or (every > 0 and step % every == 0)
 
     def learning_rate(self) -> float:
-        config = self.config
-        step = self.progress.step
-        return learning_rate(config.schedule, step, self.num_steps, config.step_tokens, config.learning_rate)
+        config, plan = self.config, self.plan
+        return learning_rate(
+            config.schedule, self.progress.step, plan.max_steps, plan.tokens_per_step, config.learning_rate
+        )
 
     def rows_of(self, step: int) -> list[int]:
         """Positions of the rows that a step read: `train_rows.at(seed, position)` is each of them."""
-        rows = self.config.step_tokens // self.config.seq_len
+        rows = self.plan.tokens_per_step // self.config.seq_len
         return list(range((step - 1) * rows, step * rows))
 
     def facts(self) -> dict[str, Any]:
@@ -170,7 +163,7 @@ class Run:
 
     def remaining_steps(self) -> Iterator[int]:
         """Count `progress.step` from the step after the one restored to the last."""
-        for step in range(self.progress.step + 1, self.num_steps + 1):
+        for step in range(self.progress.step + 1, self.plan.max_steps + 1):
             self.progress.step = step
             yield step
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -30,7 +32,7 @@ def check(config: TrainConfig) -> None:
     """
     run = Path(config.run_dir)
     try:
-        holds_something = run.exists() and any(path.name != LOCK for path in run.iterdir())
+        holds_something = run.exists() and any(path.name != LOCK and not _is_log(path) for path in run.iterdir())
         holds_a_run = (run / LOCK).exists()
     except OSError as error:  # a file, a name that is too long, a folder that may not be read
         raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
@@ -56,6 +58,46 @@ def check(config: TrainConfig) -> None:
         if not is_weights and not _checkpoints_at(value):
             raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
     _check_fits(config, resume)
+
+
+@contextmanager
+def claimed(config: TrainConfig, is_named: bool) -> Iterator[TrainConfig]:
+    """The configuration with a run folder that is this run's alone.
+
+    A folder that somebody named is that folder. Of one that is called by its time, another run of the same second may
+    have the name; this one is then NAME-2, and is removed again if nothing comes into it.
+    """
+    if is_named:
+        yield config
+        return
+    try:
+        path = make_new(Path(config.run_dir))
+    except OSError as error:
+        raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+    try:
+        yield replace(config, run_dir=str(path))
+    finally:
+        with suppress(OSError):  # it holds something
+            path.rmdir()
+
+
+def make_new(path: Path) -> Path:
+    """Make a folder that was not there, of this name or of this name with a number."""
+    for name in chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2))):
+        with suppress(FileExistsError):
+            name.mkdir(parents=True)
+            return name
+    raise AssertionError("numbers do not end")
+
+
+def _is_log(path: Path) -> bool:
+    """What this process prints (`> runs/x/train.log`), or a log by its name (`| tee runs/x/train.log`)."""
+    if path.suffix in (".log", ".out", ".err"):
+        return True
+    with suppress(OSError):
+        there = path.stat()
+        return any(os.path.samestat(there, os.fstat(output)) for output in (1, 2))
+    return False
 
 
 def _check_fits(config: TrainConfig, resume: str | None) -> None:

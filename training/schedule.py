@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+DEFAULT_WARMUP = 20  # steps
+
 
 @dataclass
 class ScheduleConfig:
     """Linear warm-up, then half a cosine down to min_ratio of the peak."""
 
     name: str = "cosine"
-    warmup_steps: int | None = 20
+    warmup_steps: int | None = None
+    """None for what warmup_tokens says or, without them, DEFAULT_WARMUP steps, fewer in a shorter run."""
     warmup_tokens: int | None = None
     min_ratio: float = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        if self.warmup_tokens is not None:
-            self.warmup_steps = None
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_tokens={self.warmup_tokens} are two "
+                f"lengths of one warm-up; set one of them to null"
+            )
         for name in ("warmup_steps", "warmup_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} is negative; use 0 for no warm-up")
@@ -26,10 +32,19 @@ class ScheduleConfig:
             raise ValueError(f"schedule.min_ratio={self.min_ratio} must lie in [0, 1]")
 
     def warmup(self, tokens_per_step: int) -> int:
-        """Warm-up in steps."""
+        """Warm-up in steps, in a run that is long enough for it."""
         if self.warmup_tokens is not None:
             return math.ceil(self.warmup_tokens / tokens_per_step)
-        return self.warmup_steps or 0
+        return DEFAULT_WARMUP if self.warmup_steps is None else self.warmup_steps
+
+    def check_length(self, max_steps: int, tokens_per_step: int) -> None:
+        """Raises ValueError where a warm-up that was asked for is longer than the run."""
+        for name in ("warmup_steps", "warmup_tokens"):
+            if getattr(self, name) is not None and (steps := self.warmup(tokens_per_step)) > max_steps:
+                raise ValueError(
+                    f"schedule.{name}={getattr(self, name)} is a warm-up of {steps} steps in a run of {max_steps}; "
+                    f"use schedule.{name}=null, or raise max_steps"
+                )
 
     def after_warmup(self, progress: float) -> float:
         """Fraction of the peak at `progress` ∈ [0, 1] of what follows the warm-up."""

@@ -32,7 +32,7 @@ class Trainer:
         with run.opened():
             for step in run.remaining_steps():
                 with run.throughput.waiting_for_data():
-                    micro_batches = run.batches.next(run.accumulation)
+                    micro_batches = run.batches.next(run.plan.accumulation)
                 run.last = run.train_step(micro_batches, step, run.learning_rate())
                 run.progress.add(run.last)
                 run.throughput.count_step(run.last.num_tokens, run.last.visible_pairs)

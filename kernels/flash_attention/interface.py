@@ -65,6 +65,9 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v)
     S_k, D = k.shape[1], k.shape[3]
+    _check_causal(causal)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt)):
+        raise ValueError(f"window={window!r}: use a whole number (of keys, the query's own included), or None for all")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
     if not 0 <= softcap < math.inf:
@@ -129,6 +132,7 @@ def flash_attention_varlen(
             f"{_shapes(q, k, v)}: flash_attention_varlen takes packed "
             "(tokens, heads, head_dim), as many tokens each; for (batch, sequence, heads, head_dim) use flash_attention"
         )
+    _check_causal(causal)
     if not causal:
         raise ValueError(
             "causal=False: a query would see the sequences packed after its own; "
@@ -204,6 +208,11 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name}'s last dimension is not contiguous (strides {x.stride()}); pass {name}.contiguous()"
             )
+
+
+def _check_causal(causal: bool) -> None:
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal={causal!r}: use True or False")
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from data.config import StdlibData
-from training.config import MuonConfig, TrainConfig, load_config
+from training.config import MuonConfig, Plan, TrainConfig, load_config
+from training.config.names import OTHER_NAMES, dotted_keys
 from training.schedule import WSDConfig
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,21 @@ def test_a_plain_mapping_is_as_good(composed: Composed) -> None:
         ("theta", "model.rotary.theta"),
         ("lr", "learning_rate"),
         ("optimizer.wd", "optimizer.weight_decay"),
+        # What other trainers call it.
+        ("block_size", "seq_len"),
+        ("max_length", "seq_len"),
+        ("model.hidden_size", "model.dim"),
+        ("n_embd", "model.dim"),
+        ("model.num_hidden_layers", "model.n_layers"),
+        ("dtype", "precision"),
+        ("batch", "batch_size"),
+        ("gradient_accumulation_steps", "tokens_per_step"),
+        ("max_iters", "max_steps"),
+        ("out_dir", "run_dir"),
+        ("warmup_iters", "schedule.warmup_steps"),
+        ("rope_theta", "model.rotary.theta"),
+        ("save_steps", "checkpoint.every"),
+        ("wandb_project", "logger.wandb.project"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_nearest_name(composed: Composed, key: str, near: str) -> None:
@@ -86,6 +104,28 @@ def test_an_unknown_key_is_refused_with_its_nearest_name(composed: Composed, key
 def test_an_unknown_key_like_no_other_is_refused_with_the_way_to_see_all(composed: Composed) -> None:
     message = refusal(changed(composed, "zzzzzz", 1))
     assert message == "zzzzzz is not a setting; python train.py --cfg job shows every setting"
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("epochs", "use max_steps or max_tokens"),
+        ("num_gpus", "one GPU"),
+        ("model.dropout", "no model has dropout"),
+    ],
+)
+def test_a_setting_that_has_no_counterpart_here_says_what_to_do_instead(
+    composed: Composed, key: str, remedy: str
+) -> None:
+    message = refusal(changed(composed, key, 1))
+    assert message.startswith(f"{key} is not a setting; ")
+    assert remedy in message
+
+
+def test_every_name_that_is_offered_is_a_setting(composed: Composed) -> None:
+    with_paths = [*dotted_keys(composed()), *dotted_keys(composed("data=text", "tokenizer=file"))]
+    assert set(OTHER_NAMES.values()) <= set(with_paths)
+    assert not set(OTHER_NAMES) & {key for key in with_paths if "." not in key}, "ours are not theirs"
 
 
 @pytest.mark.parametrize(
@@ -182,10 +222,113 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(composed: Composed)
     load_config(composed("model.vocab_size=301", "tokenizer.vocab_size=300"))
 
 
+# ---- numbers and paths as people write them
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("max_tokens", "1e6", 1_000_000),
+        ("max_tokens", 1e6, 1_000_000),
+        ("max_tokens", "2B", 2_000_000_000),
+        ("max_tokens", "1_000k", 1_000_000),
+        ("max_tokens", "1.5M", 1_500_000),
+        ("seq_len", "16k", 16_384),
+        ("seq_len", "1e3", 1_000),
+        ("eval_tokens", "16k", 16_000),
+        ("max_steps", 2e3, 2_000),
+        ("model.window", "1k", 1_024),
+        ("schedule.warmup_tokens", "10k", 10_000),
+        ("checkpoint.every", "1e2", 100),
+    ],
+)
+def test_whole_numbers_may_be_written_with_an_exponent_or_a_unit(
+    composed: Composed, key: str, written: object, meant: int
+) -> None:
+    config: Any = load_config(changed(composed, key, written))
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == meant
+    assert type(config) is int
+
+
+def test_what_is_computed_from_a_number_sees_it_read(composed: Composed) -> None:
+    config = load_config(composed("seq_len=1k"))
+    assert (config.seq_len, config.batch_size) == (1024, 2)
+    assert config.run_dir.endswith("_1024")
+
+
+@pytest.mark.parametrize("written", ["1.5", "1e-3", "16kk", "k", "_", "1e999999999", "nan", "1k0"])
+def test_what_is_no_whole_number_is_refused(composed: Composed, written: str) -> None:
+    assert refusal(changed(composed, "max_tokens", written)).startswith("max_tokens")
+
+
+@pytest.mark.parametrize("name", ["run_dir", "resume", "init_from"])
+def test_home_and_variables_are_read_wherever_a_path_comes_from(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    for written, meant in (("~/x", "/home/me/x"), ("$SCRATCH/x", "/scratch/x"), ("a/$SCRATCH", "a//scratch")):
+        assert getattr(load_config(changed(composed, name, written)), name) == meant
+    assert "is $SCRATCH, without braces" in refusal(changed(composed, name, "${SCRATCH}/x"))
+
+
+def test_a_home_that_is_not_in_the_environment_is_known(composed: Composed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    assert load_config(changed(composed, "run_dir", "~/x")).run_dir == f"{pwd.getpwuid(os.getuid()).pw_dir}/x"
+
+
+@pytest.mark.parametrize("written", ["$NOT_SET_ANYWHERE/x", "~nobody-of-this-name/x"])
+def test_a_path_that_leads_nowhere_is_refused(composed: Composed, written: str) -> None:
+    message = refusal(changed(composed, "run_dir", written))
+    assert f"run_dir={written}" in message
+    assert "write the path out" in message
+
+
+def test_a_name_that_is_no_text_is_refused(composed: Composed) -> None:
+    assert r"run_dir='a\udcff' is not possible; use a name that is UTF-8" in refusal(
+        changed(composed, "run_dir", "a\udcff")
+    )
+
+
+# ---- settings that exclude each other, or mean nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.rotary": 10000}, ["model.rotary=10000 is not possible", "or use model.rotary.theta=10000"]),
+        ({"model.name": ""}, ["model.name=''", "leave it out"]),
+        ({"logger.wandb.project": ""}, ["logger.wandb.project is empty"]),
+        ({"resume": "x", "init_from": "y"}, ["resume=x", "init_from=y", "leave out one"]),
+        ({"schedule.warmup_steps": 5, "schedule.warmup_tokens": 10}, ["warmup_steps=5", "warmup_tokens=10", "null"]),
+        ({"schedule.warmup_steps": 50, "max_steps": 10}, ["warmup_steps=50", "run of 10", "warmup_steps=null"]),
+        ({"optimized_metric": "loss"}, ["optimized_metric=loss", "use val/loss"]),
+    ],
+)
+def test_what_was_accepted_in_silence_is_refused(composed: Composed, changes: dict[str, Any], said: list[str]) -> None:
+    raw = changed(composed, "seed", 0)
+    for key, value in changes.items():
+        set_key(raw, key, value)
+    message = refusal(raw)
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.parametrize("key", ["model", "optimizer", "seq_len"])
+def test_what_was_taken_away_is_named_before_what_is_computed_from_it(composed: Composed, key: str) -> None:
+    raw = composed()
+    OmegaConf.set_struct(raw, False)
+    del raw[key]
+    assert refusal(raw).startswith(f"{key} is not set; leave out ~{key}, or ")
+
+
 # ---- secrets
 
 WANDB_KEY = "wandb_v1_" + "aB3_" * 19
 HF_TOKEN, HEX = "hf_" + "aB3" * 10, "0123456789abcdef" * 2 + "01234567"
+FORMS = [HF_TOKEN, WANDB_KEY, f"local-{HEX}", "hf_oauth_" + "aB3." * 10, "ghp_" + "aB3" * 12, "sk-proj-" + "aB3" * 9]
 
 
 @pytest.mark.parametrize(
@@ -214,10 +357,9 @@ def test_a_key_named_like_a_secret_is_refused_and_its_value_never_shown(composed
         ("https://me:open-sesame@example.org/x", "sesame"),
         (HF_TOKEN, HF_TOKEN),
         (f"https://{HF_TOKEN}@huggingface.co/x", HF_TOKEN),
-        (HEX, HEX),
         (WANDB_KEY, WANDB_KEY),
         ([HF_TOKEN], HF_TOKEN),
-        (["fine", {"deep": HEX}], HEX),
+        (["fine", {"deep": HF_TOKEN}], HF_TOKEN),
         ("${oc.env:A_SECRET}", HEX),
     ],
 )
@@ -230,6 +372,31 @@ def test_a_value_that_looks_like_a_secret_is_refused_and_never_shown(
     assert key in message
     assert "looks like a secret" in message
     assert secret not in message
+
+
+@pytest.mark.parametrize("secret", FORMS)
+@pytest.mark.parametrize("key", ["sample_prompt", "logger.wandb.notes", "logger.wandb.tags", "data.cache_dir"])
+def test_a_secret_inside_a_longer_text_is_refused_and_never_shown(composed: Composed, key: str, secret: str) -> None:
+    text: Any = f"log in with {secret}, then go on"
+    message = refusal(changed(composed, key, [text] if key.endswith("tags") else text))
+    assert key in message
+    assert "looks like a secret" in message
+    assert secret[:12] not in message
+
+
+@pytest.mark.parametrize("variable", ["WANDB_API_KEY", "HF_TOKEN", "MY_CLUSTERS_PASSWORD"])
+def test_the_value_of_a_variable_that_holds_a_secret_is_refused_wherever_it_stands(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, HEX)
+    assert "looks like a secret" in refusal(changed(composed, "logger.wandb.notes", f"key {HEX}"))
+    monkeypatch.delenv(variable)
+    load_config(changed(composed, "logger.wandb.notes", f"key {HEX}"))
+
+
+def test_a_commit_is_no_secret(composed: Composed) -> None:
+    config = load_config(changed(composed, "logger.wandb.tags", [HEX, "0123abc", f"at {HEX}"]))
+    assert config.logger.wandb.tags == [HEX, "0123abc", f"at {HEX}"]
 
 
 @pytest.mark.parametrize("value", ["def ", "https://example.org/a:b", "tokens", "hf_short", "0123abcd", None, ""])
@@ -252,16 +419,16 @@ def test_the_name_of_a_model_leads_to_no_other_folder(composed: Composed) -> Non
 def test_steps_and_accumulation_by_hand(composed: Composed) -> None:
     rows = ["seq_len=32", "batch_size=2", "max_tokens=1000"]
     config = load_config(composed(*rows))
-    assert (config.step_tokens, config.accumulation, config.num_steps) == (64, 1, 16)  # 15.6 steps
+    assert config.plan == Plan(max_steps=16, tokens_per_step=64, accumulation=1)  # 15.6 steps
     config = load_config(composed(*rows, "tokens_per_step=256"))
-    assert (config.step_tokens, config.accumulation, config.num_steps) == (256, 4, 4)  # 3.9 steps
+    assert config.plan == Plan(max_steps=4, tokens_per_step=256, accumulation=4)  # 3.9 steps
     config = load_config(composed(*rows, "max_tokens=1024", "tokens_per_step=256"))
-    assert config.num_steps == 4
+    assert config.plan.max_steps == 4
 
 
 def test_max_steps_wins_over_max_tokens(composed: Composed) -> None:
-    assert load_config(composed("max_tokens=1", "max_steps=7")).num_steps == 7
-    assert load_config(composed("max_tokens=1_000_000_000", "max_steps=7")).num_steps == 7
+    assert load_config(composed("max_tokens=1", "max_steps=7")).plan.max_steps == 7
+    assert load_config(composed("max_tokens=1_000_000_000", "max_steps=7")).plan.max_steps == 7
 
 
 # ---- the whole

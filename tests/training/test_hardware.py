@@ -99,3 +99,19 @@ def test_git_commit_says_dirty_and_never_raises(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path) is None
+
+
+def test_a_commit_of_another_repository_is_never_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    ours, others, copy = tmp_path / "ours", tmp_path / "others", tmp_path / "others" / "a copy of the sources"
+    for folder in (ours, copy):
+        folder.mkdir(parents=True)
+    for folder, message in ((ours, "ours"), (others, "another")):
+        for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", message]):
+            subprocess.run(["git", "-C", str(folder), *command], check=True)
+    assert git_commit(copy) is None, "the enclosing repository's"
+    commit = git_commit(ours)
+    monkeypatch.setenv("GIT_DIR", str(others / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(others))
+    assert git_commit(ours) == commit
+    assert git_commit(copy) is None

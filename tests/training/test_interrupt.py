@@ -48,7 +48,7 @@ def begin(folder: Path, then: str = "pass") -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_to_the_whole_group_is_noted_and_ends_nothing_that_the_run_has_started(tmp_path, name):
     process = begin(tmp_path)
     assert process.stdout is not None
@@ -84,3 +84,22 @@ def test_a_stop_file_that_cannot_be_removed_stops_all_the_same(tmp_path):
         75,
         f"interrupted by the STOP file; saved {tmp_path}",
     )
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_before_there_is_anything_to_save_a_signal_ends_a_process_whose_output_nobody_reads(name, code):
+    program = "from training.interrupt import *; listen(leave); print('up', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type, return-value]
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == b"up\n"
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(getattr(signal, name))
+    assert process.wait(60) == code

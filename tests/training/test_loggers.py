@@ -320,3 +320,9 @@ def test_building_the_loggers_imports_neither_wandb_nor_tensorboard(tmp_path: Pa
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_folder_with_escape_codes_in_its_name_sends_none_to_the_terminal() -> None:
+    stream = io.StringIO()
+    Console(10, stream).start(RunInfo("x", Path("runs/\x1b[31mred"), {}, {}))
+    assert stream.getvalue() == "run        runs/\\x1b[31mred\n"

@@ -163,6 +163,29 @@ def test_wandb_mode_is_respected(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.parametrize("value", ["true", "1"])
+def test_wandb_disabled_is_respected_unless_the_config_says_otherwise(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    settings = SimpleNamespace(mode="online", base_url="http://server")
+    assert module._choose_mode(None, "auto", settings) == ("disabled", "WANDB_DISABLED is set")
+    assert module._choose_mode(None, "offline", settings)[0] == "offline"
+
+
+def test_wandb_name_is_the_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    names: list[str] = []
+    run = SimpleNamespace(step=0, url="https://wandb.example", define_metric=lambda *arguments, **options: None)
+    monkeypatch.setattr(module, "_choose_mode", lambda *arguments: ("online", ""))
+    monkeypatch.setattr(wandb, "init", lambda *, name, **options: names.append(name) or run)
+    for value in ("", "mine"):
+        monkeypatch.setenv("WANDB_NAME", value)
+        WandbLogger(WandbConfig(), lambda line: None).start(RunInfo("tiny", tmp_path, {}, {}))
+    assert names == ["tiny", "mine"]
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that accepts connections and never says a word."""

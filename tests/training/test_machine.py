@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ class Driver:
         value._obj.value = {75: 9, 76: 0}[attribute]
         return 0
 
+    def cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> int:
+        assert device.value == 7
+        memory._obj.value = 80 * 2**30
+        return 0
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
@@ -54,7 +60,9 @@ ask = find_gpu.__wrapped__  # asked anew, where the program asks once
 
 
 def test_the_gpu_is_the_drivers_first(driver: Driver, build: dict[str, str | None]) -> None:
-    assert ask() == Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+    gpu = ask()
+    assert gpu == Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+    assert gpu.memory == 80 * 2**30
 
 
 def test_a_driver_that_fails_or_shows_no_device_is_no_gpu(driver: Driver, build: dict[str, str | None]) -> None:
@@ -84,6 +92,7 @@ def test_a_torch_for_amd_is_asked_itself(build: dict[str, str | None], monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "AMD Instinct MI300X")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**37))
     assert ask() == Gpu("AMD Instinct MI300X", (9, 4))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from training.schedule import ScheduleConfig, WSDConfig, learning_rate
@@ -33,12 +35,32 @@ def test_warm_up_is_linear_and_reaches_the_peak_at_its_last_step() -> None:
     assert rates(ScheduleConfig(warmup_steps=4), 10, peak=8.0)[:4] == pytest.approx([2, 4, 6, 8])
 
 
-def test_warm_up_in_tokens_counts_whole_steps_and_wins_over_steps() -> None:
-    in_tokens = ScheduleConfig(warmup_steps=7, warmup_tokens=1000)
+def test_warm_up_in_tokens_counts_whole_steps() -> None:
+    in_tokens = ScheduleConfig(warmup_tokens=1000)
     assert in_tokens.warmup(tokens_per_step=256) == 4, "3.9 steps"
     assert in_tokens.warmup(tokens_per_step=250) == 4
     assert rates(in_tokens, 10, tokens_per_step=256) == rates(ScheduleConfig(warmup_steps=4), 10)
-    assert ScheduleConfig(warmup_steps=7, warmup_tokens=0).warmup(256) == 0
+    assert ScheduleConfig(warmup_tokens=0).warmup(256) == 0
+
+
+def test_two_lengths_of_one_warm_up_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"schedule\.warmup_steps=7 and schedule\.warmup_tokens=1000 .* to null"):
+        ScheduleConfig(warmup_steps=7, warmup_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (ScheduleConfig(warmup_steps=11), "schedule.warmup_steps=11 is a warm-up of 11 steps in a run of 10"),
+        (ScheduleConfig(warmup_tokens=1100), "schedule.warmup_tokens=1100 is a warm-up of 11 steps in a run of 10"),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_refused_where_it_was_asked_for(config: ScheduleConfig, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config.check_length(10, 100)
+    config.check_length(11, 100)
+    ScheduleConfig().check_length(1, 100)
+    assert rates(ScheduleConfig(), 4) == rates(ScheduleConfig(warmup_steps=20), 4), "nobody asked for twenty"
 
 
 def test_without_warm_up_the_first_step_is_already_on_the_way_down() -> None:

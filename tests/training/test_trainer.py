@@ -109,7 +109,7 @@ def test_documents_do_not_see_each_other_unless_they_may(train: Callable[..., Tr
 def test_accumulation_is_the_same_step_in_less_memory(train: Callable[..., Trainer]) -> None:
     options = ["tokens_per_step=128", "learning_rate=1e-2", "schedule.warmup_steps=1"]
     whole, parts = train("batch_size=4", *options), train("batch_size=1", *options)
-    assert (whole.run.config.accumulation, parts.run.config.accumulation) == (1, 4)
+    assert (whole.run.plan.accumulation, parts.run.plan.accumulation) == (1, 4)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
     assert losses(parts, "train/grad_norm") == pytest.approx(losses(whole, "train/grad_norm"), rel=1e-4)
 

@@ -62,8 +62,10 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
             new_run = f"init_from={path} for a new run that begins with its weights"
             remedy = "begin a new run in another run_dir" if _among(key, (*ARCHITECTURE, "tokenizer")) else new_run
             raise ValueError(f"{_does_not_fit(path, key, old, new)}, or {remedy}")
-    if manifest.step > config.num_steps:
-        raise ValueError(f"max_steps={config.num_steps} is less than the {manifest.step} steps of {path}; raise it")
+    if manifest.step > config.plan.max_steps:
+        raise ValueError(
+            f"max_steps={config.plan.max_steps} is less than the {manifest.step} steps of {path}; raise it"
+        )
     return [f"{key} {old} → {new}" for key, old, new in differing]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from training.loggers import tensorboard
 from training.loggers.base import Logger, Loggers, RunInfo
 from training.loggers.console import Console
 from training.loggers.jsonl import JsonlLogger, read_metrics
@@ -20,6 +21,11 @@ class LoggerConfig:
 
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError if a view needs what is not installed; needs no torch."""
+        if self.tensorboard:
+            tensorboard.check_installed()
 
 
 def build_loggers(config: LoggerConfig, *, max_steps: int, notify: Callable[[str], None]) -> Loggers:

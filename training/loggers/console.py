@@ -19,6 +19,7 @@ from rich.text import Text
 
 from training.loggers.base import Logger, RunInfo
 from training.metrics import Metric, on_console, short
+from training.terminal import plain
 
 # A metric that an event lacks is left out: a CPU has no memory peak, an unknown card no MFU.
 TRAIN = on_console(("train", "throughput", "memory"))
@@ -37,7 +38,7 @@ class Console(Logger):
         self._first: tuple[int, float] | None = None
 
     def start(self, run: RunInfo) -> None:
-        self._write(Text(f"run        {run.folder}"))
+        self._write(Text(plain(f"run        {run.folder}")))
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         if training := _fields(TRAIN, metrics):

@@ -11,16 +11,19 @@ from training.loggers.base import Logger, RunInfo
 from training.metrics import markdown
 
 
+def check_installed() -> None:
+    """Raises ValueError if the tensorboard package is missing."""
+    if find_spec("tensorboard") is None:
+        raise ValueError("logger.tensorboard needs tensorboard: pip install tensorboard, or logger.tensorboard=false")
+
+
 class TensorBoardLogger(Logger):
     """Raises ValueError at construction if the tensorboard package is missing."""
 
     name = "tensorboard"
 
     def __init__(self) -> None:
-        if find_spec("tensorboard") is None:
-            raise ValueError(
-                "logger.tensorboard needs tensorboard: pip install tensorboard, or logger.tensorboard=false"
-            )
+        check_installed()
 
     def start(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -46,6 +46,8 @@ class WandbConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"logger.wandb.mode={self.mode} is unknown: choose one of {', '.join(MODES)}")
+        if not self.project.strip():
+            raise ValueError("logger.wandb.project is empty; name one, or leave it out (and unset WANDB_PROJECT)")
         if not self.init_timeout > 0:
             raise ValueError(f"logger.wandb.init_timeout={self.init_timeout} must be a positive number of seconds")
 
@@ -139,7 +141,7 @@ class WandbLogger(Logger):
             group=self.config.group,
             tags=self.config.tags or None,
             notes=self.config.notes,
-            name=run.name,
+            name=os.environ.get("WANDB_NAME") or run.name,
             dir=str(run.folder),
             config={**run.config, "facts": run.facts},
             settings=wandb.Settings(**settings),
@@ -160,6 +162,8 @@ def _run_id(folder: Path) -> str:
 
 def _choose_mode(wandb: Any, asked: str, settings: Any) -> tuple[str, str]:
     """(online, offline or disabled; why), from what the config asks for and wandb's own settings."""
+    if asked == "auto" and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on"):
+        return "disabled", "WANDB_DISABLED is set"
     if asked == "auto" and settings.mode in ("disabled", "offline", "dryrun"):
         return ("disabled" if settings.mode == "disabled" else "offline"), f"wandb's own settings say {settings.mode}"
     if asked in ("offline", "disabled"):

@@ -20,7 +20,7 @@ class Stopping(Service):
     def after_step(self, run: Run) -> None:
         """Raises Interrupted, where the run was asked to stop and has not done everything anyway."""
         progress = run.progress
-        is_done = progress.step == run.num_steps and not progress.unfinished
+        is_done = progress.step == run.plan.max_steps and not progress.unfinished
         reason = run.stop_reason()
         if reason and not is_done:
             save(run, wait=True)
