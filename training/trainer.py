@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
@@ -68,7 +67,6 @@ class Trainer:
         self.train_rows = training_rows(self.corpus, config.seq_len, mask, config.data.packing)
         val_rows = pack(self.corpus, "val", self.val_seq_len(), mask)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
-        self.token_bytes = torch.from_numpy(self.corpus.tokenizer.token_bytes().astype(np.int64))
 
         torch.manual_seed(config.seed)
         # Of the process, so of the next job of a sweep, too, unless it says otherwise.
@@ -221,7 +219,8 @@ class Trainer:
                     return False
                 nats += self.loss(batch).item()
         num_tokens = sum(batch.num_tokens for batch in self.val_batches)
-        num_bytes = sum(int(self.token_bytes[batch.targets_BS].sum()) for batch in self.val_batches)
+        count_bytes = self.corpus.tokenizer.count_bytes
+        num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in self.val_batches)
         self.val_loss = self.step, nats / num_tokens
         self.log({"val/loss": nats / num_tokens, "val/bits_per_byte": nats / math.log(2) / num_bytes})
         return True
