@@ -135,6 +135,8 @@ def load_corpus(
             f"tokenizer=hub tokenizer.path=gpt2"
         )
     folder = expand(data.cache_dir)
+    if str(folder).startswith("~"):
+        raise ValueError(f"data.cache_dir={data.cache_dir}: there is no home folder (HOME is not set); name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         inputs = {name: open_input(config, notify) for name, (_, config) in configs.items()}
@@ -195,6 +197,8 @@ def train_tokenizer(
     with disk.alone(folder / name, lambda: notify(f"tokenizer  another process learns {name}; waiting for it")):
         if (found := find_tokenizer(folder, name, notify)) is not None:
             return found
+        for text in texts:
+            text.split()  # now, and not under the bars of learning
         notify(f"tokenizer  learning {config.vocab_size:,} tokens from the text, once")
         trained = Tokenizer.train(training_texts(texts), config.vocab_size)
         for text in texts:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import disk
+from data.progress import bar
 
 PROSE = (".txt", ".md", ".rst", ".tex")
 CODE = (
@@ -311,22 +312,24 @@ def hash_files(files: Iterable[Path], cache: Path) -> tuple[list[str], dict[Path
     except (OSError, ValueError):
         memory = {}
     hashes, stamps, learned = [], {}, False
-    for path in files:
-        try:
-            key, stamp = str(path.resolve()), Stamp.of(path)
-            known: Any = memory.get(key)
-            if isinstance(known, list) and known[:-1] == list(stamp) and stamp.size >= REMEMBERED_BYTES:
-                digest = str(known[-1])
-            else:
-                digest, stamp = _hash_still(path, stamp)
-                # A change within the same tick of the clock would go unseen, so what is new is not remembered.
-                changed = max(stamp.mtime_ns, stamp.ctime_ns)
-                if stamp.size >= REMEMBERED_BYTES and time.time_ns() - changed > 2_000_000_000:
-                    memory[key], learned = [*stamp, digest], True
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        hashes.append(digest)
-        stamps[path] = stamp
+    with bar("           hashing", None) as advance:
+        for path in files:
+            try:
+                key, stamp = str(path.resolve()), Stamp.of(path)
+                known: Any = memory.get(key)
+                if isinstance(known, list) and known[:-1] == list(stamp) and stamp.size >= REMEMBERED_BYTES:
+                    digest = str(known[-1])
+                else:
+                    digest, stamp = _hash_still(path, stamp)
+                    advance(stamp.size)
+                    # A change within the same tick of the clock would go unseen, so what is new is not remembered.
+                    changed = max(stamp.mtime_ns, stamp.ctime_ns)
+                    if stamp.size >= REMEMBERED_BYTES and time.time_ns() - changed > 2_000_000_000:
+                        memory[key], learned = [*stamp, digest], True
+            except OSError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror}") from error
+            hashes.append(digest)
+            stamps[path] = stamp
     if learned:
         with suppress(OSError):  # then they are hashed again next time
             cache.mkdir(parents=True, exist_ok=True)

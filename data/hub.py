@@ -113,7 +113,7 @@ def _load(config: HubData) -> Any:
     path = expand(config.path)
     if os.path.exists(path):
         raise ValueError(f"{_what(config)} is a file: name the folder it is in, or read it with data=text")
-    if config.path.startswith(("/", "./", "../", "~")):
+    if config.path.startswith(("/", "./", "../", "~", "$")):
         raise ValueError(f"{_what(config)} does not exist: name a folder, or a dataset of the Hugging Face Hub")
     _check_reachable(config)
     try:

@@ -6,9 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 
 @contextmanager
 def bar(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
@@ -17,7 +14,14 @@ def bar(what: str, size: int | None) -> Iterator[Callable[[int], None]]:
     Args:
         size: bytes of all, where they are known.
     """
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns: list[progress.ProgressColumn] = [progress.TextColumn(what), progress.BarColumn()]
+    columns += [progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()]
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task("", total=size)
         yield lambda amount: shown.advance(task, amount)
