@@ -115,6 +115,7 @@ def prepare(
                 "files": {name: (part / name).stat().st_size for name in sorted(FILES)},
                 "sha256": {name: disk.sha256_file(part / name) for name in sorted(FILES)},
             }
+            manifest["manifest_sha256"] = disk.sha256(json.dumps(manifest))
             disk.write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             disk.sync(part)
             if folder.exists():  # damaged
@@ -313,14 +314,17 @@ def is_good_so_far(folder: Path, name: str, done: Progressed, tokenizer: Tokeniz
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete folder; None where any of its files is missing or of another size."""
+    """The manifest of a complete folder; None where it is damaged, or a file is missing or of another size."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        body = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+        digest = disk.sha256(json.dumps(body))  # older ones say none
         width = np.dtype(manifest["dtype"]).itemsize
         sizes = {f"{split}.bin": manifest[split]["tokens"] * width for split in SPLITS}
         sizes |= {f"{split}_starts.bin": manifest[split]["documents"] * 8 for split in SPLITS}
         is_whole = (
-            manifest["files"].keys() == manifest["sha256"].keys() == {*FILES}
+            manifest.get("manifest_sha256", digest) == digest
+            and manifest["files"].keys() == manifest["sha256"].keys() == {*FILES}
             and all(manifest["files"][name] == size for name, size in sizes.items())
             and all(os.path.getsize(folder / name) == size for name, size in manifest["files"].items())
         )

@@ -55,7 +55,9 @@ def open_shard(path: Path) -> np.ndarray:
 def _open_npy(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:  # of whatever is wrong with it
+    except OSError:
+        raise
+    except Exception as error:  # NumPy has a parser read the header, which raises its own
         raise ValueError(f"{path} is no array, or cut short ({error}): fetch it again or leave it out") from error
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}: a shard is one row of integers")

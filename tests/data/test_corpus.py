@@ -188,7 +188,15 @@ def test_the_mask_and_the_place_of_the_files_do_not_change_the_hash(config, tmp_
     assert load(config).manifest["hash"] == before
 
 
-DAMAGE = ["no manifest", "broken manifest", "another hash", "missing file", "truncated file", *prepare_module.FILES]
+DAMAGE = [
+    "no manifest",
+    "another count",
+    "broken manifest",
+    "another hash",
+    "missing file",
+    "truncated file",
+    *prepare_module.FILES,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -201,6 +209,10 @@ def test_a_damaged_cache_is_named_and_made_anew(config, damage):
         (folder / "manifest.json").write_text("{")
     elif damage == "missing file":
         (folder / "val.bin").unlink()
+    elif damage == "another count":
+        (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"documents": 4', '"documents": 5')
+        )
     elif damage == "another hash":
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace('"hash": "', '"hash": "0'))
     elif damage == "truncated file":

@@ -137,9 +137,14 @@ def test_an_array_that_is_no_row_of_integers_is_refused(tmp_path, load, content)
         load()
 
 
-def test_a_cut_array_is_one_line(tmp_path, load):
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_a_damaged_array_is_one_line(tmp_path, load, damage):
     np.save(tmp_path / "shards" / "a.npy", np.arange(99))
-    os.truncate(tmp_path / "shards" / "a.npy", 500)
+    if damage == "cut":
+        os.truncate(tmp_path / "shards" / "a.npy", 500)
+    else:
+        content = (tmp_path / "shards" / "a.npy").read_bytes()
+        (tmp_path / "shards" / "a.npy").write_bytes(content.replace(b"{", b"{\0"))
     with pytest.raises(ValueError, match=r"a\.npy is no array, or cut short") as error:
         load()
     assert "\n" not in str(error.value)
