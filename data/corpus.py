@@ -14,7 +14,8 @@ import numpy as np
 from data import disk
 from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixData, TokenizerConfig, TokensData
 from data.files import expand
-from data.prepare import LONG_DOCUMENT_TOKENS, fill_from_text, open_prepared, prepare, tokenize
+from data.prepare import LONG_DOCUMENT_TOKENS, fill_from_text, prepare, tokenize
+from data.prepared import open_prepared
 from data.shards import Shards, open_shards
 from data.sources import Source, open_source
 from data.split import Split, choose_split

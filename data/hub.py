@@ -12,7 +12,8 @@ from urllib.parse import urlparse
 
 from data import disk
 from data.config import HubData, HubTokenizer
-from data.files import Hashed, expand, files_below, hash_tree, relative_name
+from data.files import expand, files_below, relative_name
+from data.hashes import Hashed, hash_tree
 from data.readers import text_columns, text_of
 
 ROWS = 4096

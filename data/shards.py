@@ -12,8 +12,10 @@ import numpy as np
 
 from data import disk
 from data.config import TokensData
-from data.files import Hashed, expand, find_files, hash_tree
-from data.prepare import LONG_DOCUMENT_TOKENS, SPLITS, Progressed, StreamWriter, totals_of
+from data.files import expand, find_files
+from data.hashes import Hashed, hash_tree
+from data.prepare import LONG_DOCUMENT_TOKENS, Progressed, StreamWriter, totals_of
+from data.prepared import SPLITS
 from data.progress import bar
 from data.tokenizer import Tokenizer
 

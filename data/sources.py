@@ -16,18 +16,8 @@ from typing import Any
 
 from data import disk
 from data.config import DataConfig, HubData, StdlibData, SyntheticData, TextData
-from data.files import (
-    Found,
-    Hashed,
-    Paths,
-    expand,
-    files_below,
-    find_files,
-    find_root,
-    hash_tree,
-    listed,
-    relative_name,
-)
+from data.files import Found, Paths, expand, files_below, find_files, find_root, listed, relative_name
+from data.hashes import Hashed, hash_tree
 from data.readers import BadRecords, read_bytes, read_file
 
 # Tests are not on every machine, site-packages are the user's, and encodings are tables of numbers.

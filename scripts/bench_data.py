@@ -23,10 +23,11 @@ import torch
 
 from data.config import PACKINGS, FileTokenizer, TextData, TokenizerConfig
 from data.corpus import load_corpus
-from data.files import hash_files
+from data.hashes import hash_files
 from data.loader import Loader
 from data.packing import pack
-from data.prepare import FILES, Progressed
+from data.prepare import Progressed
+from data.prepared import FILES
 from scripts.record import collect_facts, heading, write, write_json
 
 BATCHES = [(1, 16384), (1, 131072), (16, 1024)]

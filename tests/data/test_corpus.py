@@ -17,8 +17,7 @@ import pytest
 import tokenizers
 
 from data import corpus as corpus_module
-from data import disk, packing
-from data import files as files_module
+from data import disk, hashes, packing, prepared
 from data import prepare as prepare_module
 from data.config import (
     BytesTokenizer,
@@ -32,7 +31,7 @@ from data.config import (
 )
 from data.corpus import load_corpus
 from data.packing import PackedRows, training_rows
-from data.prepare import damaged_files
+from data.prepared import damaged_files
 from data.sources import open_source
 from data.split import choose_split
 from data.tokenizer import Tokenizer
@@ -195,7 +194,7 @@ DAMAGE = [
     "another hash",
     "missing file",
     "truncated file",
-    *prepare_module.FILES,
+    *prepared.FILES,
 ]
 
 
@@ -223,7 +222,7 @@ def test_a_damaged_cache_is_named_and_made_anew(config, damage):
     again = load_corpus(config, TOKENIZER, lines.append)
     np.testing.assert_array_equal(again.parts[0].train.tokens, tokens)
     assert files(config) == (folder, whole)  # and nothing else is left in the cache
-    named = damage if damage in prepare_module.FILES else folder.name
+    named = damage if damage in prepared.FILES else folder.name
     assert any(f"{named} is damaged" in line and "again" in line for line in lines)
 
 
@@ -235,15 +234,15 @@ def flip_a_bit(path, place=0.5):
 
 def test_what_was_prepared_is_read_whole_once_and_not_again(config, monkeypatch):
     load(config)
-    monkeypatch.setattr(files_module, "REMEMBERED_BYTES", 1)
+    monkeypatch.setattr(hashes, "REMEMBERED_BYTES", 1)
     later = time.time_ns() + 10**10
-    monkeypatch.setattr(files_module.time, "time_ns", lambda: later)
+    monkeypatch.setattr(hashes.time, "time_ns", lambda: later)
     load(config)
     hashed = []
     hash_file = disk.sha256_file
     monkeypatch.setattr(disk, "sha256_file", lambda path: hashed.append(path.name) or hash_file(path))
     load(config)
-    assert not {*hashed} & {*prepare_module.FILES}
+    assert not {*hashed} & {*prepared.FILES}
     folder, _ = files(config)
     flip_a_bit(folder / "val.bin")
     lines: list[str] = []
@@ -251,7 +250,7 @@ def test_what_was_prepared_is_read_whole_once_and_not_again(config, monkeypatch)
     assert any("val.bin is damaged (SHA-256)" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", prepare_module.TOKEN_FILES)
+@pytest.mark.parametrize("name", prepared.TOKEN_FILES)
 @pytest.mark.parametrize("place", [0.0, 0.9])
 def test_a_half_prepared_folder_that_was_damaged_is_named_and_begun_anew(config, tmp_path, monkeypatch, name, place):
     whole = TextData(**{**vars(config), "cache_dir": str(tmp_path / "whole")})

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import files, readers, zstd
+from data import files, hashes, readers, zstd
 from data.config import TextData
 from data.sources import Document, open_source
 
@@ -221,25 +221,25 @@ def test_the_fingerprint_is_of_names_contents_and_field(tmp_path, open_text):
 
 
 def test_hashes_of_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(hashes, "REMEMBERED_BYTES", 4)
     path, cache = tmp_path / "a.txt", tmp_path / "cache"
     path.write_text("abcd")
     later = time.time_ns() + 10**10
-    monkeypatch.setattr(files.time, "time_ns", lambda: later)
-    (first,), stamps = files.hash_files([path], cache)
+    monkeypatch.setattr(hashes.time, "time_ns", lambda: later)
+    (first,), stamps = hashes.hash_files([path], cache)
     assert stamps[path].size == 4
     with monkeypatch.context() as patched:
-        patched.setattr(files.disk, "sha256_file", lambda *_: pytest.fail("hashed again"))
-        assert files.hash_files([path], cache)[0] == [first]
+        patched.setattr(hashes.disk, "sha256_file", lambda *_: pytest.fail("hashed again"))
+        assert hashes.hash_files([path], cache)[0] == [first]
     before = path.stat()
     path.write_text("abce")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as tools do that keep the times of what they copy
-    (second,), _ = files.hash_files([path], cache)
+    (second,), _ = hashes.hash_files([path], cache)
     assert second != first
     monkeypatch.undo()
-    monkeypatch.setattr(files, "REMEMBERED_BYTES", 4)
+    monkeypatch.setattr(hashes, "REMEMBERED_BYTES", 4)
     path.write_text("abcf")  # just now: within a tick of the clock it could change once more
-    files.hash_files([path], tmp_path / "new")
+    hashes.hash_files([path], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -462,7 +462,7 @@ def test_the_window_of_a_zstd_frame_is_known(tmp_path):
 
 
 def test_a_file_that_is_written_while_it_is_hashed_is_hashed_again_or_refused(tmp_path, monkeypatch):
-    path, hash_file, writes = tmp_path / "a.txt", files.disk.sha256_file, []
+    path, hash_file, writes = tmp_path / "a.txt", hashes.disk.sha256_file, []
 
     def disturbed(file):
         digest = hash_file(file)
@@ -471,14 +471,14 @@ def test_a_file_that_is_written_while_it_is_hashed_is_hashed_again_or_refused(tm
             file.write_text("x" * (2 + len(writes)))
         return digest
 
-    monkeypatch.setattr(files.disk, "sha256_file", disturbed)
+    monkeypatch.setattr(hashes.disk, "sha256_file", disturbed)
     for limit in (2, 9):
         path.write_text("x")
         writes.clear()
         if limit == 2:
-            (digest,), stamps = files.hash_files([path], tmp_path / "cache")
+            (digest,), stamps = hashes.hash_files([path], tmp_path / "cache")
             assert digest == hash_file(path)
             assert stamps[path].size == 4
         else:
             with pytest.raises(ValueError, match=r"a\.txt is being written: start again when it is complete"):
-                files.hash_files([path], tmp_path / "cache")
+                hashes.hash_files([path], tmp_path / "cache")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
-from data.tokenizer import SEPARATOR, RoundTrip, Tokenizer, shorten_words
+from data.round_trip import RoundTrip
+from data.tokenizer import SEPARATOR, Tokenizer, shorten_words
 
 TEXTS = [
     "def visible(query, key):\n    return key <= query  # it's causal: 2026\n\n\n" * 30,
