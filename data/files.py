@@ -76,12 +76,15 @@ class Found:
 
     def told(self) -> str | None:
         """What was left out, in one line; None where nothing was."""
-        if not self.left_out:
-            return None
-        ranked = self.left_out.most_common()
+        hidden = self.left_out["hidden folders"]
+        others = self.left_out - Counter({"hidden folders": hidden})
+        if not others:
+            return f"left out {hidden:,} hidden folders" if hidden else None
+        ranked = others.most_common()
         shown = [*ranked[:6], *([("others", sum(count for _, count in ranked[6:]))] if ranked[6:] else [])]
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in shown)
-        return f"{len(self.files):,} files are read, {self.left_out.total():,} left out: {reasons}"
+        folders = f", and {hidden:,} hidden folders" if hidden else ""
+        return f"left out {others.total():,} of {others.total() + len(self.files):,} files: {reasons}{folders}"
 
 
 def find_files(
@@ -120,7 +123,7 @@ def find_files(
     found.files = {name: taken[name] for name in sorted(names.values())}
     if not found.files:
         shown = paths if isinstance(paths, str) else f"[{','.join(paths)}]"
-        told = f" ({found.told()})" if found.left_out else ""
+        told = f" ({line})" if (line := found.told()) else ""
         wanted = f"files{told}: looked for {' '.join(kinds)}"
         if kinds is TEXT:
             wanted = (

@@ -685,6 +685,24 @@ def test_an_unprepared_stream_says_what_it_cannot_promise_and_writes_no_tokens(c
     assert other.manifest["hash"] != corpus.manifest["hash"]
 
 
+def test_an_unprepared_stream_may_have_a_split_to_validate_on(config, stream, monkeypatch):
+    import datasets
+
+    texts_of = {"train": [f"train {number} " * 50 for number in range(30)], "dev": ["held out " * 99, "and more"]}
+    rows = {
+        name: datasets.IterableDataset.from_list([{"text": text} for text in own]) for name, own in texts_of.items()
+    }
+    monkeypatch.setattr("data.hub._load", lambda config: rows[config.split])
+    corpus = load(HubData(**{**vars(stream), "val_split": "dev"}), BytesTokenizer())
+    assert texts(corpus, corpus.parts[0].val) == texts_of["dev"]
+    own = load(HubData(**{**vars(stream), "prepare": True, "val_split": "dev"}), BytesTokenizer())
+    assert texts(own, own.parts[0].train) == texts_of["train"]
+    streamed, prepared_rows = training_rows(corpus, 64, True), PackedRows(own.parts[0].train, 64, True)
+    for position in range(len(prepared_rows) + 3):
+        expected_row = prepared_rows[position % len(prepared_rows)]
+        np.testing.assert_array_equal(streamed.at(0, position).tokens, expected_row.tokens)
+
+
 def test_an_unprepared_stream_whose_beginning_holds_nothing_out_says_so(stream, monkeypatch):
     monkeypatch.setattr(corpus_module, "VALIDATION_BYTES", 1)  # one document, and that is trained on
     with pytest.raises(ValueError, match=r"data\.val_fraction=0\.2 holds out nothing of the first .*: raise it"):

@@ -271,7 +271,7 @@ def test_outputs_of_runs_are_never_input(tmp_path, told):
         names, line = told(path)
         assert names == ["own.md", "runs/notes.md"]
         assert "in folders of runs" in line
-    with pytest.raises(ValueError, match=r"matches no text files \(0 files are read, 4 left out: 4 in folders of runs"):
+    with pytest.raises(ValueError, match=r"matches no text files \(left out 4 of 4 files: 4 in folders of runs"):
         told(tmp_path / "runs" / "one")
     assert told(tmp_path / "runs" / "one" / "samples.md")[0] == ["samples.md"]  # it is named
 
@@ -285,13 +285,13 @@ def test_what_is_left_out_is_counted_and_told_in_one_line(tmp_path, told):
     names, line = told(tmp_path)
     assert names == ["a.txt"]
     assert line == (
-        "data       data.path: 1 files are read, 9 left out: 3 hidden, 2 .log, 2 pipes or devices, "
-        "1 without a suffix, 1 hidden folders"
+        "data       data.path: left out 8 of 9 files: 3 hidden, 2 .log, 2 pipes or devices, 1 without a suffix, "
+        "and 1 hidden folders"
     )
     assert told(f"{tmp_path}/a.*") == (["a.txt"], "")
     names, line = told(f"{tmp_path}/*")
     assert names == ["a.txt"]
-    assert "5 left out: 2 .log, 2 pipes or devices, 1 without a suffix" in line
+    assert "left out 5 of 6 files: 2 .log, 2 pipes or devices, 1 without a suffix" in line
 
 
 @pytest.mark.timeout(60)
@@ -314,7 +314,7 @@ def test_patterns_include_and_exclude(tmp_path, told):
     assert told(tmp_path, exclude=["d.txt", "vendor/*"])[0] == ["a.txt"]
     names, line = told(tmp_path, include="*.log", exclude="vendor/*")
     assert names == ["b.log", "sub/c.log"]
-    assert line.endswith("4 left out: 2 not included, 2 excluded")
+    assert line.endswith("left out 4 of 6 files: 2 not included, 2 excluded")
     assert told(f"{tmp_path}/**/*.log")[0] == ["b.log", "sub/c.log", "vendor/f.log"]  # its suffix is named
 
 

@@ -54,7 +54,7 @@ def test_shards_as_nanogpt_writes_them(tmp_path, load, separator):
     assert [text for text in texts(part.train) if text] == DOCUMENTS[:50]
     assert [text for text in texts(part.val) if text] == DOCUMENTS[50:]
     assert "data       data.path: validated on val.bin, by name" in lines
-    assert "data       data.path: 2 files are read, 1 left out: 1 .pkl" in lines
+    assert "data       data.path: left out 1 of 3 files: 1 .pkl" in lines
     assert part.train.tokens.dtype == np.uint16
 
 
