@@ -211,7 +211,7 @@ def train_tokenizer(
 
 
 def find_tokenizer(folder: Path, name: str, notify: Callable[[str], None] = lambda line: None) -> Tokenizer | None:
-    """The tokenizer of a name in a folder; None where there is none. A damaged one is named, and removed."""
+    """The tokenizer of a name in a folder; None where there is none. A damaged one is named."""
     for file in sorted(folder.glob(f"{name}-*.json")):
         if file.stem == f"{name}-{disk.sha256_file(file)[:16]}":
             return Tokenizer.load(file)

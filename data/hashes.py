@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -77,8 +76,7 @@ def hash_files(files: Iterable[Path], cache: Path) -> tuple[list[str], dict[Path
     """
     memory_file = cache / "file-hashes.json"
     try:
-        memory = json.loads(memory_file.read_text(encoding="utf-8"))
-        memory = memory if isinstance(memory, dict) else {}
+        memory = disk.unsealed(memory_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         memory = {}
     hashes, stamps, learned = [], {}, False
@@ -103,7 +101,7 @@ def hash_files(files: Iterable[Path], cache: Path) -> tuple[list[str], dict[Path
     if learned:
         with suppress(OSError):  # then they are hashed again next time
             cache.mkdir(parents=True, exist_ok=True)
-            disk.write_whole(memory_file, json.dumps(memory))
+            disk.write_whole(memory_file, disk.sealed(memory))
     return hashes, stamps
 
 

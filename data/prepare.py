@@ -8,7 +8,6 @@ files before they are used: damage is named, and they are prepared again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -67,17 +66,14 @@ class Progressed:
     def load(cls, file: Path) -> Progressed:
         """What `save` wrote last; a beginning where there is nothing good."""
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            digest = saved.pop("sha256")
+            saved = disk.unsealed(file.read_text(encoding="utf-8"))
             train, val = (Counts(**saved.pop(split)) for split in SPLITS)
-            done = cls(train=train, val=val, **saved)
-            return done if digest == disk.sha256(json.dumps(asdict(done))) else cls()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(train=train, val=val, **saved)
+        except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
     def save(self, file: Path) -> None:
-        body = asdict(self)
-        disk.write_whole(file, json.dumps({**body, "sha256": disk.sha256(json.dumps(body))}))
+        disk.write_whole(file, disk.sealed(asdict(self)))
 
 
 Fill = Callable[[Path], dict[str, Any]]
@@ -113,8 +109,7 @@ def prepare(
                 "files": {name: (part / name).stat().st_size for name in sorted(FILES)},
                 "sha256": {name: disk.sha256_file(part / name) for name in sorted(FILES)},
             }
-            manifest["manifest_sha256"] = disk.sha256(json.dumps(manifest))
-            disk.write_synced(part / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            disk.write_synced(part / MANIFEST, disk.sealed(manifest, indent=2))
             disk.sync(part)
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
