@@ -131,8 +131,11 @@ def fill_from_text(
     """A `Fill`, but for the first argument."""
     began = time.perf_counter()
     done = Progressed.load(folder / PROGRESS)
-    if damaged := [name for name in TOKEN_FILES if not is_good_so_far(folder, name, done, tokenizer)]:
-        notify(f"data       {folder / damaged[0]} is damaged (CRC-32): beginning anew")
+    damaged = [name for name in TOKEN_FILES if not is_good_so_far(folder, name, done, tokenizer)]
+    if done == Progressed() and (folder / PROGRESS).exists():
+        damaged = [PROGRESS]
+    if damaged:
+        notify(f"data       {folder / damaged[0]} is damaged: beginning anew")
         done = Progressed()
     resumed = done.train.bytes + done.val.bytes
     verb = f"going on after {resumed / 1e6:.0f} MB, in" if resumed else "tokenizing, once, into"
@@ -167,9 +170,10 @@ def fill_from_text(
     source.check()
     for side in SPLITS:
         if not done.counts(side).tokens:
-            raise ValueError(
-                f"too little text in {source.where} to hold out data.val_fraction={facts['val_fraction']}: add some"
-            )
+            what = f"hold out data.val_fraction={facts['val_fraction']}"
+            if source.held_out is not None:
+                what = "train on" if side == "train" else f"validate on in {source.held_out.where}"
+            raise ValueError(f"too little text in {source.where} to {what}: add some")
     if line := trip.finish():
         notify(f"           {line}")
     totals = totals_of(done)

@@ -333,7 +333,4 @@ def _read_parquet(path: Path, name: str, field: str, bad: BadRecords) -> Named:
 
 def text_columns(schema: Any) -> list[str]:
     """The columns of an Arrow schema that hold text."""
-    import pyarrow.types as types
-
-    kinds = (types.is_string, types.is_large_string, types.is_string_view)
-    return [column.name for column in schema if any(is_kind(column.type) for is_kind in kinds)]
+    return [column.name for column in schema if str(column.type) in ("string", "large_string", "string_view")]

@@ -263,7 +263,7 @@ def test_a_half_prepared_folder_that_was_damaged_is_named_and_begun_anew(config,
     flip_a_bit(folder / name, place)
     lines: list[str] = []
     load_corpus(config, TOKENIZER, lines.append)
-    assert any(f"{name} is damaged (CRC-32): beginning anew" in line for line in lines)
+    assert any(f"{name} is damaged: beginning anew" in line for line in lines)
     assert not any("going on after" in line for line in lines)
     assert files(config)[1] == files(whole)[1]
 
@@ -278,6 +278,7 @@ def test_progress_that_was_damaged_is_none(config, tmp_path, monkeypatch, place)
     lines: list[str] = []
     load_corpus(config, TOKENIZER, lines.append)
     assert not any("going on after" in line for line in lines)
+    assert any("progress.json is damaged: beginning anew" in line for line in lines)
     assert files(config)[1] == files(whole)[1]
 
 
@@ -367,6 +368,12 @@ def test_files_to_validate_on_are_named_and_never_trained_on(config, tmp_path):
     assert {*texts(corpus, part.val)} == {*held_out, *(path.read_text() for path in (tmp_path / "held out").iterdir())}
     assert len(texts(corpus, part.train)) == 35
     assert not {*texts(corpus, part.train)} & {*held_out}
+    (tmp_path / "blank.txt").write_text(" \n")
+    config.val_path = str(tmp_path / "blank.txt")
+    with pytest.raises(
+        ValueError, match=r"too little text in .* to validate on in data\.val_path=.*blank\.txt: add some"
+    ):
+        load(config)
     config.val_path = config.path
     with pytest.raises(ValueError, match=r"data\.val_path holds out all of data\.path: name other files"):
         load(config)
