@@ -18,7 +18,7 @@ from data.prepare import LONG_DOCUMENT_TOKENS, fill_from_text, prepare, tokenize
 from data.prepared import open_prepared
 from data.shards import Shards, open_shards
 from data.sources import Source, open_source
-from data.split import Split, choose_split
+from data.split import Split, choose_split, is_fair
 from data.tokenizer import Tokenizer
 
 # Raise this when the same inputs come to give other tokens: caches made before are then made anew.
@@ -157,7 +157,7 @@ def load_corpus(
         train, val = (TokenStream(*streams[split]) for split in ("train", "val"))
         parts.append(Part(name, folder, configs[name][0], train, val))
         notify(_summary(manifests[name]))
-        for note in manifests[name].get("notes", []):
+        for note in _notes(manifests[name]):
             notify(f"           {note}")
     if tokenizer.vocab_size is not None and trained.vocab_size < tokenizer.vocab_size:
         notify(f"           the text yields only {trained.vocab_size:,} of {tokenizer.vocab_size:,} tokens")
@@ -294,6 +294,18 @@ def _mixture(configs: dict[str, tuple[float, DataConfig]], manifests: dict[str, 
 
 def _hash(settings: list[Any]) -> str:
     return disk.sha256(json.dumps(settings))
+
+
+def _notes(manifest: dict[str, Any]) -> list[str]:
+    """What a person should know about a prepared source, each time."""
+    if "notes" in manifest:
+        return list(manifest["notes"])
+    older = [str(manifest["note"])] if manifest.get("note") else []
+    share, fraction = manifest["val"]["bytes"] / manifest["bytes"], manifest["val_fraction"]
+    if not is_fair(share, fraction):
+        told = f"validation has {share:.1%} of the text, not data.val_fraction={fraction:.1%}"
+        older.append(f"{told}: an older version prepared it; remove its folder in data.cache_dir to split it anew")
+    return older
 
 
 def _summary(manifest: dict[str, Any]) -> str:

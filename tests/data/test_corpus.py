@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -357,6 +358,28 @@ def test_a_share_that_is_not_what_was_asked_for_is_told_each_time(tmp_path, monk
         assert share > 0.9
         told = f"           validation has {share:.1%} of the text, not data.val_fraction=20.0%: files are held out by"
         assert any(line.startswith(told) for line in lines)
+
+
+def test_a_folder_of_an_older_version_is_taken_and_its_share_told(config):
+    Path(config.path, "book.txt").write_text("a line of a book\n" * 20_000)
+    manifest = dict(load(config).manifest)
+    folder, content = files(config)
+    # As it was written: without a seal, notes and the hash of the text, and split by hash alone.
+    older = {name: value for name, value in manifest.items() if name not in ("notes", "text")} | {"note": None}
+    sides = {split: dict(manifest[split]) for split in ("train", "val")}
+    sides["val"]["bytes"] = manifest["bytes"] - 1000
+    (folder / "manifest.json").write_text(json.dumps({**older, **sides}, indent=2))
+    lines: list[str] = []
+    load_corpus(config, TOKENIZER, lines.append)
+    assert any(
+        "of the text, not data.val_fraction=20.0%: an older version prepared it; remove" in line for line in lines
+    )
+    assert not any("tokenizing" in line or "damaged" in line for line in lines)
+    flip_a_bit(folder / "train.bin")
+    lines.clear()
+    load_corpus(config, TOKENIZER, lines.append)
+    assert any("train.bin is damaged (SHA-256)" in line for line in lines)
+    assert files(config)[1] == content
 
 
 def test_files_to_validate_on_are_named_and_never_trained_on(config, tmp_path):
