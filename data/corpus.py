@@ -14,7 +14,7 @@ import numpy as np
 from data import disk
 from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixData, TokenizerConfig, TokensData
 from data.files import expand
-from data.prepare import LONG_DOCUMENT_TOKENS, fill_from_text, prepare, tokenize
+from data.prepare import BY_NAME, LONG_DOCUMENT_TOKENS, fill_from_text, prepare, tokenize
 from data.prepared import open_prepared
 from data.shards import Shards, open_shards
 from data.sources import Source, open_source
@@ -303,8 +303,9 @@ def _notes(manifest: dict[str, Any]) -> list[str]:
     older = [str(manifest["note"])] if manifest.get("note") else []
     share, fraction = manifest["val"]["bytes"] / manifest["bytes"], manifest["val_fraction"]
     if not is_fair(share, fraction):
-        told = f"validation has {share:.1%} of the text, not data.val_fraction={fraction:.1%}"
-        older.append(f"{told}: an older version prepared it; remove its folder in data.cache_dir to split it anew")
+        remedy = "an older version prepared it; remove its folder in data.cache_dir to split it anew"
+        why = BY_NAME if manifest["source"] == "stdlib" else remedy
+        older.append(f"validation has {share:.1%} of the text, not data.val_fraction={fraction:.1%}: {why}")
     return older
 
 

@@ -32,6 +32,7 @@ from data.tokenizer import Tokenizer
 T = TypeVar("T")
 
 PROGRESS = "progress.json"
+BY_NAME = "files are held out by their names, alike under every Python"
 LONG_DOCUMENT_TOKENS = 16_384
 BATCH_CHARS = 2**23  # text that is tokenized at once; about 200 MB while it is
 SAVE_CHARS = 2**25  # text between two savings of progress: some seconds of work
@@ -207,7 +208,7 @@ def _about_the_split(source: Source, split: Split, share: float) -> str | None:
     if source.streamed:
         why = "a stream is split before all of it is read"
     elif split.cut_above == float("inf"):
-        why = "files are held out by their names, alike under every Python"
+        why = BY_NAME
     return f"validation has {share:.1%} of the text, not data.val_fraction={split.fraction:.1%}: {why}"
 
 
