@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files import expand, find_root
+from data.files import expand, find_root, listed
 
 PACKINGS = ("end_to_end", "best_fit")
+BAD_RECORDS = ("stop", "skip")
 TASKS = ("copy", "needle")
 
 
@@ -144,20 +145,77 @@ class TextData(DataConfig):
     """`data=text`: your own files."""
 
     name: str = "text"
-    path: str = ""
-    """A file, a folder (searched recursively) or a glob; see `data.files` for what it may hold. Required."""
+    path: Any = ""
+    """A file, a folder (searched recursively), a glob or a pipe, or a list of them; see `data.files`. Required."""
+    val_path: Any = None
+    """Where the text to validate on is, in the same words. null: data.val_fraction of data.path is held out."""
     field: str = "text"
-    """The key of a .jsonl line, or the column of a .parquet file, that holds its text."""
+    """The key of a record (.jsonl), or the column of a table (.parquet, .csv), that holds its text; "a.b" is b in a."""
+    delimiter: str | None = None
+    r"""What separates documents in files of text ("\n" is a line end); null: a file is one document."""
+    include: Any = None
+    """A pattern such as "*.log", or a list: only these files of a folder or glob are taken, whatever their suffix."""
+    exclude: Any = None
+    """A pattern, or a list: these files are not taken."""
+    bad_records: str = "stop"
+    """"stop": a line, row or text that cannot be read ends preparation. "skip": it is left out and counted."""
+    max_bad_records: int = 1000
+    """With "skip": more than these end preparation, too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path.strip():
+        _check_names(self, "path", "include", "exclude", "val_path")
+        if not self.path:
             raise ValueError("data.path is empty: data=text needs data.path=FILE, FOLDER or GLOB")
         if not self.field:
             raise ValueError("data.field is empty: name the key of a .jsonl line that holds its text")
+        if self.delimiter == "":
+            raise ValueError("data.delimiter is empty: set it to what separates documents, or to null")
+        if self.bad_records not in BAD_RECORDS:
+            raise ValueError(f"data.bad_records={self.bad_records} is unknown; use {' or '.join(BAD_RECORDS)}")
+        if self.max_bad_records < 1:
+            raise ValueError(f"data.max_bad_records={self.max_bad_records} is not possible; use 1 or more")
 
     def check(self) -> None:
-        find_root(self.path)
+        for key in ("path", "val_path"):
+            for path in listed(getattr(self, key) or []):
+                find_root(path, f"data.{key}")
+
+
+@dataclass
+class TokensData(DataConfig):
+    """`data=tokens`: shards of tokens that somebody else prepared, with the tokenizer that made them."""
+
+    name: str = "tokens"
+    path: Any = ""
+    """Shards, a folder or glob of them, or a list: .npy, or .bin as nanoGPT (uint16) or llm.c and modded-nanogpt (with
+    a header) write them. Required."""
+    val_path: Any = None
+    """Shards to validate on; null: the last data.val_fraction of all tokens is held out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_names(self, "path", "val_path")
+        if not self.path:
+            raise ValueError("data.path is empty: data=tokens needs data.path=SHARD, FOLDER or GLOB")
+
+    check = TextData.check
+
+
+def _check_names(config: DataConfig, *keys: str) -> None:
+    """Each is one name or a list of names, that is not empty; kept as a list where it is one."""
+    for key in keys:
+        value = getattr(config, key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # a folder called 2026
+        if value is None or value == "":
+            continue
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else None
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            if key == "path" and (names == [] or (names and all(isinstance(name, str) for name in names))):
+                raise ValueError(f"data.path is empty: data={config.name} needs data.path=FILE, FOLDER or GLOB")
+            raise ValueError(f"data.{key}={value} is not possible; use a name, or a list: data.{key}=[a,b]")
+        setattr(config, key, value if isinstance(value, str) else names)
 
 
 @dataclass
@@ -169,8 +227,10 @@ class HubData(DataConfig):
     """The dataset's name on the Hub, or a folder: of `save_to_disk`, or of parquet, json or text files. Required."""
     subset: str | None = None
     split: str = "train"
+    val_split: str | None = None
+    """The split to validate on, such as "validation"; null: data.val_fraction of data.split is held out."""
     field: str = "text"
-    """The column that holds the text."""
+    """The column that holds the text; "a.b" is b in a."""
     revision: str = "main"
     streaming: bool = False
     """True: read over the network while preparing, keeping no copy of the dataset itself."""
@@ -184,6 +244,10 @@ class HubData(DataConfig):
         super().__post_init__()
         if not self.path.strip():
             raise ValueError("data.path is empty: data=hf needs data.path=NAME of a dataset, or a folder")
+        if self.val_split is not None and self.val_split == self.split:
+            raise ValueError(
+                f"data.val_split={self.val_split} is data.split, too: name another one, or null to hold out a part"
+            )
         if not self.prepare and not self.streaming:
             raise ValueError("data.prepare=false is for streams: set data.streaming=true, too, or leave it out")
         if not self.prepare and self.packing != "end_to_end":
@@ -225,7 +289,8 @@ class MixData(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.parts, Mapping) or not self.parts:
-            raise ValueError("data.parts is empty: data=mix needs data.parts={NAME: {weight: 1, name: stdlib}, …}")
+            what = " is empty" if not self.parts else f"={self.parts} is not possible"
+            raise ValueError(f"data.parts{what}: data=mix needs data.parts={{NAME: {{weight: 1, name: stdlib}}, …}}")
         self.sources()  # for what it refuses
 
     def check(self) -> None:
@@ -272,4 +337,5 @@ SOURCES: dict[str, type[DataConfig]] = {
     "hf": HubData,
     "mix": MixData,
     "synthetic": SyntheticData,
+    "tokens": TokensData,
 }

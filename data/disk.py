@@ -1,9 +1,10 @@
-"""The disk: files that are there whole or not at all, SHA-256, and locks. Once, for everybody; needs no torch."""
+"""The disk: files that are there whole or not at all, SHA-256, seals and locks. Once, for everybody; needs no torch."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -78,7 +79,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sealed(body: dict[str, Any], indent: int | None = None) -> str:
+    """JSON that ends with its own SHA-256, so that a change anywhere shows."""
+    return json.dumps({**body, "seal": sha256(json.dumps(body))}, indent=indent) + "\n"
+
+
 # ---- reading
+
+
+def unsealed(text: str, optional: bool = False) -> dict[str, Any]:
+    """What `sealed` wrote.
+
+    Args:
+        optional: a text without a seal is good, too; older versions wrote none.
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        body = json.loads(text)
+        seal = body.pop("seal", sha256(json.dumps(body)) if optional else None)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("no JSON object") from error
+    if seal != sha256(json.dumps(body)):
+        raise ValueError("not what was written")
+    return dict(body)
 
 
 def sha256(data: bytes | str) -> str:

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from data import disk
 from data.config import HubData, HubTokenizer
-from data.files import expand, hash_tree, text_of, walk
+from data.files import expand, files_below, relative_name
+from data.hashes import Hashed, hash_tree
+from data.readers import text_columns, text_of
 
 ROWS = 4096
 """Rows of a part, so that preparation can resume at any of them."""
@@ -21,26 +23,36 @@ PATIENCE_S = 5.0
 Part = Callable[[], Iterator[tuple[str, str]]]
 
 
-def open_hub(config: HubData) -> tuple[str, list[Part]]:
-    """Fingerprint and parts of a dataset.
+class Opened(NamedTuple):
+    """A dataset. check: raises ValueError where its files are no longer what the fingerprint is of."""
+
+    fingerprint: str
+    parts: list[Part]
+    check: Callable[[], None]
+
+
+def open_hub(config: HubData) -> Opened:
+    """Look for a dataset.
 
     Raises:
         ValueError: it is not there, not allowed, or the Hub cannot be reached; within seconds.
     """
     _hush()
     settings = [config.subset, config.split, config.field, config.max_bytes]
+    check: Callable[[], None] = lambda: None  # noqa: E731
     if os.path.isdir(folder := expand(config.path)):
         # What `datasets` says of a folder may stay the same while its files change, and depends on where it lies.
-        files = sorted(walk(folder, skip=lambda name: name.startswith(".")))
-        identity, _ = hash_tree(folder, files, config.cache_dir)
+        hashed = _hash_folder(folder, expand(config.cache_dir))
+        identity, check = hashed.sha256, hashed.check
         dataset = _load_folder(config, folder, identity)
+        check()  # of what it made a copy now
     else:
         dataset = _load(config)
         # What a stream will hold cannot be known before it is read: the commit is all there is to go by.
         identity = _commit(config) if config.streaming else str(dataset._fingerprint)
         settings += [config.path, config.revision]
     columns = dataset.column_names
-    if columns and config.field not in columns:
+    if columns and config.field not in columns and config.field.split(".")[0] not in columns:
         raise ValueError(
             f"data.path={config.path} has no column {config.field!r}: set data.field to one of "
             f"{', '.join(map(repr, columns))}"
@@ -52,7 +64,13 @@ def open_hub(config: HubData) -> tuple[str, list[Part]]:
         parts = [partial(_read_rows, dataset, config, first, min(first + ROWS, rows)) for first in range(0, rows, ROWS)]
         if config.max_bytes is not None:
             parts = [partial(_until, config.max_bytes, parts)]
-    return disk.sha256(repr([*settings, identity])), parts
+    return Opened(disk.sha256(repr([*settings, identity])), parts, check)
+
+
+def _hash_folder(folder: Path, cache: Path) -> Hashed:
+    found = {relative_name(path, folder): path for path in files_below(folder, lambda name: name.startswith("."))}
+    by_path = sorted(found.items(), key=lambda item: item[1])
+    return hash_tree(dict(by_path), cache)
 
 
 def _hush() -> None:
@@ -96,7 +114,7 @@ def _load(config: HubData) -> Any:
     path = expand(config.path)
     if os.path.exists(path):
         raise ValueError(f"{_what(config)} is a file: name the folder it is in, or read it with data=text")
-    if config.path.startswith(("/", "./", "../", "~")):
+    if config.path.startswith(("/", "./", "../", "~", "$")):
         raise ValueError(f"{_what(config)} does not exist: name a folder, or a dataset of the Hugging Face Hub")
     _check_reachable(config)
     try:
@@ -202,13 +220,14 @@ def _explain(config: HubData | HubTokenizer, error: Exception, is_local: bool = 
 
 
 def _read_rows(dataset: Any, config: HubData, first: int, last: int) -> Iterator[tuple[str, str]]:
+    column = config.field if config.field in dataset.column_names else config.field.split(".")[0]
     try:
-        texts = dataset.select_columns([config.field])[first:last][config.field]
+        values = dataset.select_columns([column])[first:last][column]
     except Exception as error:
         raise ValueError(_explain(config, error)) from error
-    for number, text in enumerate(texts, start=first):
+    for number, value in enumerate(values, start=first):
         where = f"{config.path}:{number}"
-        yield where, text_of({config.field: text}, config.field, where)
+        yield where, text_of({column: value}, config.field, where, text_columns(dataset.features.arrow_schema))
 
 
 def _read_stream(dataset: Any, config: HubData) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from data.packing import Row, Rows, TrainRows
 
 PREFETCHED_BATCHES = 4
+IGNORE_INDEX = -100
+"""As a target: no token, which the loss leaves out."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Batch:
     tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
     positions_BS: int64, each token's place in its document; (1, S) where it is the same in every row.
     visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
-    num_tokens: B · S.
+    num_tokens: targets that are tokens: B · S, but for the last batch of an evaluation.
     """
 
     tokens_BS: Tensor
@@ -165,10 +167,13 @@ class Loader:
 def eval_batches(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch]:
     """The first rows in their own order, on the host, as batches of one shape, so that nothing recompiles.
 
-    Takes as many full batches as fit into `max_tokens`, at least one, and leaves out rows that fill none. With fewer
-    rows than `batch_size` there is one batch of all of them.
+    Takes as many rows as fit into `max_tokens`, at least one: the same ones whatever the batch size. Where they do not
+    fill the last batch, it is filled up with rows whose targets are all IGNORE_INDEX and that `num_tokens` leaves out.
     """
-    batch_size = min(batch_size, len(rows))
-    batches = min(len(rows) // batch_size, max(1, max_tokens // (batch_size * rows.seq_len)))
-    for number in range(batches):
-        yield collate(rows[index] for index in range(number * batch_size, (number + 1) * batch_size))
+    count = min(len(rows), max(1, max_tokens // rows.seq_len))
+    batch_size = min(batch_size, count)
+    for first in range(0, count, batch_size):
+        taken = range(first, min(first + batch_size, count))
+        batch = collate(rows[index] for index in [*taken, *[first] * (batch_size - len(taken))])
+        batch.targets_BS[len(taken) :] = IGNORE_INDEX
+        yield replace(batch, num_tokens=len(taken) * rows.seq_len)

@@ -2,36 +2,37 @@
 
 A folder under preparation is called `<name>.part`. Its token files only grow, and after every few megabytes
 `progress.json` says how much of them is good and what to read next; whoever comes next cuts them there and goes on.
-The folder gets its name when all is written and `manifest.json` says so.
+The folder gets its name when all is written and `manifest.json` says so. What a manifest says is compared with the
+files before they are used: damage is named, and they are prepared again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data import disk
+from data.prepared import FILES, MANIFEST, SPLITS, TOKEN_FILES, is_prepared
+from data.progress import bar
+from data.round_trip import RoundTrip
 from data.sources import Source
-from data.split import Split, choose_split, cuts_tails
+from data.split import Split, is_fair
 from data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-SPLITS = ("train", "val")
-FILES = (*(name for split in SPLITS for name in (f"{split}.bin", f"{split}_starts.bin")), "tokenizer.json")
+PROGRESS = "progress.json"
+BY_NAME = "files are held out by their names, alike under every Python"
 LONG_DOCUMENT_TOKENS = 16_384
 BATCH_CHARS = 2**23  # text that is tokenized at once; about 200 MB while it is
 SAVE_CHARS = 2**25  # text between two savings of progress: some seconds of work
@@ -47,12 +48,16 @@ class Counts:
 
 @dataclass
 class Progressed:
-    """How far preparation has come: read on after `documents` documents of part `part`."""
+    """How far preparation has come: read on after `documents` documents of part `part`.
+
+    checks: CRC-32 of each token file so far.
+    """
 
     part: int = 0
     documents: int = 0
     train: Counts = field(default_factory=Counts)
     val: Counts = field(default_factory=Counts)
+    checks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOKEN_FILES, 0))
 
     def counts(self, split: str) -> Counts:
         counts: Counts = getattr(self, split)
@@ -62,42 +67,53 @@ class Progressed:
     def load(cls, file: Path) -> Progressed:
         """What `save` wrote last; a beginning where there is nothing good."""
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            return cls(saved["part"], saved["documents"], *(Counts(**saved[split]) for split in SPLITS))
+            saved = disk.unsealed(file.read_text(encoding="utf-8"))
+            train, val = (Counts(**saved.pop(split)) for split in SPLITS)
+            return cls(train=train, val=val, **saved)
         except (OSError, ValueError, TypeError, KeyError):
             return cls()
 
     def save(self, file: Path) -> None:
-        disk.write_whole(file, json.dumps(asdict(self)))
+        disk.write_whole(file, disk.sealed(asdict(self)))
+
+
+Fill = Callable[[Path], dict[str, Any]]
+"""Writes the token files into a folder, and returns what the manifest is to say of them."""
 
 
 def prepare(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    val_fraction: float,
-    facts: dict[str, Any],
-    notify: Callable[[str], None],
+    folder: Path, fill: Fill, tokenizer: Tokenizer, facts: dict[str, Any], notify: Callable[[str], None]
 ) -> None:
-    """Make the folder, unless it is there: train.bin and val.bin, with the tokens; train_starts.bin and val_starts.bin,
-    int64, where each document begins; tokenizer.json; manifest.json, with `facts`.
+    """Make the folder, unless it is there and good: train.bin and val.bin, with the tokens; train_starts.bin and
+    val_starts.bin, int64, where each document begins; tokenizer.json; manifest.json, with `facts`.
 
     Raises:
         ValueError: the source cannot be read, or has too little text. Nothing is left behind then.
         OSError: the folder cannot be written. Likewise.
     """
-    if read_manifest(folder) is not None:
+    if is_prepared(folder, facts):
         return
     with disk.alone(folder, lambda: notify(f"data       another process prepares {folder}; waiting for it")):
-        if read_manifest(folder) is not None:
+        if is_prepared(folder, facts, notify):
             return  # another process was first
         part = folder.with_name(f"{folder.name}.part")
         try:
             part.mkdir(parents=True, exist_ok=True)
-            _fill(part, source, tokenizer, val_fraction, facts, notify)
-            if folder.exists():  # damaged, or it would have a manifest
-                shutil.rmtree(folder)
+            made = fill(part)
+            tokenizer.save(part / "tokenizer.json")
+            for path in {*part.iterdir()} - {part / name for name in FILES}:  # progress, and what a kill left of it
+                path.unlink()
+            manifest = {
+                **facts,
+                **made,
+                "dtype": str(tokenizer.dtype),
+                "files": {name: (part / name).stat().st_size for name in sorted(FILES)},
+                "sha256": {name: disk.sha256_file(part / name) for name in sorted(FILES)},
+            }
+            disk.write_synced(part / MANIFEST, disk.sealed(manifest, indent=2))
             disk.sync(part)
+            if folder.exists():  # damaged
+                shutil.rmtree(folder)
             part.rename(folder)
             disk.sync(folder.parent)
         except (ValueError, OSError):
@@ -105,33 +121,40 @@ def prepare(
             raise
 
 
-def _fill(
+def fill_from_text(
     folder: Path,
     source: Source,
     tokenizer: Tokenizer,
-    val_fraction: float,
+    split: Split,
     facts: dict[str, Any],
     notify: Callable[[str], None],
-) -> None:
+) -> dict[str, Any]:
+    """A `Fill`, but for the first argument."""
     began = time.perf_counter()
-    progress_file = folder / "progress.json"
-    done = Progressed.load(progress_file)
+    done = Progressed.load(folder / PROGRESS)
+    damaged = [name for name in TOKEN_FILES if not is_good_so_far(folder, name, done, tokenizer)]
+    if done == Progressed() and (folder / PROGRESS).exists():
+        damaged = [PROGRESS]
+    if damaged:
+        notify(f"data       {folder / damaged[0]} is damaged: beginning anew")
+        done = Progressed()
     resumed = done.train.bytes + done.val.bytes
     verb = f"going on after {resumed / 1e6:.0f} MB, in" if resumed else "tokenizing, once, into"
     notify(f"data       {facts['source']}: {verb} {folder.with_suffix('')}")
-    split = choose_split(source, val_fraction)
-    writers = {side: StreamWriter(folder, side, tokenizer, done.counts(side)) for side in SPLITS}
+    writers = {side: StreamWriter(folder, side, tokenizer, done) for side in SPLITS}
+    trip = RoundTrip(tokenizer)
 
     def flush() -> None:
         for writer in writers.values():
             writer.flush()
-        done.save(progress_file)
+        done.save(folder / PROGRESS)
 
     unsaved = 0
     try:
-        with _bar(source.size) as advance:
+        with bar("          ", source.size) as advance:
             advance(resumed)
             for part, documents, batch in ahead(batches(source, split, BATCH_CHARS, done)):
+                trip.add([text for _, text in batch])
                 for side, writer in writers.items():
                     writer.write([text for to, text in batch if to == side])
                 done.part, done.documents = part, documents
@@ -145,33 +168,48 @@ def _fill(
     finally:
         for writer in writers.values():
             writer.close()
+    source.check()
     for side in SPLITS:
         if not done.counts(side).tokens:
-            raise ValueError(
-                f"too little text in {source.where} to hold out data.val_fraction={val_fraction}: add some"
-            )
-
-    tokenizer.save(folder / "tokenizer.json")
-    files = sorted(folder / name for name in FILES)
-    for path in set(folder.iterdir()) - set(files):  # progress.json, and what a kill left of it
-        path.unlink()
-    totals = {name: asdict(done.train)[name] + asdict(done.val)[name] for name in asdict(done.train)}
-    tails = f"too few documents to hold out whole ones: validation is the last {val_fraction:.1%} of each"
-    manifest = {
-        **facts,
-        **totals,
-        "long_document_tokens": LONG_DOCUMENT_TOKENS,
-        "train": asdict(done.train),
-        "val": asdict(done.val),
-        "note": tails if cuts_tails(split) else None,
-        "dtype": str(tokenizer.dtype),
-        "files": {path.name: path.stat().st_size for path in files},
-        "sha256": {path.name: disk.sha256_file(path) for path in files},
-    }
-    disk.write_synced(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            what = f"hold out data.val_fraction={facts['val_fraction']}"
+            if source.held_out is not None:
+                what = "train on" if side == "train" else f"validate on in {source.held_out.where}"
+            raise ValueError(f"too little text in {source.where} to {what}: add some")
+    if line := trip.finish():
+        notify(f"           {line}")
+    totals = totals_of(done)
     seconds, new = time.perf_counter() - began, totals["bytes"] - resumed
     if seconds > 5:
         notify(f"           {new / 1e6:,.0f} MB in {seconds:,.0f} s, {new / 1e6 / seconds:.1f} MB/s")
+    notes = [_about_the_split(source, split, done.val.bytes / totals["bytes"]), source.bad.told()]
+    return {
+        "text": source.fingerprint,
+        **totals,
+        "long_document_tokens": LONG_DOCUMENT_TOKENS,
+        **{side: asdict(done.counts(side)) for side in SPLITS},
+        "notes": [note for note in notes if note],
+    }
+
+
+def totals_of(done: Progressed) -> dict[str, int]:
+    """The counts of both splits together."""
+    return {name: asdict(done.train)[name] + asdict(done.val)[name] for name in asdict(done.train)}
+
+
+def _about_the_split(source: Source, split: Split, share: float) -> str | None:
+    """What a person should know about what is held out."""
+    if source.held_out is not None:
+        return None
+    if split.cuts_all:
+        return f"too few documents to hold out whole ones: validation is the last {split.fraction:.1%} of each"
+    if is_fair(share, split.fraction):
+        return None
+    why = "its documents are copies of one another, or too short to be cut"
+    if source.streamed:
+        why = "a stream is split before all of it is read"
+    elif split.cut_above == float("inf"):
+        why = BY_NAME
+    return f"validation has {share:.1%} of the text, not data.val_fraction={split.fraction:.1%}: {why}"
 
 
 def batches(
@@ -215,81 +253,56 @@ def tokenize(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.nda
 
 
 class StreamWriter:
-    """Appends documents to the token files of a split, from `counts` on, and keeps the counts."""
+    """Appends documents to the token files of a split, from where `done` says on, and keeps its counts and checks."""
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, counts: Counts) -> None:
-        self.tokenizer, self.counts = tokenizer, counts
-        self.files = []
-        for name, size in (
-            (f"{split}.bin", counts.tokens * tokenizer.dtype.itemsize),
-            (f"{split}_starts.bin", counts.documents * 8),
-        ):
-            path = folder / name
-            if (path.stat().st_size if path.exists() else 0) < size:
-                raise ValueError(f"{path} is shorter than its progress says: remove {folder} and prepare again")
-            file = path.open("ab")
-            file.truncate(size)
-            self.files.append(file)
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, done: Progressed) -> None:
+        self.tokenizer, self.counts, self.checks = tokenizer, done.counts(split), done.checks
+        self.files = {}
+        for name in (f"{split}.bin", f"{split}_starts.bin"):
+            file = (folder / name).open("ab")
+            file.truncate(_size(name, done, tokenizer))
+            self.files[name] = file
 
     def write(self, texts: list[str]) -> None:
         """Append documents, each behind a separator."""
-        if not texts:
-            return
-        ids, lengths = tokenize(texts, self.tokenizer)
-        tokens, starts = self.files
-        tokens.write(ids.tobytes())
-        starts.write((self.counts.tokens + np.cumsum(lengths) - lengths).tobytes())
-        self.counts.documents += len(texts)
-        self.counts.bytes += sum(len(text.encode()) for text in texts)
-        self.counts.tokens += int(lengths.sum())
-        self.counts.long_documents += int((lengths > LONG_DOCUMENT_TOKENS).sum())
+        if texts:
+            ids, lengths = tokenize(texts, self.tokenizer)
+            self.append(ids, np.cumsum(lengths) - lengths, sum(len(text.encode()) for text in texts))
+            self.counts.long_documents += int((lengths > LONG_DOCUMENT_TOKENS).sum())
+
+    def append(self, ids: np.ndarray, starts: np.ndarray, num_bytes: int) -> None:
+        """Append tokens, where documents begin in them, and how many bytes of text they stand for."""
+        contents = ids.tobytes(), (self.counts.tokens + starts.astype(np.int64)).tobytes()
+        for (name, file), content in zip(self.files.items(), contents, strict=True):
+            file.write(content)
+            self.checks[name] = zlib.crc32(content, self.checks[name])
+        self.counts.documents += len(starts)
+        self.counts.bytes += num_bytes
+        self.counts.tokens += len(ids)
 
     def flush(self) -> None:
         """Bring everything to the disk."""
-        for file in self.files:
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        for file in self.files:
+        for file in self.files.values():
             with suppress(OSError):  # what a full disk did not take has been told of already
                 file.close()
 
 
-@contextmanager
-def _bar(size: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar where there is a terminal."""
-    columns = (TextColumn("          "), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=size)
-        yield lambda amount: bar.advance(task, amount)
+def _size(name: str, done: Progressed, tokenizer: Tokenizer) -> int:
+    """Bytes of a token file so far."""
+    counts = done.counts(name.split("_")[0].split(".")[0])
+    return counts.documents * 8 if "_starts" in name else counts.tokens * tokenizer.dtype.itemsize
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete folder; None where any of its files is missing or of another size."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        complete = all(os.path.getsize(folder / name) == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if complete else None
-
-
-def open_prepared(folder: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, Any]]:
-    """Tokens and document starts of each split, memory-mapped, and the manifest."""
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    streams: dict[str, tuple[np.ndarray, np.ndarray]] = {
-        split: (
-            np.memmap(folder / f"{split}.bin", np.dtype(manifest["dtype"]), "r"),
-            np.memmap(folder / f"{split}_starts.bin", np.int64, "r"),
-        )
-        for split in SPLITS
-    }
-    return streams, manifest
-
-
-def damaged_files(folder: Path) -> list[str]:
-    """The names of files that are not what the manifest says, byte for byte. Reads everything."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return [name for name, digest in manifest["sha256"].items() if disk.sha256_file(folder / name) != digest]
+def is_good_so_far(folder: Path, name: str, done: Progressed, tokenizer: Tokenizer) -> bool:
+    """Whether a token file of a half-prepared folder begins with what was written."""
+    left, check = _size(name, done, tokenizer), 0
+    with suppress(OSError), (folder / name).open("rb") as file:
+        while left and (content := file.read(min(left, disk.READ_BYTES))):
+            check = zlib.crc32(content, check)
+            left -= len(content)
+    return left == 0 and check == done.checks[name]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import disk
+from data.files import expand
 
 SEPARATOR = "<|endoftext|>"
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -37,6 +41,14 @@ SPLIT_PATTERN = (
 SAFE_CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|(?<=\S)\n(?=[^\W\d_])")
 CUT_EXAMPLE = ("word", " word.\n", "word", " word\n", "word")
 PIECE_CHARS = 32_768
+
+# What SPLIT_PATTERN takes for one word, however long: letters, marks, white space.
+WORD = re.compile(r"[^\W\d_]+|(?:[^\w\s]|_)+|\s+")
+LONG_WORD, WORD_PART = 256, 64
+LONG_WORDS = re.compile(
+    rf"(?<![^\W\d_])[^\W\d_]{{{LONG_WORD},}}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){{{LONG_WORD},}}|(?<!\s)\s{{{LONG_WORD},}}"
+)
+LONG_WORDS_CHARS = 2**20
 # An encoded token costs about 100 bytes until its id is taken out: a batch of 8M characters, some 200 MB.
 BATCH_PIECES = 256
 
@@ -61,10 +73,11 @@ class Tokenizer:
             min_frequency=2,
             special_tokens=[SEPARATOR],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
         )
         backend = _byte_level(models.BPE(), split=True)
-        backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        pieces = (piece for text in texts for piece in _pieces(text))
+        backend.train_from_iterator(shorten_words(pieces), trainer)
         return cls(backend)
 
     @classmethod
@@ -125,23 +138,49 @@ class Tokenizer:
         """The text of token ids; separators show as <|endoftext|>, and bytes that are not UTF-8 as U+FFFD."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
+    def count_bytes(self, tokens: np.ndarray, targets: np.ndarray) -> int:
+        """UTF-8 bytes of the text that targets stand for, for bits per byte.
+
+        Args:
+            tokens, targets: integers of one shape; targets[…, t] follows tokens[…, t]. Negative targets are none.
+        """
+        are_tokens = targets >= 0
+        # What a tokenizer writes before a text, as SentencePiece's do a space, is not the text's.
+        begun = (tokens == self.separator_id) & are_tokens & (targets != self.separator_id)
+        prefix_bytes = int(self.token_bytes[self.encode("a")].sum()) - 1
+        return int(self.token_bytes[targets[are_tokens]].sum()) - prefix_bytes * int(begun.sum())
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: UTF-8 bytes each token stands for, 0 for the separator. For exact bits per byte."""
-        bytes_V = np.zeros(self.vocab_size, np.int32)
-        # A byte-level token is written with one character per byte; SentencePiece's with "▁" for a space and <0x0A>.
-        is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        """(vocab_size,) int64: UTF-8 bytes each token stands for within a text, 0 for the separator."""
+        bytes_V = np.zeros(self.vocab_size, np.int64)
+        # Where text becomes bytes first, a token is written with one character per byte; elsewhere as its text, with
+        # marks for spaces and word pieces that only the decoder knows, and with <0x0A> for a byte that is no text.
+        written_in_bytes = _uses(json.loads(self._backend.to_str()), "ByteLevel")
+        anchor = self._anchor()
+        before = len(self.decode(anchor).encode())
         for token, token_id in self._backend.get_vocab().items():
-            if is_byte_level:
+            if written_in_bytes:
                 bytes_V[token_id] = len(token)
+            elif BYTE_TOKEN.fullmatch(token):
+                bytes_V[token_id] = 1
             else:
-                bytes_V[token_id] = 1 if BYTE_TOKEN.fullmatch(token) else len(token.replace("▁", " ").encode())
+                bytes_V[token_id] = max(0, len(self.decode([*anchor, token_id]).encode()) - before)
         for token_id, added in self._backend.get_added_tokens_decoder().items():
             bytes_V[token_id] = 0 if added.special else len(added.content.encode())
         return bytes_V
 
+    def _anchor(self) -> list[int]:
+        """Tokens that a token can follow in the middle of a text: decoders treat the first one differently."""
+        return self.encode("a a")[-1:] or [self.separator_id]
+
+    def to_json(self) -> str:
+        """What `load` reads."""
+        return self._backend.to_str(pretty=True)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, complete or not at all."""
-        disk.write_whole(Path(path), self._backend.to_str(pretty=True))
+        disk.write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], separator: str | None = None) -> Tokenizer:
@@ -153,7 +192,7 @@ class Tokenizer:
             ValueError: the file is missing, is no tokenizer, or has no such token.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            backend = tokenizers.Tokenizer.from_str(expand(os.fspath(path)).read_text(encoding="utf-8"))
         except Exception as error:  # the backend raises bare Exception
             raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
         return cls.wrap(backend, str(path), separator)
@@ -178,6 +217,26 @@ class Tokenizer:
                 f"{where} makes {separator!r} of text that says so: set tokenizer.separator to another token"
             )
         return tokenizer
+
+
+def shorten_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, with words of `LONG_WORD` and more characters in parts: to learn from a word takes time that grows
+    with the square of its length. Of all such words `LONG_WORDS_CHARS` characters are kept, the others left out."""
+    half, room = LONG_WORD // 2, LONG_WORDS_CHARS
+    for text in texts:
+        # A long word fills a piece between two multiples of half its least length: most texts are done with here.
+        if not any(WORD.fullmatch(text, at, at + half) for at in range(0, len(text) - half + 1, half)):
+            yield text
+            continue
+        begin = 0
+        for word in LONG_WORDS.finditer(text):
+            yield text[begin : word.start()]
+            end = min(word.end(), word.start() + room)
+            for at in range(word.start(), end, WORD_PART):
+                yield text[at : min(end, at + WORD_PART)]
+            room -= end - word.start()
+            begin = word.end()
+        yield text[begin:]
 
 
 class BytesTokenizer(Tokenizer):
@@ -219,3 +278,15 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
+
+
+def _uses(settings: Any, kind: str) -> bool:
+    """Whether a tokenizer.json names a step of a kind among its steps."""
+    steps = [settings.get(name) for name in ("pre_tokenizer", "decoder")]
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            if step.get("type") == kind:
+                return True
+            steps += step.get("pretokenizers", []) + step.get("decoders", [])
+    return False

@@ -29,7 +29,7 @@ def inspect(composed: DictConfig) -> None:
     from data.config import PACKINGS
     from data.corpus import Unprepared, load_corpus
     from data.packing import PackedRows, training_rows
-    from data.prepare import damaged_files
+    from data.prepared import damaged_files
 
     corpus = load_corpus(config.data, config.tokenizer, cli.say)
     for part in corpus.parts:

@@ -62,6 +62,7 @@ def test_every_option_is_a_configuration_that_loads(composed: Callable[..., Dict
     raw = composed(option)
     group, _, name = option.partition("=")
     required = {"text": {"path": "x"}, "hf": {"path": "x"}, "file": {"path": "x"}, "hub": {"path": "x"}}
+    required["tokens"] = {"path": "x"}
     required["mix"] = {"parts": {"a": {"name": "stdlib"}}}
     config = load_config(OmegaConf.merge(raw, {group: required[name]}) if name in required else raw)
     # A preset's name is where the table of a sweep, the run folder and W&B get it from.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from data.corpus import Corpus
@@ -36,8 +34,6 @@ class Batches:
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
         """Most documents in a row; None where rows are read as one."""
-        self.token_bytes = torch.from_numpy(corpus.tokenizer.token_bytes().astype(np.int64))
-        """UTF-8 bytes that each token stands for."""
         self.rows = 0
         """Rows read so far, by all ranks: `train_rows.at(seed, position)` is each of them."""
         self._loader: Loader | None = None

@@ -19,12 +19,13 @@ from data.config import (
     SyntheticData,
     TextData,
     TokenizerConfig,
+    TokensData,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-REQUIRED = {"text": {"path": "x"}, "hf": {"path": "x"}, "mix": {"parts": {"a": {"name": "stdlib"}}}}
+REQUIRED = {name: {"path": "x"} for name in ("text", "hf", "tokens")} | {"mix": {"parts": {"a": {"name": "stdlib"}}}}
 PRESETS = ["codeparrot", "fineweb_edu", "pg19", "tiny_shakespeare", "wikitext"]
 
 
@@ -98,6 +99,22 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
         (lambda: HubTokenizer(), r"tokenizer\.path is empty: tokenizer=hub needs tokenizer\.path=gpt2"),
         (lambda: FileTokenizer(path="x", vocab_size=9), r"tokenizer\.vocab_size=9 is not possible"),
         (lambda: MixData(), r"data\.parts is empty: data=mix needs"),
+        (
+            lambda: MixData(parts=["stdlib"]),
+            r"data\.parts=\['stdlib'\] is not possible: data=mix needs data\.parts=\{NAME:",
+        ),
+        (lambda: TextData(path=[]), r"data\.path is empty: data=text needs data\.path=FILE"),
+        (lambda: TextData(path=["a", " "]), r"data\.path is empty: data=text needs"),
+        (
+            lambda: TextData(path={"a": 1}),
+            r"data\.path=\{'a': 1\} is not possible; use a name, or a list: data\.path=\[a,b\]",
+        ),
+        (lambda: TextData(path="x", exclude=[1]), r"data\.exclude=\[1\] is not possible; use a name, or a list"),
+        (lambda: TextData(path="x", delimiter=""), r"data\.delimiter is empty"),
+        (lambda: TextData(path="x", bad_records="keep"), r"data\.bad_records=keep is unknown; use stop or skip"),
+        (lambda: TextData(path="x", max_bad_records=0), r"data\.max_bad_records=0 is not possible"),
+        (lambda: HubData(path="x", val_split="train"), r"data\.val_split=train is data\.split, too"),
+        (lambda: TokensData(), r"data\.path is empty: data=tokens needs"),
         (lambda: MixData(parts={"a": 3}), r"data\.parts\.a=3 is not possible"),
         (lambda: MixData(parts={"a": {"name": "x"}}), r"data\.parts\.a\.name=x is unknown; use stdlib, text, hf"),
         (lambda: MixData(parts={"a": {"name": "mix"}}), r"data\.parts\.a\.name=mix is unknown"),

@@ -122,3 +122,24 @@ with disk.alone(Path(sys.argv[1]), lambda: None):
         process.stdout.readline()
         with disk.alone(tmp_path / "a", lambda: (told.append(1), process.kill())):
             assert told == [1]
+
+
+def test_a_seal_shows_any_change(tmp_path):
+    body = {"a": 1, "b": [1.5, "é"], "c": {"d": None}}
+    text = disk.sealed(body)
+    assert disk.unsealed(text) == disk.unsealed(disk.sealed(body, indent=2)) == body
+    content = text.encode()
+    for place in range(len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        try:
+            assert disk.unsealed(changed.decode()) == body  # white space
+        except ValueError:
+            continue
+        assert chr(content[place]).isspace()
+    for wrong in ("", "[]", "7", "{}", '{"a": 1}', "[" * 100_000):
+        with pytest.raises(ValueError, match=r"no JSON object|not what was written"):
+            disk.unsealed(wrong)
+    assert disk.unsealed('{"a": 1}', optional=True) == {"a": 1}
+    with pytest.raises(ValueError, match="not what was written"):
+        disk.unsealed('{"a": 1, "seal": "0"}', optional=True)

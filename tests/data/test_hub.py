@@ -281,3 +281,23 @@ def test_a_stream_is_read_up_to_max_bytes_and_known_by_its_commit(monkeypatch):
     assert max(read) < 4
     other = open_source(HubData(path="a/b", streaming=True, max_bytes=10, revision="v2"))
     assert other.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("when", ["loading", "reading"])
+def test_a_folder_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, when):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "d"))
+    (file,) = (tmp_path / "d").glob("*.arrow")
+    load = hub._load_folder
+
+    def disturb():
+        file.write_bytes(file.read_bytes().replace(b"document 7", b"document X"))
+
+    if when == "loading":
+        monkeypatch.setattr(hub, "_load_folder", lambda *given: [load(*given), disturb()][0])
+        with pytest.raises(ValueError, match=r"\.arrow changed while it was read, and nothing was kept"):
+            open_source(HubData(path=str(tmp_path / "d")))
+    else:
+        source = open_source(HubData(path=str(tmp_path / "d")))
+        disturb()
+        with pytest.raises(ValueError, match=r"\.arrow changed while it was read, and nothing was kept"):
+            source.check()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.corpus import TokenStream
-from data.loader import Loader, collate, eval_batches
+from data.loader import IGNORE_INDEX, Loader, collate, eval_batches
 from data.packing import PackedRows, row_order
 
 SEQ_LEN = 4
@@ -146,12 +146,28 @@ def test_batches_arrive_on_the_gpu_unchanged(load):
 @pytest.mark.parametrize(
     ("batch_size", "max_tokens", "expected"),
     [
-        (2, 10**9, [[0, 1], [2, 3], [4, 5]]),  # the seventh row fills no batch
+        (2, 10**9, [[0, 1], [2, 3], [4, 5], [6]]),
         (2, 16, [[0, 1], [2, 3]]),
-        (2, 15, [[0, 1]]),
-        (2, 1, [[0, 1]]),  # at least one
+        (2, 15, [[0, 1], [2]]),
+        (2, 1, [[0]]),  # at least one
         (50, 10**9, [[0, 1, 2, 3, 4, 5, 6]]),  # fewer rows than a batch
     ],
 )
 def test_evaluation_takes_the_first_rows_in_batches_of_one_shape(batch_size, max_tokens, expected):
-    assert [row_ids(batch) for batch in eval_batches(packed(7), batch_size, max_tokens)] == expected
+    batches = list(eval_batches(packed(7), batch_size, max_tokens))
+    assert len({batch.tokens_BS.shape for batch in batches}) == 1
+    assert [row_ids(batch)[: len(rows)] for batch, rows in zip(batches, expected, strict=True)] == expected
+    assert [batch.num_tokens for batch in batches] == [len(rows) * 4 for rows in expected]
+    for batch, rows in zip(batches, expected, strict=True):
+        assert (batch.targets_BS[len(rows) :] == IGNORE_INDEX).all()
+
+
+def test_validation_covers_the_same_tokens_whatever_the_batch_size():
+    rows = packed(23)
+    seen = {}
+    for batch_size in (1, 2, 3, 4, 7, 23, 64):
+        batches = list(eval_batches(rows, batch_size, 17 * 4))
+        targets = torch.cat([batch.targets_BS[batch.targets_BS != IGNORE_INDEX].flatten() for batch in batches])
+        seen[batch_size] = targets.tolist()
+        assert sum(batch.num_tokens for batch in batches) == len(targets) == 17 * 4
+    assert len(set(map(tuple, seen.values()))) == 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+import time
+
 import numpy as np
 import pytest
 import tokenizers
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.tokenizer
-from data.tokenizer import SEPARATOR, Tokenizer
+from data.round_trip import RoundTrip
+from data.tokenizer import SEPARATOR, Tokenizer, shorten_words
 
 TEXTS = [
     "def visible(query, key):\n    return key <= query  # it's causal: 2026\n\n\n" * 30,
@@ -23,7 +27,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 def test_decoding_gives_the_text_back_and_token_bytes_add_up(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
-    assert TOKENIZER.token_bytes()[ids].sum() == len(text.encode())
+    assert TOKENIZER.token_bytes[ids].sum() == len(text.encode())
     assert TOKENIZER.separator_id not in ids
 
 
@@ -99,7 +103,7 @@ def test_the_separator_is_never_parsed_from_text():
     assert len(TOKENIZER.encode(SEPARATOR)) > 1
     assert TOKENIZER.separator_id not in TOKENIZER.encode_batch([SEPARATOR])[0]
     assert TOKENIZER.decode([TOKENIZER.separator_id, *TOKENIZER.encode("a")]) == SEPARATOR + "a"
-    assert TOKENIZER.token_bytes()[TOKENIZER.separator_id] == 0
+    assert TOKENIZER.token_bytes[TOKENIZER.separator_id] == 0
 
 
 def test_training_learns_merges_up_to_the_asked_size():
@@ -121,8 +125,8 @@ def test_a_saved_tokenizer_loads_the_same_and_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     text = TEXTS[1] + SEPARATOR
     assert loaded.encode(text) == TOKENIZER.encode(text)
-    np.testing.assert_array_equal(loaded.token_bytes(), TOKENIZER.token_bytes())
-    assert loaded.token_bytes().dtype == np.int32
+    np.testing.assert_array_equal(loaded.token_bytes, TOKENIZER.token_bytes)
+    assert loaded.token_bytes.dtype == np.int64
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])
@@ -151,13 +155,13 @@ def test_bytes_are_the_text_and_what_the_saved_file_gives(text):
 
 def test_bytes_have_257_ids_and_load_as_bytes(tmp_path):
     assert (BYTES.vocab_size, BYTES.separator_id, BYTES.dtype) == (257, 0, np.dtype(np.uint16))
-    assert BYTES.token_bytes().tolist() == [0] + [1] * 256
+    assert BYTES.token_bytes.tolist() == [0] + [1] * 256
     BYTES.save(tmp_path / "t.json")
     assert type(Tokenizer.load(tmp_path / "t.json")) is type(BYTES)
 
 
-def sentencepiece_like():
-    """In the manner of Llama 2: "▁" for spaces, bytes for what has no token."""
+def sentencepiece_like(prefix=False):
+    """In the manner of Llama 2: "▁" for spaces (and before a text), bytes for what has no token."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -165,7 +169,11 @@ def sentencepiece_like():
     vocabulary |= {token: len(vocabulary) + i for i, token in enumerate(["▁", "a", "é", "▁a"])}
     backend = Backend(models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), backend.normalizer])
+        steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens(["<s>", "</s>"])
     return backend
 
@@ -178,9 +186,99 @@ def test_a_tokenizer_of_another_kind_keeps_texts_and_bytes(tmp_path):
     ids = tokenizer.encode(text)
     assert tokenizer.separator_id not in ids
     assert tokenizer.decode(ids) == text
-    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert tokenizer.encode_batch([text])[0].tolist() == ids
     assert Tokenizer.load(tmp_path / "t.json", "<s>").separator_id == 1
+
+
+def with_decoder(tokenizer, decoder):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend.decoder = decoder
+    return Tokenizer.wrap(backend, "a test", None)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        TOKENIZER,
+        GPT2,
+        PREFIXED,
+        BYTES,
+        with_decoder(GPT2, decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])),
+        with_decoder(GPT2, decoders.Sequence([decoders.Sequence([decoders.ByteLevel()]), decoders.Fuse()])),
+        Tokenizer.wrap(sentencepiece_like(), "a test", None),
+        Tokenizer.wrap(sentencepiece_like(prefix=True), "a test", None),
+    ],
+)
+def test_bytes_are_the_texts_own_whatever_the_decoder(tokenizer):
+    documents = ["aé a\n漢 words, and more", "b", "Grüße 🙂 a"]
+    ids = np.array([token for text in documents for token in [tokenizer.separator_id, *tokenizer.encode(text)]])
+    expected = sum(len(text.encode()) for text in documents)
+    assert tokenizer.count_bytes(ids[:-1], ids[1:]) == expected
+    targets = np.where(np.arange(len(ids) - 1) < 5, ids[1:], -100)
+    assert tokenizer.count_bytes(ids[:-1], targets) == tokenizer.count_bytes(ids[:5], ids[1:6])
+
+
+LOSSY = {
+    "case": (NORMALIZED, normalizers.Lowercase()),
+    "spaces": (GPT2, normalizers.Replace(" ", "")),
+    "accents": (GPT2, normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
+}
+
+
+@pytest.mark.parametrize("what", LOSSY)
+def test_a_tokenizer_that_loses_text_is_told_with_the_share(what):
+    tokenizer, normalizer = LOSSY[what]
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    backend.normalizer = normalizer
+    trip = RoundTrip(Tokenizer.wrap(backend, "a test", None))
+    trip.add([TEXTS[1]])
+    with pytest.raises(ValueError, match=r"the tokenizer loses \d+\.\d% of the characters of this text, most often '"):
+        trip.finish()
+    with pytest.raises(ValueError, match="the tokenizer loses"):
+        trip.add([TEXTS[1] * 20])
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, GPT2, PREFIXED, NORMALIZED, BYTES, Tokenizer.wrap(sentencepiece_like(), "a test", None)]
+)
+def test_a_tokenizer_that_only_writes_text_in_another_way_loses_none(tokenizer):
+    trip = RoundTrip(tokenizer)
+    trip.add([*TEXTS, "cafe\u0301 " * 3000, "", "a"])
+    assert trip.finish() is None
+    assert trip.characters > 15_000
+
+
+def test_a_long_text_is_looked_at_in_samples_from_all_over_it():
+    trip = RoundTrip(TOKENIZER)
+    samples = list(trip._samples(["x" * 10_000, "", "y" * 990_000]))
+    assert 60 <= len(samples) <= 66
+    assert {*map(len, samples)} <= {1000, *range(1, 1000)}
+    assert (samples[0], samples[-1][0]) == ("x" * 1000, "y")
+    assert next(trip._samples(["ab"] * 3000)) == "ab"
+    assert len(list(trip._samples(["ab"] * 3_000_000))) < 70
+
+
+def test_a_very_long_word_takes_no_longer_than_a_text_of_its_length():
+    rng = random.Random(0)
+    word = "".join(rng.choices("abcdefgh", k=400_000))
+    began = time.process_time()
+    tokenizer = Tokenizer.train([f"a text with {word} in it\n", " " * 400_000, "=" * 400_000], 4096)
+    assert time.process_time() - began < 60  # 157 s before, of another machine; now some 2 s
+    assert tokenizer.vocab_size == 4096
+    assert tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_words_are_shortened_only_where_they_are_long(monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "LONG_WORDS_CHARS", 1000)
+    texts = [*TEXTS, "a" * 255, f"{'-' * 100}\n" * 9]
+    assert list(shorten_words(texts)) == texts
+    word = "".join(chr(97 + i % 26) for i in range(700))
+    parts = list(shorten_words([f"before {word} between {word} after"]))
+    assert parts[0] == "before "
+    assert "".join(parts[1:12]) + parts[12] == word + " between "
+    assert {*map(len, parts[1:12])} == {64, 700 % 64}
+    assert "".join(parts[13:]) == word[:300] + " after"  # of all long words 1,000 characters
 
 
 def test_a_separator_that_text_could_write_is_made_special_or_refused(tmp_path):

@@ -234,7 +234,7 @@ def test_a_branch_goes_on_elsewhere_and_leaves_its_origin_alone(
         ("seed=3", "seed=3 does not fit"),
         ("optimizer=muon", "optimizer.name=muon does not fit"),
         ("max_steps=5", "max_steps=5 is less than the 6 steps"),
-        ("data.val_fraction=0.4", "trained on another text"),
+        ("data.val_fraction=0.4", "data.val_fraction=0.4 does not fit"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_says_which_field_differs(

@@ -24,6 +24,7 @@ MUST_AGREE = (
     "seed",
     "data.document_mask",
     "data.packing",
+    "data.val_fraction",
 )
 MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
 

@@ -36,7 +36,8 @@ class Evaluation(Service):
                     return
                 nats += run.train_step.loss(batch).item()
         num_tokens = sum(batch.num_tokens for batch in batches)
-        num_bytes = sum(int(run.batches.token_bytes[batch.targets_BS].sum()) for batch in batches)
+        count_bytes = run.batches.corpus.tokenizer.count_bytes
+        num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
         run.progress.val_loss = run.progress.step, nats / num_tokens
         run.log({"val/loss": nats / num_tokens, "val/bits_per_byte": nats / math.log(2) / num_bytes})
         run.progress.unfinished.remove(self.name)
