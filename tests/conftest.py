@@ -35,24 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
-        if _shares_a_costly_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
     everything = list(items)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     yield
     config.stash[LEFT_OUT] = left_out(everything, items)
     if worker := getattr(config, "workerinput", None):
         Path(worker["left_out"]).write_text(config.stash[LEFT_OUT])
 
 
-def _shares_a_costly_fixture(item: Any) -> bool:
-    """Tests that share a fixture of their module run in one process, which then makes it once."""
-    definitions = (item._fixtureinfo.name2fixturedefs.get(name, [None])[-1] for name in item.fixturenames)
-    return any(
-        definition and definition.scope == "module" and not definition.argname.startswith("_")
-        for definition in definitions
-    )
-
-
+# Files begin first that take longest: one process runs all of a file, with what its tests share.
+LONGEST = ("test_command_line.py", "test_compile_hopper.py", "test_compile_only.py")
 LEFT_OUT = pytest.StashKey[str]()
 
 

@@ -31,10 +31,7 @@ HEAD_DIM_256 = 128  # two accumulators of N × 256 and every mask at once: no ti
 
 
 pytestmark = pytest.mark.slow
-# The tests of one architecture run in one process, which compiles for it once.
-architectures = pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SHARED_MEMORY]
-)
+architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
 
 
 @cache
