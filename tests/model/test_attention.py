@@ -29,7 +29,7 @@ SHAPES = {  # batch, length, query heads, key/value heads, head_dim
     "one-token": (1, 1, 2, 2, 16),
     "odd": (2, 63, 4, 2, 16),
     "one-block": (1, 128, 2, 1, 32),
-    "ragged": (1, 200, 3, 3, 16),
+    "ragged": (1, 150, 3, 3, 16),
 }
 MASKS = {
     "causal": {},
