@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch and NumPy: each core has a process, and a second thread in it would only wait.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,12 @@ if not torch.cuda.is_available():
 from training import cli
 
 ON_GPU = torch.cuda.is_available()
+
+# On a busy machine an example takes as long as it takes.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
