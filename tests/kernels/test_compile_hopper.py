@@ -41,7 +41,7 @@ TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pa
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", TRITONS)
 def test_hopper_kernels_fit_use_their_instructions_and_wait_for_no_product(folder: str) -> None:
-    """With each Triton two minutes, and some seconds where they have been compiled before."""
+    """With each Triton four minutes, and some seconds where they have been compiled before."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": folder} if folder else {}
     command = [sys.executable, str(Path(__file__).with_name("compile_hopper.py"))]
