@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch and NumPy: each core has a process, and a second thread in it would only wait.
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+
+import hypothesis
 import pytest
 import torch
 
@@ -13,13 +23,66 @@ if not torch.cuda.is_available():
 
 from training import cli
 
+ON_GPU = torch.cuda.is_available()
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+# On a busy machine an example takes as long as it takes.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process where tests share a GPU, or where single files are asked for; else as many as there are cores."""
+    return 0 if ON_GPU or all(".py" in argument for argument in config.args) else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    everything = list(items)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+    yield
+    config.stash[LEFT_OUT] = left_out(everything, items)
+    if worker := getattr(config, "workerinput", None):
+        Path(worker["left_out"]).write_text(config.stash[LEFT_OUT])
+
+
+# Files begin first that take longest: one process runs all of a file, with what its tests share.
+LONGEST = ("test_command_line.py", "test_compile_hopper.py", "test_compile_only.py")
+LEFT_OUT = pytest.StashKey[str]()
+
+
+def left_out(everything: list[pytest.Item], selected: list[pytest.Item]) -> str:
+    """One line: what this run does not test, why, and what does."""
+    chosen = set(selected)
+    count = Counter("slow" if "slow" in item.keywords else "other" for item in everything if item not in chosen)
+    skipped = sum("gpu" in item.keywords for item in selected) if not ON_GPU else 0
+    parts = [f"{skipped} gpu (no CUDA GPU here)"] if skipped else []
+    parts += [f"{count['slow']} slow (.ci/run does, with pytest -m slow)"] if count["slow"] else []
+    parts += [f"{count['other']} others (python -m pytest does)"] if count["other"] else []
+    return "not tested: " + ", ".join(parts) if parts else ""
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    return config.stash.get(LEFT_OUT, "")
+
+
+# With several processes each collects, and the first tells the one that prints.
+
+
+def pytest_configure_node(node: Any) -> None:
+    file, node.workerinput["left_out"] = tempfile.mkstemp(prefix="flash-gpt-tests-")
+    os.close(file)
+
+
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    file = Path(node.workerinput["left_out"])
+    if line := file.read_text() if node.gateway.id == "gw0" else "":
+        node.config.get_terminal_writer().line(line)
+    file.unlink()
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import LIMIT_S, wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,6 +198,7 @@ def test_what_only_the_files_can_tell_is_one_line_too(
     assert not (home / "refused").exists()
 
 
+@pytest.mark.slow
 def test_output_that_nobody_can_take_is_no_reason_to_end_a_run(home: Path) -> None:
     arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "max_steps=1"]
     for name, redirection in (("closed", ">&-"), ("full", "> /dev/full")):
@@ -308,14 +309,6 @@ def begin(home: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def lines_of(folder: Path) -> int:
     record = folder / "metrics.jsonl"
     return record.read_text().count("\n") if record.exists() else 0
@@ -325,30 +318,34 @@ ENDLESS = ["max_steps=1_000_000", "eval_every=0", "log_every=1"]
 REQUESTS = {"SIGINT": 130, "SIGTERM": 75, "SIGUSR1": 75, "SIGHUP": 75, "STOP": 75}
 
 
-def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(home: Path, no_torch: Path) -> None:
-    folder, again = home / "long", [*SMALL, *ENDLESS, "run_dir=long"]
-    for name, code in REQUESTS.items():
+@pytest.mark.parametrize("names", [["SIGTERM", "STOP"], pytest.param(list(REQUESTS), marks=pytest.mark.slow)])
+def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(
+    home: Path, no_torch: Path, names: list[str]
+) -> None:
+    run_dir = f"long-{len(names)}"
+    folder, again = home / run_dir, [*SMALL, *ENDLESS, f"run_dir={run_dir}"]
+    for name in names:
         before = lines_of(folder)
-        process = begin(home, *ENDLESS, "run_dir=long")
+        process = begin(home, *ENDLESS, f"run_dir={run_dir}")
         try:
-            wait_for(lambda before=before: lines_of(folder) > before + 3, process)  # type: ignore[misc]
+            wait_until(lambda before=before: lines_of(folder) > before + 3, process)  # type: ignore[misc]
             second = run(home, *again, PYTHONPATH=str(no_torch)) if name == "STOP" else None
             if name == "STOP":
                 (folder / "STOP").touch()
             else:
                 process.send_signal(getattr(signal, name))
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=LIMIT_S)
         finally:
             process.kill()
-        assert process.returncode == code
+        assert process.returncode == REQUESTS[name]
         (line,) = err.splitlines()
-        assert line.startswith(f"error: interrupted by {'the STOP file' if name == 'STOP' else name}; saved long/")
+        assert line.startswith(f"error: interrupted by {'the STOP file' if name == 'STOP' else name}; saved {run_dir}/")
         assert "run interrupted" in out.splitlines()
         assert ("resume     step" in out) == (before > 0)
         if second is not None:
-            check_refusal(second, "run_dir=long", f"is being trained by process {process.pid}", "choose another")
+            check_refusal(second, f"run_dir={run_dir}", f"is being trained by process {process.pid}", "choose another")
     changed = run(home, *again, "seed=7", PYTHONPATH=str(no_torch))
-    check_refusal(changed, "seed=7 does not fit long/checkpoints/step-", "which was trained with seed=")
+    check_refusal(changed, f"seed=7 does not fit {run_dir}/checkpoints/step-", "which was trained with seed=")
     assert not (folder / "STOP").exists()
     steps = [line["step"] for line in metrics(folder)]
     assert steps == list(range(len(steps))), "each step once, over all processes"
@@ -361,13 +358,13 @@ def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tupl
     process, err = begin(home, *arguments), list[str]()
     assert process.stderr is not None
     try:
-        wait_for(moment, process)
+        wait_until(moment, process)
         os.killpg(process.pid, signal.SIGTERM)
         for line in process.stderr:
             err.append(line)
             if line.startswith("error: "):  # PyTorch has warnings of its own
                 os.killpg(process.pid, signal.SIGTERM)  # once more, while Python ends
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
     assert process.returncode == 75, err
@@ -378,6 +375,7 @@ def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tupl
     return saved.name, out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_during_an_evaluation_leaves_it_to_the_next_process(home: Path) -> None:
     folder = home / "evaluating"
     (home / "much").mkdir()
@@ -388,6 +386,7 @@ def test_a_run_that_is_asked_during_an_evaluation_leaves_it_to_the_next_process(
     assert lines_of(folder) == 0, "the evaluation at step 0 was cut"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_inside_a_save_ends_with_a_good_checkpoint(home: Path) -> None:
     folder = home / "saving"
     inside = lambda: any(folder.glob("checkpoints/.step-*.part-*"))  # noqa: E731
@@ -398,7 +397,10 @@ def test_a_run_that_is_asked_inside_a_save_ends_with_a_good_checkpoint(home: Pat
     assert not list(folder.glob("checkpoints/.step-*")), "nothing half-written is left"
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("SIGINT", 130), *(pytest.param(name, 75, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGUSR1"))],
+)
 def test_a_run_that_is_asked_before_it_trains_has_nothing_to_save_and_says_so(home: Path, name: str, code: int) -> None:
     (home / "much").mkdir(exist_ok=True)
     (home / "much" / "a.txt").write_text("a line of a long text\n" * 200_000)
@@ -406,9 +408,9 @@ def test_a_run_that_is_asked_before_it_trains_has_nothing_to_save_and_says_so(ho
     much = ["data.path=much", f"data.cache_dir={cache}", f"run_dir=early-{name}"]
     process = begin(home, *much)
     try:
-        wait_for(cache.exists, process)  # the data is being prepared
+        wait_until(cache.exists, process)  # the data is being prepared
         process.send_signal(getattr(signal, name))
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
     assert (process.returncode, err) == (code, f"error: interrupted by {name}; the same command goes on\n")
@@ -416,44 +418,57 @@ def test_a_run_that_is_asked_before_it_trains_has_nothing_to_save_and_says_so(ho
     assert not (home / f"early-{name}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_a_run_that_is_asked_while_it_compiles_answers_after_its_first_step(home: Path) -> None:
-    folder = home / "compiling"
-
-    def compiling() -> bool:
-        time.sleep(1)
-        return (folder / "facts.json").exists()
-
+def test_a_run_that_is_asked_while_it_compiles_answers_after_its_first_step(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = home / "inductor"  # nothing is compiled yet
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    compiling = lambda: any(compiled.rglob("*.cpp"))  # noqa: E731
     saved, out = ask_to_stop(home, compiling, *ENDLESS, "run_dir=compiling", "compile=true")
     assert any(line.startswith("compiling") for line in out)
     assert saved in ("step-00000000", "step-00000001")
 
 
-def test_a_run_ends_after_max_time_and_at_once_at_a_second_ctrl_c(home: Path) -> None:
+def test_a_run_ends_after_max_time(home: Path) -> None:
     done = run(home, *SMALL, *ENDLESS, "run_dir=timed", "max_time=0.001")
     assert done.code == 75
     assert done.err == ["error: interrupted by max_time; saved timed/checkpoints/step-00000000"]
 
-    process = begin(home, *ENDLESS, "run_dir=twice", "tokens_per_step=1_280_000")  # a step takes most of a minute
+
+def cpu_seconds(process: subprocess.Popen[str]) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads from /proc how much a process has computed")
+def test_a_run_ends_at_once_at_a_second_ctrl_c(home: Path) -> None:
+    """The first comes after a second of the first step, which takes most of a minute."""
+    process = begin(home, *ENDLESS, "run_dir=twice", "tokens_per_step=1_280_000")
     try:
-        wait_for(lambda: lines_of(home / "twice") > 0, process)
-        time.sleep(0.2)
+        wait_until(lambda: lines_of(home / "twice") > 0, process)
+        used = cpu_seconds(process)
+        wait_until(lambda: cpu_seconds(process) > used + 1, process)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert process.poll() is None, "asked once, it finishes its step"
+        wait_until(lambda: cpu_seconds(process) > used + 2, process)  # it is at its step
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=5)
+        _, err = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
     assert process.returncode == 130
+    assert "saved" not in err
+    assert lines_of(home / "twice") == 1, "the step was cut"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(home: Path) -> None:
-    """Five kills, alternately at any instant and inside a save; scripts/kill_test.py does two hundred."""
+    """Up to five kills, alternately at any instant and inside a save; scripts/kill_test.py does two hundred."""
     command = [sys.executable, "-m", "scripts.kill_test", "--kills", "5", "--out", str(home / "kills")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((home / "kills" / "record.json").read_text())
-    assert record["kills"] == 5
-    assert record["kills_inside_a_save"] >= 2
+    assert record["kills"] >= 3  # a run that suddenly gets more of the machine may come to its end before the next
+    assert record["kills_inside_a_save"] >= 1
     assert record["equal"]

@@ -111,7 +111,6 @@ def test_a_thousand_batches_put_back_together_also_after_a_stop_on_other_ranks(l
     assert rest == [row for batch in whole[137:] for row in batch][: 575 * 12]
 
 
-@pytest.mark.timeout(20)
 def test_an_error_in_the_thread_reaches_the_loop(load, monkeypatch):
     rows = packed(4)
     loader = load(rows, 2)
@@ -122,7 +121,6 @@ def test_an_error_in_the_thread_reaches_the_loop(load, monkeypatch):
     assert not loader._thread.is_alive()
 
 
-@pytest.mark.timeout(20)
 def test_close_stops_the_thread_and_ends_iteration(load):
     loader = load(packed(4), 2)
     next(loader)

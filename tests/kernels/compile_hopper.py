@@ -25,6 +25,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from compile_cache import read_compiled
+
 from kernels.flash_attention import hopper
 from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass, host, order
 from kernels.flash_attention.hopper.common import Kind
@@ -41,14 +43,18 @@ MASKS = {
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
-    """What the compiler made of a kernel: bytes of shared memory, of stack, instructions, whether the products wait for
-    one another ("serialized"), and the barriers that Triton chose for itself."""
+    """What the compiler makes of a kernel, as `resources` reads it."""
     signature = {p.name: "constexpr" if p.name in constants else types[p.name] for p in kernel.params}
     pointers = [(i,) for i, p in enumerate(kernel.params) if signature[p.name].startswith("*")]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel, signature, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in pointers}
     )
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": 4})
+    return read_compiled(resources, source, TARGET, {"num_warps": 4})
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Bytes of shared memory, of stack, instructions, whether the products wait for one another ("serialized"), and the
+    barriers that Triton chose for itself."""
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source_file = Path(folder, "kernel.ptx")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from compile_cache import read_compiled
 
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
@@ -40,24 +42,14 @@ MASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a kernel."""
-
-    shared: int
-    """Bytes of shared memory."""
-    registers: int
-    stack: int
-    """Bytes of registers spilled to memory, per thread."""
-    assembly: str
-    """PTX, or AMD assembly."""
+INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "v_mfma")
 
 
 def compile_kernel(
     name: str, tiles: Tiles, head_dim: int, target: GPUTarget, mask: str = "causal", dtype: str = "bf16",
     group: int = 1,
-) -> Compiled:  # fmt: skip
-    """Compile one kernel for one target.
+) -> dict[str, Any]:  # fmt: skip
+    """What the compiler makes of one kernel for one target, as `resources` reads it.
 
     Args:
         name: forward, dq or dkdv. mask: of MASKS. dtype: in Triton's words (bf16, fp16, fp32), or tf32: fp32 with
@@ -99,25 +91,30 @@ def compile_kernel(
             signature[p] = "fp32" if p in ("cap", "factor", "scale") else "i32"
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
-    if target.backend != "cuda":
+    return read_compiled(resources, source, target, options)
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Bytes of shared memory; per thread registers, as Triton's own cuobjdump reads them, and bytes of stack, which is
+    registers spilled to memory; and the INSTRUCTIONS that it has."""
+    if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
         spilled = re.search(r"\.private_segment_fixed_size: (\d+)", assembly)
-        return Compiled(compiled.metadata.shared, 0, int(spilled[1]) if spilled else 0, assembly)
-    registers, stack = resources(compiled.asm["cubin"])
-    return Compiled(compiled.metadata.shared, registers, stack, compiled.asm["ptx"])
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) per thread, as Triton's own cuobjdump reads them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
+        registers, stack = 0, int(spilled[1]) if spilled else 0
+    else:
+        assembly = compiled.asm["ptx"]
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+        assert found, text
+        registers, stack = int(found[1]), int(found[2])
+    instructions = [instruction for instruction in INSTRUCTIONS if instruction in assembly]
+    return {
+        "shared": compiled.metadata.shared, "registers": registers, "stack": stack, "instructions": instructions,
+    }  # fmt: skip
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -155,9 +152,6 @@ def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple
 
 if __name__ == "__main__":
     for name, head_dim, mask, dtype, tiles in configurations(sys.argv[1]):
-        compiled = asdict(compile_kernel(name, tiles, head_dim, target_of(sys.argv[1]), mask, dtype, group=4))
-        assembly = compiled.pop("assembly")
-        instructions = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "v_mfma")
-        found = [instruction for instruction in instructions if instruction in assembly]
+        compiled = compile_kernel(name, tiles, head_dim, target_of(sys.argv[1]), mask, dtype, group=4)
         row = {"kernel": name, "head_dim": head_dim, "mask": mask, "dtype": dtype, "tiles": asdict(tiles)}
-        print(json.dumps(row | compiled | {"instructions": found}), flush=True)
+        print(json.dumps(row | compiled), flush=True)

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,23 @@ ALLOWED_STACK = 40
 HEAD_DIM_256 = 128  # two accumulators of N × 256 and every mask at once: no tiles without
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict[str, Any]]]:
-    """What compile_only.py says of each architecture; two at a time, about 40 s each."""
-    script = str(Path(__file__).with_name("compile_only.py"))
+pytestmark = pytest.mark.slow
+architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
+
+
+@cache
+def compiled(architecture: str) -> list[dict[str, Any]]:
+    """What compile_only.py says of an architecture: 40 s, and 2 s where it has been compiled before."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-
-    def compile_all(architecture: str) -> list[dict[str, Any]]:
-        done = subprocess.run([sys.executable, script, architecture], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SHARED_MEMORY, pool.map(compile_all, SHARED_MEMORY), strict=True))
+    command = [sys.executable, str(Path(__file__).with_name("compile_only.py")), architecture]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_every_configuration_compiles_fits_and_does_not_spill(architecture, compiled):
-    rows = compiled[architecture]
+@architectures
+def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
+    rows = compiled(architecture)
     assert len(rows) >= 12
     for row in rows:
         # 16 bits on sm_80 take the tiles that sm_86 and 89 do, which are compiled there with one mask only.
@@ -58,10 +56,9 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture, comp
         assert row["stack"] <= allowed or architecture.startswith("gfx"), row
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_the_fast_instructions_are_used(architecture, compiled):
-    for row in compiled[architecture]:
+@architectures
+def test_the_fast_instructions_are_used(architecture):
+    for row in compiled(architecture):
         if row["dtype"] == "fp32":
             assert "mma" not in " ".join(row["instructions"]), "IEEE float32 has no matrix unit"
             continue

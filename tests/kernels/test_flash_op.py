@@ -51,7 +51,9 @@ PLAIN = lambda: (None, None, True, None, 0.0, 0.25, False, "auto")  # noqa: E731
 EVERYTHING = lambda: (starts(), torch.randn(H, device=DEVICE), False, 7, 3.0, 0.1, True, "triton")  # noqa: E731
 
 
-@pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(PLAIN, marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"]
+)
 def test_operators_pass_opcheck(options):
     """PyTorch's own test of schema, autograd registration, fake tensors and tracing with dynamic shapes."""
     arguments = options()

@@ -29,7 +29,7 @@ SHAPES = {  # batch, length, query heads, key/value heads, head_dim
     "one-token": (1, 1, 2, 2, 16),
     "odd": (2, 63, 4, 2, 16),
     "one-block": (1, 128, 2, 1, 32),
-    "ragged": (2, 333, 3, 3, 16),
+    "ragged": (1, 150, 3, 3, 16),
 }
 MASKS = {
     "causal": {},
@@ -99,7 +99,7 @@ def test_backend_equals_the_specification(name, shape, mask):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_low_precision_error_is_within_twice_pytorchs_own(name):
     """Against float64, by the rule of the field: error ≤ 2 × the error of standard attention in the same dtype."""
-    spec, qkv, starts, _ = case((2, 200, 4, 2, 32), {"documents": 0.02})
+    spec, qkv, starts, _ = case((1, 200, 2, 1, 32), {"documents": 0.02})
     low = [x.detach().bfloat16().requires_grad_() for x in qkv]
     grad_out = torch.randn_like(qkv[0])
     truth = forward_and_gradients(lambda q, k, v: reference(q, k, v, starts=starts), qkv, grad_out)

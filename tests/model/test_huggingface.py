@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processes import LIMIT_S
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, RotaryConfig
@@ -109,7 +110,7 @@ def both(tmp_path_factory, build_lively):
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", READ_WITH_TRANSFORMERS]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = {name: load_file(root / name / "logits.safetensors")["logits"] for name in CASES}
     facts = {name: json.loads((root / name / "facts.json").read_text()) for name in CASES}
