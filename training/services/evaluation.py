@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Service
+from training.run import Run
 
-if TYPE_CHECKING:
-    from training.run import Run
+from .base import Service
 
 
 class Evaluation(Service):
