@@ -1,0 +1,68 @@
+"""A run under a memory policy is the run without one, from its first step to a resume under another policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.checkpoint import folder as checkpoints
+from training.config import TrainConfig, load_config
+from training.loggers import read_metrics
+from training.trainer import Trainer
+
+MakeConfig = Callable[..., TrainConfig]
+POLICIES = ["memory=none", "memory=selective", "memory=full"]
+OPTIONS = ["model.n_layers=3", "model.window=9", "tokens_per_step=256", "deterministic=true", "learning_rate=1e-2"]
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def fit(config: TrainConfig) -> list[str]:
+    lines: list[str] = []
+    Trainer(config, lines.append).fit()
+    return lines
+
+
+def trained(folder: Path) -> tuple[bytes, list[float]]:
+    """The weights, and the losses of the record."""
+    records = read_metrics(folder / "metrics.jsonl")
+    losses = [record[name] for record in records for name in ("train/loss", "val/loss") if name in record]
+    return (folder / "model.safetensors").read_bytes(), losses
+
+
+@pytest.mark.parametrize("attention", ["math", "sdpa", "flex"])
+def test_a_run_under_any_policy_ends_with_the_same_bits(config: MakeConfig, tmp_path: Path, attention: str) -> None:
+    """Documents, a window, accumulation and deterministic algorithms included."""
+    results = []
+    for number, policy in enumerate([*POLICIES, "memory=full memory.keep_attention=false memory.layers=0.5"]):
+        folder = tmp_path / str(number)
+        fit(config(f"attention={attention}", *policy.split(), *OPTIONS, f"run_dir={folder}"))
+        results.append(trained(folder))
+    assert all(result == results[0] for result in results)
+    assert len(results[0][1]) > 4
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])
+def test_a_run_may_go_on_under_another_policy(config: MakeConfig, tmp_path: Path, before: int, after: int) -> None:
+    options = [*OPTIONS, "max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=9"]
+    whole, branch = tmp_path / "whole", tmp_path / "branch"
+    fit(config(POLICIES[before], *options, f"run_dir={whole}"))
+    resume = f"resume={checkpoints.path_of(whole, 4)}"
+    lines = fit(config(POLICIES[after], *options, f"run_dir={branch}", resume))
+    names = [policy.partition("=")[2] for policy in (POLICIES[before], POLICIES[after])]
+    assert any(f"memory.name {names[0]} → {names[1]}" in line for line in lines)
+    assert trained(branch) == trained(whole)
+
+
+def test_a_policy_that_does_not_exist_is_refused_by_name(composed: Callable[..., object]) -> None:
+    raw = composed("memory=full")
+    raw.memory.name = "fulll"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"memory\.name=fulll is unknown; use none, selective, full"):
+        load_config(raw)  # type: ignore[arg-type]
