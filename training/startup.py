@@ -30,11 +30,14 @@ class StartUp:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - began
 
     def describe(self, last: str) -> str:
-        """For people: "6.1 s after the command: imports 2.9, data 0.3, …"; `last` is the stage that ends now."""
+        """For people: "6.1 s after the command: imports 2.9, data 0.3, …", without stages that took no time.
+
+        `last` is the stage that ends now.
+        """
         total = time.monotonic() - self.began + self.seconds["imports"]
         self.seconds[last] = total - sum(self.seconds.values())
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items() if seconds >= 0.05)
-        return f"{total:.1f} s after the command: {stages}"
+        return f"{total:.1f} s after the command{': ' if stages else ''}{stages}"
 
 
 def process_start() -> float:
