@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +13,6 @@ from data.corpus import load_corpus
 
 from .assemble import assemble
 from .batches import Batches
-from .checkpoint.restore import restore
 from .checkpoint.saver import Saver
 from .config import TrainConfig
 from .facts import matmul_peak, run_facts
@@ -29,11 +25,9 @@ from .parallel.world import World
 from .parts import Part, RandomNumbers, Weights
 from .progress import Progress
 from .records import Records
-from .run_folder import RunFolder
 from .run_folder import check as check_run_folder
 from .runtime import Runtime, attention_for
 from .schedule import learning_rate
-from .services import Service, build_services
 from .startup import StartUp
 from .step import StepResult, TrainStep
 from .throughput import Throughput
@@ -88,7 +82,6 @@ class Run:
         self.interrupt = Interrupt(self.folder, config.max_time)
         self.saver = Saver(self.folder, config.checkpoint, notify)
         self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)
-        self.services: list[Service] = build_services()
         self._metrics: dict[str, float] = {}
 
     @property
@@ -149,37 +142,11 @@ class Run:
         """Why the run shall stop, on any rank; "" while it shall not."""
         return self.world.first_reason(self.interrupt.reason())
 
-    # ---- from the first moment to the last
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Hold the run folder, restore what there is to go on from, begin the services; at the end, end them.
-
-        Services begin in their order and end in the reverse, each whatever became of the others.
-        """
-        with ExitStack() as stack:
-            stack.enter_context(self.interrupt)  # to the very end: a second SIGTERM cuts nothing short
-            self.run_folder = stack.enter_context(closing(RunFolder(self.config)))
-            restore(self, self.run_folder)
-            self.batches.open()
-            stack.callback(self.batches.close)
-            for service in self.services:
-                stack.push(partial(_end, self, service))
-                service.begin(self)
-            yield
-
     def remaining_steps(self) -> Iterator[int]:
         """Count `progress.step` from the step after the one restored to the last."""
         for step in range(self.progress.step + 1, self.plan.max_steps + 1):
             self.progress.step = step
             yield step
-
-
-def _end(
-    run: Run, service: Service, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-) -> None:
-    status = "finished" if kind is None else "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-    service.end(run, status)
 
 
 def _set_up_torch(config: TrainConfig, runtime: Runtime) -> None:

@@ -39,7 +39,7 @@ class Spy(Service):
 
 def train(config: TrainConfig, *spies: Service) -> Trainer:
     trainer = Trainer(config, lambda line: None)
-    trainer.run.services.extend(spies)
+    trainer.services.extend(spies)
     trainer.fit()
     return trainer
 

@@ -346,7 +346,7 @@ def test_an_interrupted_run_says_so_and_keeps_its_record(config: MakeConfig) -> 
             statuses.append(status)
 
     trainer.run.loggers.loggers.append(Watcher("nothing"))
-    (evaluation,) = (service for service in trainer.run.services if isinstance(service, Evaluation))
+    (evaluation,) = (service for service in trainer.services if isinstance(service, Evaluation))
     evaluate = evaluation.evaluate
 
     def interrupted(run: Run) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from training.parts import Weights
+from training.run import Run
 from training.run_folder import RunFolder
 
 from . import fits, state
 from .initial import load_initial
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 def restore(run: Run, run_folder: RunFolder) -> None:

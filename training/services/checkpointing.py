@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.checkpoint.folder import CONFIG, STATE
 from training.checkpoint.state import files_of, values_of
 from training.checkpoint.weights import save_weights
 from training.hardware import versions
+from training.run import Run
 
 from .base import Service
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 class Checkpointing(Service):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.loader import IGNORE_INDEX, Batch
 from training.metrics import TOKENS_READ, loss_at
 
-from .base import Service
+from training.run import Run
 
-if TYPE_CHECKING:
-    from training.run import Run
+from .base import Service
 
 
 class Evaluation(Service):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from training.run import Run
 
 from .base import Service
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 class FirstStep(Service):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -12,11 +11,9 @@ from data import disk
 from training.facts import start_up_lines
 from training.loggers.base import RunInfo
 from training.memory import memory_metrics
+from training.run import Run
 
 from .base import Service
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 class Logging(Service):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from model.generate import generate
+from training.run import Run
 
 from .base import Service
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 class Sampling(Service):

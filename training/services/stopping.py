@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from training.checkpoint import folder as checkpoints
+from training.run import Run
 
 from .base import Service
 from .checkpointing import save
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 
 class Stopping(Service):
