@@ -19,6 +19,7 @@ from model import activations
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.memory import kept_by_layers
 
 S, B = 48, 2
 LLAMA = ModelConfig(
@@ -160,6 +161,8 @@ def test_a_layer_keeps_what_its_policy_says_and_no_more(build_lively: Build, con
         "selective": r * E + c * H * D + 4 * H + c * (H + 2 * G) * D + c * E + c * U,
     }
     for name, per_token in expected.items():
+        predicted = kept_by_layers(config, POLICIES[name], tokens=B * S, product_bytes=c)
+        assert predicted == config.n_layers * B * S * per_token, name
         deep, shallow = (pair(build_lively, POLICIES[name], replace(config, n_layers=n))[1] for n in (6, 2))
         assert held(deep, bf16) - held(shallow, bf16) == 4 * B * S * per_token, name
 
@@ -212,6 +215,28 @@ def test_attention_runs_once_where_its_output_is_kept(
         "flash": "flash_gpt::flash_attention",
     }[backend]
     assert counter.calls[operator] == 2 * (2 if backend == "math" else times), "math keeps no scores"
+
+
+@pytest.mark.parametrize(("policy", "times"), [("full", 1), ("full, without attention", 2)])
+def test_flash_attention_is_recognised_in_a_compiled_model(
+    build_lively: Build, policy: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    portable = pytest.importorskip("kernels.flash_attention.portable")
+    runs, kernel = [], portable.forward
+    plain, model = pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=2, head_dim=16), "flash")
+    model.compile("model", backend="aot_eager", fullgraph=True)
+    assert_same_bits(plain, model, micro_batches=1)
+    monkeypatch.setattr(portable, "forward", lambda *args, **kwargs: runs.append(1) or kernel(*args, **kwargs))
+    model(*batch()).backward()
+    assert len(runs) == 2 * times
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_with_math_attention_what_is_kept_is_predicted_too(build_lively: Build, policy: str) -> None:
+    deep, shallow = (pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=n), "math")[1] for n in (6, 2))
+    predicted = kept_by_layers(LLAMA, POLICIES[policy], tokens=B * S, product_bytes=4, writes_scores=True)
+    assert held(deep) - held(shallow) == predicted, "of 4 layers"
 
 
 @ATTENTION_RUNS

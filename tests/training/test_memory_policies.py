@@ -61,6 +61,46 @@ def test_a_run_may_go_on_under_another_policy(config: MakeConfig, tmp_path: Path
     assert trained(branch) == trained(whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["flash", "sdpa", "flex"])
+def test_on_a_gpu_policies_train_alike_in_ever_less_memory(config: MakeConfig, tmp_path: Path, attention: str) -> None:
+    options = [f"attention={attention}", "device=cuda", "compile=true", "max_steps=6", "seq_len=1024"]
+    options += ["model.n_layers=8", "model.n_heads=4", "model.dim=256", "model.ffn_dim=1024"]
+    losses, peaks = [], []
+    for policy in [*POLICIES, "memory=full memory.keep_attention=false"]:
+        folder = tmp_path / str(len(peaks))
+        fit(config(*options, *policy.split(), f"run_dir={folder}"))
+        records = [record for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]
+        losses.append([record["train/loss"] for record in records])
+        peaks.append(records[-1]["memory/peak_allocated_gib"])
+    assert peaks == sorted(set(peaks), reverse=True)
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["flash", "sdpa", "flex", "math"])
+def test_on_a_gpu_uncompiled_every_policy_ends_with_the_same_bits(
+    config: MakeConfig, tmp_path: Path, attention: str
+) -> None:
+    options = [*OPTIONS, f"attention={attention}", "device=cuda", "compile=false"]
+    results = []
+    for policy in POLICIES:
+        folder = tmp_path / str(len(results))
+        fit(config(*options, policy, f"run_dir={folder}"))
+        results.append(trained(folder))
+    assert all(result == results[0] for result in results)
+
+
+def test_what_layers_keep_is_said_at_the_start(config: MakeConfig) -> None:
+    options = ["attention=sdpa", "model.n_layers=5", "seq_len=64", "max_steps=1", "model.dim=1024"]
+    # 3 layers × 4 rows of 64 tokens × (4 · 1024 of the input + 4 · 2 · 512 of attention's output + 4 · 2 of its LSE)
+    gib = 3 * 4 * 64 * (4 * 1024 + 4 * 1024 + 8) / 2**30
+    lines = fit(config(*options, "memory=full", "memory.layers=0.6"))
+    assert f"memory     full: 3 of 5 layers keep {gib:.2f} GiB for the backward pass" in "\n".join(lines)
+    assert gib >= 0.005, "not 0.00"
+
+
 def test_a_policy_that_does_not_exist_is_refused_by_name(composed: Callable[..., object]) -> None:
     raw = composed("memory=full")
     raw.memory.name = "fulll"  # type: ignore[attr-defined]

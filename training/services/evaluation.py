@@ -8,7 +8,6 @@ import numpy as np
 
 from data.loader import IGNORE_INDEX, Batch
 from training.metrics import TOKENS_READ, loss_at
-
 from training.run import Run
 
 from .base import Service
