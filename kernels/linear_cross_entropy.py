@@ -20,17 +20,23 @@ IGNORE_INDEX = -100
 
 
 def linear_cross_entropy_reference(
-    x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor, *, softcap: float = 0.0
+    x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor, *, softcap: float = 0.0, reduction: str = "sum"
 ) -> Tensor:
-    """The definition: logits in full, then the summed cross-entropy. Same arguments as `linear_cross_entropy`."""
+    """The definition: logits in full, then the cross-entropy. Same arguments as `linear_cross_entropy`."""
     logits_NV = F.linear(x_NE, weight_VE).float()
     if softcap > 0:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
 def linear_cross_entropy(
-    x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor, *, softcap: float = 0.0, chunk_size: int = 4096
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    targets_N: Tensor,
+    *,
+    softcap: float = 0.0,
+    chunk_size: int = 4096,
+    reduction: str = "sum",
 ) -> Tensor:
     """Σ over tokens of −log softmax(softcap(x Wᵀ))[target], with at most chunk_size × V logits in memory.
 
@@ -39,6 +45,8 @@ def linear_cross_entropy(
         targets_N: int64 in [0, V); −100 is ignored.
         softcap: c > 0 replaces a logit z with c · tanh(z / c).
         chunk_size: tokens per chunk; 0 computes all logits at once.
+        reduction: sum; or none: each token's loss (N,), 0 where it is ignored. Of these no gradient is taken while
+            their logits are at hand, so that it keeps all logits.
     Returns:
         float32 scalar: the sum over tokens in nats. Divide by the number of tokens yourself: with gradient
         accumulation the right denominator is the whole step's token count, which no micro-batch knows.
@@ -48,12 +56,13 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x_NE.device.type)
         x_NE, weight_VE = x_NE.to(dtype), weight_VE.to(dtype)
     if chunk_size == 0 or x_NE.shape[0] <= chunk_size:
-        return linear_cross_entropy_reference(x_NE, weight_VE, targets_N, softcap=softcap)
-    if not torch.is_grad_enabled():
-        chunks = zip(x_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
-        return torch.stack(
-            [linear_cross_entropy_reference(x, weight_VE, targets, softcap=softcap) for x, targets in chunks]
-        ).sum()
+        return linear_cross_entropy_reference(x_NE, weight_VE, targets_N, softcap=softcap, reduction=reduction)
+    if reduction == "none" or not torch.is_grad_enabled():
+        losses = [
+            linear_cross_entropy_reference(x, weight_VE, targets, softcap=softcap, reduction=reduction)
+            for x, targets in zip(x_NE.split(chunk_size), targets_N.split(chunk_size), strict=True)
+        ]
+        return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
     loss: Tensor = _ChunkedLinearCrossEntropy.apply(x_NE, weight_VE, targets_N, softcap, chunk_size)
     return loss
 

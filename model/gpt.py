@@ -91,16 +91,19 @@ class Head(nn.Linear):
         super().__init__(config.dim, config.vocab_size, bias=False)
         self.softcap, self.chunk_size = config.logit_softcap, config.loss_chunk_size
 
-    def forward(self, x_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Logits (B, S, V); with targets Σ −log p(target) in nats, for which not all logits exist at once."""
+    def forward(self, x_BSE: Tensor, targets_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
+        """Logits (B, S, V); with targets −log p(target) in nats, for which not all logits exist at once: Σ, or (B, S)
+        per token."""
         if targets_BS is not None:
-            return linear_cross_entropy(
+            loss = linear_cross_entropy(
                 x_BSE.flatten(0, 1),
                 self.weight,
                 targets_BS.flatten(),
                 softcap=self.softcap,
                 chunk_size=self.chunk_size,
+                reduction="none" if per_token else "sum",
             )
+            return loss.unflatten(0, targets_BS.shape) if per_token else loss
         logits_BSV = F.linear(x_BSE, self.weight)
         return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap > 0 else logits_BSV
 
@@ -181,6 +184,7 @@ class GPT(nn.Module):
         starts_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         attention: AttentionBackend | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Logits, or with targets the summed loss.
 
@@ -191,8 +195,10 @@ class GPT(nn.Module):
             positions_BS: int64 (B, S), or (1, S) for all rows: each token's place in its document. None: rows are
                 whole, and places are counted from `starts_BS`.
             attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
+            per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
         Returns:
-            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar.
+            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar, or with
+            per_token each −log p(target), float32 (B, S), 0 where no loss is wanted.
         """
         S = tokens_BS.shape[1]
         if positions_BS is None:
@@ -200,7 +206,7 @@ class GPT(nn.Module):
             positions_BS = positions_BS if starts_BS is None else positions_BS - starts_BS
         steps = self._compiled if attention is None and self._compiled else self.steps
         attention = attention or self.attention
-        return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S))
+        return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S), per_token)
 
     def steps(
         self,
@@ -209,13 +215,14 @@ class GPT(nn.Module):
         positions_BS: Tensor,
         attention: AttentionBackend,
         mask: Any,
+        per_token: bool = False,
     ) -> Tensor:
         """`forward` after its arguments are complete: hidden states, then the loss or the logits."""
         x_BSE = self.hidden(tokens_BS, positions_BS, attention, mask)
         if targets_BS is None:
             return self.logits(x_BSE)
         loss = self._compiled_loss if attention is self.attention and self._compiled_loss else self.loss
-        return loss(x_BSE, targets_BS)
+        return loss(x_BSE, targets_BS, per_token)
 
     def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
         """The residual stream after the last block (B, S, E), before the final norm."""
@@ -232,9 +239,9 @@ class GPT(nn.Module):
             x_BSE = block(x_BSE, attention.for_layer(layer), mask, rotation)
         return x_BSE
 
-    def loss(self, x_BSE: Tensor, targets_BS: Tensor) -> Tensor:
-        """Σ −log p(target) in nats, a float32 scalar, from `hidden`'s states."""
-        loss: Tensor = self.head(self.norm(x_BSE), targets_BS)
+    def loss(self, x_BSE: Tensor, targets_BS: Tensor, per_token: bool = False) -> Tensor:
+        """Σ −log p(target) in nats, a float32 scalar, from `hidden`'s states; per_token: each, (B, S)."""
+        loss: Tensor = self.head(self.norm(x_BSE), targets_BS, per_token)
         return loss
 
     def logits(self, x_BSE: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """How much memory a training run takes, predicted from its configuration. No torch here.
 
-What the blocks keep for the backward pass depends on the kernels and the compiler and is not predicted yet.
+What layers keep for the backward pass is predicted where a policy says it. Where they keep everything, it depends on
+the kernels and the compiler and is not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from .activations_config import FullConfig, SelectiveConfig
 from .arithmetic import parameter_count, score_bytes
 from .config import ModelConfig
 
@@ -56,3 +58,24 @@ def predict(
         logits=2 * FLOAT32 * tokens_at_once * config.vocab_size,
         scores=score_bytes(config, batch_size, seq_len) if writes_scores else 0,
     )
+
+
+def kept_by_layers(
+    config: ModelConfig, policy: SelectiveConfig, *, tokens: int, product_bytes: int, writes_scores: bool = False
+) -> int:
+    """Bytes that the layers which a policy is about keep of a micro-batch until its backward pass.
+
+    Args:
+        tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
+        writes_scores: whether attention writes S × S scores, so that nothing of it is kept.
+    """
+    assert config.head_dim is not None
+    assert config.n_kv_heads is not None
+    H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
+    per_token = FLOAT32 * config.dim  # the layer's input
+    if not (writes_scores or (isinstance(policy, FullConfig) and not policy.keep_attention)):
+        per_token += product_bytes * H * D + FLOAT32 * H  # attention's output and LSE
+    if not isinstance(policy, FullConfig):
+        up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
+        per_token += product_bytes * ((H + 2 * G) * D + config.dim + up_width)
+    return policy.of(config.n_layers) * tokens * per_token

@@ -21,9 +21,9 @@ from data.config import SOURCES, TOKENIZERS, HubData
 from model.attention.config import ATTENTIONS
 from model.config import ModelConfig, RotaryConfig
 from training import cli, jobs
-from training.config import OPTIMIZERS, load_config
+from training.config import load_config
+from training.config.schema import CHOICES
 from training.loggers import LoggerConfig, WandbConfig
-from training.schedule import SCHEDULES
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def test_a_logger_is_what_its_name_says(composed: Callable[..., DictConfig], nam
 @pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith("experiment=")])
 def test_every_setting_is_written_down(composed: Callable[..., DictConfig], option: str) -> None:
     group, _, name = option.partition("=")
-    typed = {"attention": ATTENTIONS, "data": SOURCES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}.get(group, {})
+    typed = CHOICES.get(group, {})
     one = {"model": ModelConfig, "tokenizer": TOKENIZERS.get(name), "data": HubData, "logger": LoggerConfig}
     written = OmegaConf.to_container(composed(option), resolve=False)[group]  # type: ignore[index, call-overload]
     missing = {field.name for field in fields(typed.get(name) or one[group])} - set(written)

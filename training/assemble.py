@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from model import activations
+from model.activations_config import MemoryConfig
 from model.attention.base import AttentionBackend
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -21,16 +23,19 @@ def assemble(
     seed: int,
     compile: bool,
     unit: str | None = None,
+    memory: MemoryConfig | None = None,
 ) -> GPT:
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
         unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
+        memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
     with torch.device("meta"):
         model = GPT(config, attention)
-    # 2. Precision: conversions of layers belong here. 3. Activation policies: wrappers of blocks.
+    # 2. Precision: conversions of layers belong here. 3. What blocks keep for the backward pass.
+    activations.apply(model, memory or MemoryConfig())
     # 4. Compilation.
     if compile:
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth

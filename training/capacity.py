@@ -23,8 +23,13 @@ def predicted(config: TrainConfig) -> MemoryPlan:
         optimizer=config.optimizer.name,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        writes_scores="math" in (config.attention.name, getattr(config.attention, "kernel", None)),
+        writes_scores=writes_scores(config),
     )
+
+
+def writes_scores(config: TrainConfig) -> bool:
+    """Whether attention writes S × S scores to memory."""
+    return "math" in (config.attention.name, getattr(config.attention, "kernel", None))
 
 
 def check_capacity(config: TrainConfig, gpu: Gpu | None) -> None:

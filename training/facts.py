@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from data.corpus import Corpus
+from model.activations_config import SelectiveConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
-from model.memory import GIB
+from model.memory import GIB, kept_by_layers
 
 from . import hardware
-from .capacity import predicted
+from .capacity import predicted, writes_scores
 from .config import Plan, TrainConfig
 from .runtime import Runtime
 
@@ -58,9 +59,27 @@ def start_up_lines(config: TrainConfig, facts: dict[str, Any]) -> list[str]:
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{predicted(config).state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
+        *memory_lines(config, facts["precision"]),
         f"plan       {plan.max_steps:,} steps × {plan.tokens_per_step:,} tokens "
         f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}){epochs(plan, facts['data'])}",
     ]
+
+
+def memory_lines(config: TrainConfig, precision: str) -> list[str]:
+    """What layers keep for the backward pass, where a policy says it."""
+    policy = config.memory
+    if not isinstance(policy, SelectiveConfig):
+        return []
+    kept = kept_by_layers(
+        config.model,
+        policy,
+        tokens=config.batch_size * config.seq_len,
+        product_bytes=2 if precision == "bf16" else 4,
+        writes_scores=writes_scores(config),
+    )
+    layers = f"{policy.of(config.model.n_layers)} of {config.model.n_layers} layers"
+    size = f"{kept / GIB:.2f} GiB"
+    return [f"memory     {policy.name}: {layers} keep {size} for the backward pass and compute the rest again"]
 
 
 def epochs(plan: Plan, manifest: dict[str, Any]) -> str:

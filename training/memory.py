@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from model.activations_config import FullConfig
 from model.memory import GIB
 
 from .capacity import predicted
@@ -64,6 +65,11 @@ def advice(config: TrainConfig) -> str:
         hints.append(
             f"attention=auto (math holds {plan.scores / GIB:.1f} GiB of S × S scores per layer, several times over)"
         )
+    memory = config.memory
+    if not isinstance(memory, FullConfig):
+        hints.append("memory=full (layers compute most of what they now keep again in backward: slower, the same loss)")
+    elif memory.layers < 1:
+        hints.append(f"memory.layers=1 (now {memory.layers:g})")
     if config.batch_size > 1:
         rows = config.plan.tokens_per_step // config.seq_len
         smaller = next(size for size in range(config.batch_size // 2, 0, -1) if rows % size == 0)

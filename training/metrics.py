@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 
@@ -51,6 +52,14 @@ class Metric:
         return f"{number} {unit}" if unit else number
 
 
+def loss_at(tokens_read: int) -> str:
+    """The metric of the predictions made from more than half of so many tokens, a power of 2, up to that many."""
+    unit = next(place for place in (3, 2, 1, 0) if tokens_read >= 1024**place)
+    return f"val/loss_at_{tokens_read // 1024**unit}{'kmg'[unit - 1] if unit else ''}"
+
+
+TOKENS_READ = tuple(2**power for power in range(8, 32))
+"""Upper ends of the ranges by which the loss is reported; the first begins at 1. No row is longer than the last."""
 LOSS_FORM = {"form": ".4f", "line_form": "7.4f"}
 PERCENT = {"form": ".1%", "line_form": "5.1%"}
 METRICS: dict[str, Metric] = {
@@ -87,6 +96,17 @@ METRICS: dict[str, Metric] = {
             "bits",
             "total nats / ln 2 / UTF-8 bytes the target tokens stand for; separators have none",
             "lower", label="bits/byte", title="val bits/byte", **LOSS_FORM,
+        ),
+        *(
+            Metric(
+                loss_at(end),
+                "nats per token",
+                "of the predictions made from so many tokens of the document or fewer, down to half as many: `…_1k` is "
+                "513 to 1,024, the first 1 to 256 (without `data.document_mask`: tokens of the row); absent where all "
+                "predictions are of one such range",
+                "lower", form=".4f",
+            )
+            for end in TOKENS_READ
         ),
         Metric(
             "throughput/tokens_per_second",
@@ -184,7 +204,11 @@ def on_console(sections: Iterable[str]) -> list[Metric]:
 
 def markdown() -> str:
     """The table of docs/numbers.md."""
-    rows = [f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" for metric in METRICS.values()]
+    rows = []
+    for (unit, meaning), metrics in groupby(METRICS.values(), lambda metric: (metric.unit, metric.meaning)):
+        names = [f"`{metric.name}`" for metric in metrics]
+        shown = names if len(names) <= 3 else [*names[:3], "…"]
+        rows.append(f"| {', '.join(shown)} | {unit} | {meaning} |")
     return "\n".join(["| name | unit | what it is |", "|---|---|---|", *rows])
 
 

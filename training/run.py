@@ -55,7 +55,14 @@ class Run:
             self.batches = Batches(corpus, config, world, notify)
         self.attention.bound_documents(self.batches.max_documents)
         with self.startup.timed("model"):
-            self.model = assemble(config.model, self.attention, world.device, seed=config.seed, compile=runtime.compile)
+            self.model = assemble(
+                config.model,
+                self.attention,
+                world.device,
+                seed=config.seed,
+                compile=runtime.compile,
+                memory=config.memory,
+            )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
         self.train_step = TrainStep(

@@ -56,9 +56,19 @@ class TrainStep:
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch in nats."""
+        return self._loss(batch, per_token=False)
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient."""
+        return self._loss(batch, per_token=True)
+
+    def _loss(self, batch: Batch, per_token: bool) -> Tensor:
         batch = batch.to(self.world.device)
         with self.autocast():
-            loss: Tensor = self.model(batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS)
+            loss: Tensor = self.model(
+                batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS, per_token=per_token
+            )
             return loss
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:

@@ -29,6 +29,27 @@ def test_equals_the_definition_for_every_chunk_size(softcap, chunk_size):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 5, 36, 37, 0])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_losses_of_the_tokens_are_those_of_the_definition(chunk_size, with_gradients):
+    x, w, targets = inputs()
+    with torch.set_grad_enabled(with_gradients):
+        losses = linear_cross_entropy(x, w, targets, softcap=3.0, chunk_size=chunk_size, reduction="none")
+    log_probs = (3.0 * torch.tanh(x @ w.t() / 3.0)).log_softmax(-1)
+    kept = targets != -100
+    assert losses.shape == targets.shape
+    assert (losses[~kept] == 0).all()
+    expected = -log_probs[kept, targets[kept]]
+    torch.testing.assert_close(losses[kept].double(), expected, rtol=1e-5, atol=1e-5)
+    if with_gradients:
+        weights = torch.rand(len(expected), dtype=torch.float64)
+        expected_grads = torch.autograd.grad((expected * weights).sum(), (x, w))
+        for grad, expected_grad in zip(
+            torch.autograd.grad((losses[kept] * weights).sum(), (x, w)), expected_grads, strict=True
+        ):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
 def test_equals_the_definition_without_gradients():
     x, w, targets = inputs()
     with torch.no_grad():

@@ -143,6 +143,25 @@ def test_loss_and_gradients_do_not_depend_on_the_chunk_size(build_lively, chunk_
 
 
 @FAMILIES
+@pytest.mark.parametrize("unit", [None, "model", "block"])
+@torch.no_grad()
+def test_the_losses_of_the_tokens_sum_to_the_loss(build_lively, config, unit):
+    torch._dynamo.reset()
+    model = build_lively(replace(config, loss_chunk_size=40), seq_len=S, documents=True)
+    counter = CompileCounter()
+    if unit:
+        model.compile(unit, backend=counter, fullgraph=True)
+    tokens, targets, starts = random_tokens(), random_tokens(), starts_of([13, 20, 15], [1, 46, 1])
+    targets[0, 5:20] = -100
+    losses = model(tokens, targets, starts, per_token=True)
+    log_probs = model(tokens, None, starts, attention=model.attention).double().log_softmax(-1)
+    expected = -log_probs.gather(2, targets.clamp_min(0)[..., None])[..., 0] * (targets != -100)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses.sum(), model(tokens, targets, starts))
+    assert counter.frame_count == {None: 0, "model": 2, "block": 3}[unit]
+
+
+@FAMILIES
 def test_hidden_states_loss_and_logits_are_steps_of_their_own_and_the_head_is_called_as_a_module(build_lively, config):
     """What shards a model hooks into the calls of its modules, and generation needs the steps one by one."""
     model = build_lively(config, seq_len=S, documents=True)
@@ -153,7 +172,7 @@ def test_hidden_states_loss_and_logits_are_steps_of_their_own_and_the_head_is_ca
     hidden = model.hidden(tokens, positions, model.attention, model.attention.prepare(starts, S))
     assert torch.equal(model.loss(hidden, targets), model(tokens, targets, starts))
     assert torch.equal(model.logits(hidden), model(tokens, None, starts))
-    assert calls == [2, 2, 1, 1]
+    assert calls == [3, 3, 1, 1]
 
 
 @FAMILIES

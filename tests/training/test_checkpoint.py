@@ -54,7 +54,7 @@ def fit(config: TrainConfig, stop_at: int = 0, during: str = "step") -> Trainer:
     if not stop_at:
         trainer.fit()
         return trainer
-    check, loss = trainer.run.guard.check, trainer.run.train_step.loss
+    check, losses = trainer.run.guard.check, trainer.run.train_step.losses
 
     def ask(step: int, *rest: torch.Tensor) -> torch.Tensor:
         if step == stop_at and during == "step":
@@ -62,11 +62,11 @@ def fit(config: TrainConfig, stop_at: int = 0, during: str = "step") -> Trainer:
         return check(step, *rest)
 
     def ask_in_evaluation(batch: Any) -> torch.Tensor:
-        if trainer.run.progress.step == stop_at and not torch.is_grad_enabled() and during == "evaluation":
+        if trainer.run.progress.step == stop_at and during == "evaluation":
             trainer.run.interrupt._reason = "SIGTERM"
-        return loss(batch)
+        return losses(batch)
 
-    trainer.run.guard.check, trainer.run.train_step.loss = ask, ask_in_evaluation  # type: ignore[method-assign]
+    trainer.run.guard.check, trainer.run.train_step.losses = ask, ask_in_evaluation  # type: ignore[method-assign]
     with pytest.raises(Interrupted, match="by SIGTERM; saved") as interrupted:
         trainer.fit()
     assert interrupted.value.code == 75

@@ -59,6 +59,13 @@ def test_more_logits_at_once_than_need_be_are_told_of_chunks(config: MakeConfig)
     assert "loss_chunk_size" not in advice(config("model.loss_chunk_size=0")), "128 tokens are few"
 
 
+def test_the_next_policy_that_keeps_less_is_told(config: MakeConfig) -> None:
+    assert advice(config("memory=none")).startswith("What helps: memory=full (")
+    assert advice(config("memory=selective")).startswith("What helps: memory=full (")
+    assert advice(config("memory=full", "memory.layers=0.5")).startswith("What helps: memory.layers=1 (now 0.5)")
+    assert "memory" not in advice(config("memory=full"))
+
+
 def test_a_batch_of_one_row_is_not_told_to_shrink_it(config: MakeConfig) -> None:
     text = advice(config("batch_size=1"))
     assert "batch_size" not in text

@@ -23,6 +23,7 @@ from training.config import TrainConfig, load_config
 from training.errors import Interrupted, NonFiniteError
 from training.loggers import read_metrics
 from training.loggers.base import Logger, RunInfo
+from training.metrics import TOKENS_READ, loss_at
 from training.run import Run
 from training.services.evaluation import Evaluation
 from training.trainer import Trainer
@@ -141,6 +142,37 @@ def test_bits_per_byte_by_hand(train: Callable[..., Trainer]) -> None:
     assert last["step"] == 4
     assert last["val/loss"] == pytest.approx(nats / num_tokens, rel=1e-5)
     assert last["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["true", "false"])
+def test_the_loss_by_tokens_read_by_hand(train: Callable[..., Trainer], masked: str) -> None:
+    """A prediction is made from the tokens of its document up to its place, or of its row."""
+    rows = ["tokenizer=bytes", "seq_len=600", "eval_tokens=1800", "batch_size=2", "max_steps=1"]
+    trainer = train(f"data.document_mask={masked}", *rows)
+    ranges = {"val/loss_at_256": range(1, 257), "val/loss_at_512": range(257, 513), "val/loss_at_1k": range(513, 1025)}
+    found: dict[str, list[float]] = {name: [] for name in ranges}
+    for batch in trainer.run.batches.val_batches:
+        log_p_BSV = trainer.run.model(batch.tokens_BS, None, batch.starts_BS).detach().double().log_softmax(-1)
+        for row, targets_S in enumerate(batch.targets_BS.tolist()):
+            for place, target in enumerate(targets_S):
+                read = place + 1 - (0 if batch.starts_BS is None else int(batch.starts_BS[row, place]))
+                if target != -100:
+                    name = next(name for name, range_ in ranges.items() if read in range_)
+                    found[name].append(-log_p_BSV[row, place, target].item())
+    assert sum(map(len, found.values())) in (600, 1200, 1800)
+    last = records(trainer)[-1]
+    expected = {name: sum(nats) / len(nats) for name, nats in found.items() if nats}
+    assert len(expected) >= 2
+    assert {name: last[name] for name in last if name.startswith("val/loss_at")} == pytest.approx(expected, rel=1e-5)
+    weighted = sum(last[name] * len(nats) for name, nats in found.items() if nats)
+    assert last["val/loss"] == pytest.approx(weighted / sum(map(len, found.values())), rel=1e-9)
+
+
+def test_tokens_read_are_named_by_the_ends_of_their_ranges() -> None:
+    names = [loss_at(end).removeprefix("val/loss_at_") for end in TOKENS_READ]
+    assert names[:4] == ["256", "512", "1k", "2k"]
+    assert names[12:15] == ["1m", "2m", "4m"]
+    assert TOKENS_READ[-1] == 2**31, "the most tokens that a batch may have"
 
 
 def test_tokens_steps_and_rates_are_those_of_the_plan(train: Callable[..., Trainer]) -> None:

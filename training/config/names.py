@@ -41,6 +41,8 @@ OTHER_NAMES: dict[str, str] = {
         "max_time": "time_limit max_minutes timeout",
         "attention": "attn attn_implementation attention_backend attention_impl flash flash_attn flash_attention "
         "use_flash use_flash_attn use_flash_attention sdp_backend",
+        "memory": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing activation_checkpoint "
+        "activations_checkpoint_method checkpoint_activations recompute_activations recompute_granularity",
         "model.dim": "hidden_size hidden_dim hidden n_embd n_embed d_model embed_dim embedding_dim model_dim emb_dim",
         "model.n_layers": "n_layer num_layers num_hidden_layers layers depth n_blocks",
         "model.n_heads": "n_head num_heads num_attention_heads heads",

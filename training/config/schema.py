@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.config import SOURCES, TOKENIZERS, DataConfig, TokenizerConfig
+from model.activations_config import MEMORY_POLICIES, MemoryConfig
 from model.attention.config import ATTENTIONS, AttentionConfig
 from model.config import ModelConfig
 from training.checkpoint.config import CheckpointConfig
@@ -27,6 +28,7 @@ CHOICES: dict[str, dict[str, type[Any]]] = {
     "tokenizer": dict(TOKENIZERS),
     "optimizer": dict(OPTIMIZERS),
     "schedule": dict(SCHEDULES),
+    "memory": dict(MEMORY_POLICIES),
 }
 """Groups whose settings depend on the option that is chosen, by its name."""
 
@@ -37,6 +39,7 @@ class TrainConfig:
 
     attention: AttentionConfig
     model: ModelConfig
+    memory: MemoryConfig
     data: DataConfig
     tokenizer: TokenizerConfig
     optimizer: OptimizerConfig
