@@ -56,8 +56,8 @@ class Trainer:
         run = self.run
         with ExitStack() as stack:
             stack.enter_context(run.interrupt)  # to the very end: a second SIGTERM cuts nothing short
-            run_folder = stack.enter_context(closing(RunFolder(run.config)))
-            restore(run, run_folder)
+            self.run_folder = stack.enter_context(closing(RunFolder(run.config)))
+            restore(run, self.run_folder)
             run.batches.open()
             stack.callback(run.batches.close)
             for service in self.services:

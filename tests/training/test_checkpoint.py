@@ -710,7 +710,7 @@ def test_a_run_folder_that_becomes_read_only_costs_lines_and_not_the_training(
             for logger in list(trainer.run.loggers.loggers):
                 if logger.name == "jsonl":  # an open file would keep the file system writable
                     logger.finish("interrupted")
-            trainer.run.run_folder.close()
+            trainer.run_folder.close()
             subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
         return check(step, *rest)
 
