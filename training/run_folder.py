@@ -19,6 +19,8 @@ from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
 
 LOCK = "run.lock"
+RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
+"""Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it goes on from there."""
 NAMED = {"resume": "a run folder or a checkpoint", "init_from": "a run folder, a checkpoint or a model.safetensors"}
 
 
@@ -43,6 +45,9 @@ def check(config: TrainConfig) -> None:
             pass
     except OSError as error:
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+    for name in (LOCK, *RECORDS):  # a pipe would be waited for
+        if (run / name).exists() and not (run / name).is_file():
+            raise ValueError(f"run_dir={config.run_dir} holds {name}, which is no file; remove that, or choose another")
     if holds_a_run:
         with suppress(OSError), open(run / LOCK, "rb") as lock:
             take(lock, config.run_dir, shared=True)
@@ -59,14 +64,14 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_fits(config: TrainConfig, resume: str | None) -> None:
-    """Ask the checkpoint that the run will most likely begin with; only its configuration is read and verified."""
+    """Ask the checkpoint that the run will most likely begin with; only its JSON is read and verified."""
     own = [] if resume and _is_inside(resume, config) else checkpoints.candidates(Path(config.run_dir))
     goes_on = [*own, *(_checkpoints_at(resume) if resume else [])]
     begins_anew = _checkpoints_at(config.init_from) if config.init_from and not goes_on else []
     check_fits = fits.check_resume if goes_on else fits.check_init
     for path in goes_on or begins_anew:
         with suppress(DamagedCheckpoint):
-            check_fits(path, checkpoints.verify(path, only=["config.json"]), config)
+            check_fits(path, checkpoints.verify(path, only=[checkpoints.CONFIG, checkpoints.STATE]), config)
             return
 
 
@@ -77,8 +82,11 @@ def _checkpoints_at(value: str) -> list[Path]:
 
 
 def _is_inside(resume: str, config: TrainConfig) -> bool:
-    """Whether resume=PATH lies in run_dir: the run goes back, and does not branch off."""
-    return Path(resume).resolve().is_relative_to(Path(config.run_dir).resolve())
+    """Whether resume=PATH lies in run_dir, or where its checkpoints/ leads: then no branch is made."""
+    run, path = Path(config.run_dir), Path(resume)
+    if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(run)):
+        return True
+    return any(path.resolve().is_relative_to(place.resolve()) for place in (run, checkpoints.checkpoints_of(run)))
 
 
 def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
@@ -127,6 +135,20 @@ class RunFolder:
 
     def close(self) -> None:
         self._lock.close()
+
+    def origin(self, checkpoint: Path) -> Path | None:
+        """The run folder whose records a checkpoint counts on: this one's for its own, wherever links lead.
+
+        None: it lies in no run folder, like a copy; what happens to lie beside it is not its run's.
+        """
+        if _is_inside(str(checkpoint), self.config):
+            return self.path
+        for path in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
+            run = path.parent.parent
+            is_named = checkpoints.NAME.fullmatch(path.name) and path.parent == checkpoints.checkpoints_of(run)
+            if is_named and (run / LOCK).exists():
+                return run
+        return None
 
     def checkpoint(self, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
         """The verified checkpoint to go on from; None: begin at step 0.
