@@ -65,10 +65,14 @@ class Progress:
         unfinished, summary = values["unfinished"], values["summary"]
         if not (isinstance(unfinished, list) and all(isinstance(name, str) for name in unfinished)):
             raise ValueError("unfinished is no list of names")
-        if not (isinstance(summary, dict) and all(type(value) in (int, float) for value in summary.values())):
+        if not (isinstance(summary, dict) and all(map(_is_number, summary.values()))):
             raise ValueError("summary has values that are no numbers")
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self._losses.copy_(tensors["losses"])
         self.step, self.events = values["step"], values["events"]
         self.unfinished, self.summary = set(values["unfinished"]), dict(values["summary"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)

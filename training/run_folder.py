@@ -170,7 +170,7 @@ class RunFolder:
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more
             return own
         found = find(resume, "resume", notify)
-        later = checkpoints.candidates(self.path)[0] if inside else found[0]
+        later = next(iter(checkpoints.candidates(self.path)), found[0]) if inside else found[0]
         if later.resolve() != found[0].resolve():
             raise ValueError(
                 f"resume={resume} is older than {later}; choose another run_dir to branch off there, "

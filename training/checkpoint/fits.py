@@ -70,7 +70,7 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
     if manifest.step > config.num_steps:
         raise ValueError(f"max_steps={config.num_steps} is less than the {manifest.step} steps of {path}; raise it")
     if manifest.step == config.num_steps:
-        _check_unchanged(path, config)
+        _check_unchanged(path, config, differing)
     return [f"{key} {old} → {new}" for key, old, new in differing]
 
 
@@ -103,14 +103,14 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _check_unchanged(path: Path, config: TrainConfig) -> None:
+def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str, Any, Any]]) -> None:
     """Raises ValueError where a run that has nothing left to train would be said to have other settings than it had."""
-    before, now = dict(flat(read_json(path / CONFIG))), dict(flat(asdict(config)))
-    for key, new in now.items():
-        if key in before and before[key] != new and not _among(key, MAY_CHANGE_AT_THE_END):
+    in_both = dict(flat(read_json(path / CONFIG))).keys() & dict(flat(asdict(config))).keys()  # versions differ
+    for key, old, new in differing:
+        if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
             raise ValueError(
-                f"{key}={new} comes too late for {path}: all {config.num_steps} steps were trained with {key}="
-                f"{before[key]}; raise max_steps to train further with it, or choose another run_dir"
+                f"{key}={new} comes too late for {path}: all {config.num_steps} steps were trained with {key}={old}; "
+                f"raise max_steps to train further with it, or choose another run_dir"
             )
 
 

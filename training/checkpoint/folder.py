@@ -81,7 +81,7 @@ class Manifest:
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
             and all(_is_count(size) and isinstance(digest, str) for size, digest in manifest.files.values())
             and all(_is_count(getattr(manifest, name)) for name in ("step", "tokens", "world_size"))
-            and (manifest.val_loss is None or _is_number(manifest.val_loss))
+            and (manifest.val_loss is None or _is_finite(manifest.val_loss))
             and isinstance(manifest.versions, dict)
         )
         if not well_formed:
@@ -93,8 +93,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _spell(body: dict[str, Any]) -> bytes:

@@ -48,7 +48,7 @@ def restore(run: Run, run_folder: RunFolder) -> None:
         raise ValueError(
             f"{path} does not hold what this version saves ({error}); remove it to go on from the one before"
         ) from error
-    # Nothing was changed so far, and nothing is refused from here on.
+    # So far nothing was changed; from here on only a disk can refuse.
     run.records.source = run_folder.origin(path)
     saved.load(run.parts)
     if run.records.source == run.folder:  # a branch has no checkpoint of its own yet
