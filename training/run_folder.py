@@ -83,10 +83,10 @@ def _checkpoints_at(value: str) -> list[Path]:
 
 def _is_inside(resume: str, config: TrainConfig) -> bool:
     """Whether resume=PATH lies in run_dir, or where its checkpoints/ leads: then no branch is made."""
-    run, path = Path(config.run_dir), Path(resume)
-    if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(run)):
+    run, real = Path(config.run_dir), Path(os.path.realpath(resume))
+    if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(run)):
         return True
-    return any(path.resolve().is_relative_to(place.resolve()) for place in (run, checkpoints.checkpoints_of(run)))
+    return any(real.is_relative_to(os.path.realpath(place)) for place in (run, checkpoints.checkpoints_of(run)))
 
 
 def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
@@ -143,8 +143,8 @@ class RunFolder:
         """
         if _is_inside(str(checkpoint), self.config):
             return self.path
-        for path in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
-            run = path.parent.parent
+        for name in (os.path.abspath(checkpoint), os.path.realpath(checkpoint)):
+            path, run = Path(name), Path(name).parent.parent
             is_named = checkpoints.NAME.fullmatch(path.name) and path.parent == checkpoints.checkpoints_of(run)
             if is_named and (run / LOCK).exists():
                 return run

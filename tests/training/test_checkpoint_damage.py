@@ -250,20 +250,22 @@ def test_an_older_checkpoint_under_a_newer_name_is_named(config: MakeConfig, run
 # ---- what cannot be read
 
 
-@pytest.mark.parametrize("place", ["dangling", "file"])
+@pytest.mark.parametrize("place", ["dangling", "loop", "file"])
 def test_a_checkpoints_folder_that_cannot_be_read_is_not_an_empty_one(
     config: MakeConfig, run: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without permission, too; but tests are run as root, who may read everything."""
     (run / "model.safetensors").unlink()  # as if it had not finished
     (run / "checkpoints").rename(run.parent / "elsewhere")
-    if place == "dangling":
-        (run / "checkpoints").symlink_to("/mnt/is/not/there")
+    if place != "file":
+        (run / "checkpoints").symlink_to("/mnt/is/not/there" if place == "dangling" else run / "checkpoints")
     else:
         (run / "checkpoints").write_text("")
-    said = (
-        "No such file or directory; it leads to /mnt/is/not/there" if place == "dangling" else "Not a directory; it may"
-    )
+    said = {
+        "dangling": "No such file or directory; it leads to /mnt/is/not/there",
+        "loop": "Too many levels of symbolic links; it leads to",
+        "file": "Not a directory; it may hold checkpoints",
+    }[place]
     with pytest.raises(ValueError, match=f"checkpoints cannot be read: {said}"):
         check_run_folder(config(*RUN))
     check_refused(config(*RUN), f"checkpoints cannot be read: {said}")
@@ -456,7 +458,7 @@ def test_what_killed_processes_were_writing_is_swept_wherever_it_lies(config: Ma
 def test_a_finished_run_takes_no_settings_that_it_was_not_trained_with(
     config: MakeConfig, run: Path, setting: str
 ) -> None:
-    said = f"{setting.partition('=')[0]}=.* comes too late for .*step-00000004: all 4 steps were trained with"
+    said = f"{setting.partition('=')[0]}=.* comes too late for .*step-00000004, the last of 4 steps, which had"
     with pytest.raises(ValueError, match=said):
         check_run_folder(config(*RUN, setting))
     check_refused(config(*RUN, setting), said)

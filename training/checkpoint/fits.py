@@ -109,7 +109,7 @@ def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str,
     for key, old, new in differing:
         if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
             raise ValueError(
-                f"{key}={new} comes too late for {path}: all {config.num_steps} steps were trained with {key}={old}; "
+                f"{key}={new} comes too late for {path}, the last of {config.num_steps} steps, which had {key}={old}; "
                 f"raise max_steps to train further with it, or choose another run_dir"
             )
 
