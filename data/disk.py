@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +66,26 @@ def part_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.part-{os.getpid()}")
 
 
+PART = re.compile(r"\..+\.part-\d+(-replaced)?")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes were writing in a folder. Only for who holds the folder's lock."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if PART.fullmatch(path.name):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with what is in it, or a link and not what it leads to. What cannot be removed stays."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
 def write_synced(path: Path, data: bytes | str) -> None:
     """Write a file in place, and see it on the disk: for files of a folder that is renamed when it is whole."""
     with open(path, "wb") as file:
@@ -110,8 +134,21 @@ def sha256(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
+def open_regular(path: Path) -> FileIO:
+    """Open a file for reading, unbuffered. A pipe or a device in its place keeps nobody waiting.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return FileIO(descriptor)
+
+
 def sha256_file(path: Path, from_disk: bool = False) -> str:
-    """The SHA-256 of a file.
+    """The SHA-256 of a regular file.
 
     Args:
         from_disk: read what the disk gives back, not what the page cache still holds.
@@ -119,7 +156,7 @@ def sha256_file(path: Path, from_disk: bool = False) -> str:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         buffer = memoryview(bytearray(min(READ_BYTES, os.fstat(file.fileno()).st_size + 1)))
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

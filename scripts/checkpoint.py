@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
             action.add_argument("--keep-every", type=int, default=0, help="and those at multiples of this step")
             action.add_argument("--no-best", action="store_true", help="the lowest validation loss need not stay")
     options = parser.parse_args(arguments)
-    found = checkpoints.candidates(options.run)
+    try:
+        found = checkpoints.candidates(options.run)
+    except ValueError as error:
+        parser.error(str(error))
     if not found:
         parser.error(f"{options.run} holds no checkpoints; name a run folder")
     if options.action == "prune":

@@ -13,6 +13,7 @@ from data.packing import pack, training_rows
 
 from .config import TrainConfig
 from .parallel.world import World
+from .parts import check_count, check_tensors
 
 
 class Batches:
@@ -69,6 +70,10 @@ class Batches:
         manifest = self.corpus.manifest
         return {"text": manifest["hash"], "tokenizer": manifest["tokenizer"]["sha256"], "rows": self.rows}
 
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Whether the text is the same, `checkpoint.restore` asks."""
+        check_tensors(tensors, {})
+        check_count("rows", values["rows"])
+
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Whether the text is the same, `checkpoint.restore` has asked."""
-        self.rows = int(values["rows"])
+        self.rows = values["rows"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import BadStepConfig
 from .errors import NonFiniteError
 from .parallel.world import World
+from .parts import check_tensors
 
 COUNTERS = ("skipped", "in_a_row", "worst_in_a_row", "step", "loss", "grad_norm")
 """Bad steps so far, now in a row, most in a row since the last look; the first since then, its loss, its norm."""
@@ -43,6 +44,16 @@ class Guard:
 
     def values(self) -> dict[str, Any]:
         return {}
+
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        window = tensors["losses"]
+        expected = {**self.tensors(), "losses": self.losses.new_empty(window.numel())}
+        check_tensors(tensors, expected, finite=False)  # loss and norm of a bad step may be anything
+        counts = torch.cat([tensors["num_good"].double()[None], tensors["counters"][:4]])
+        if not (counts.isfinite() & (counts >= 0) & (counts == counts.round())).all():
+            raise ValueError("its counts are no counts")
+        if not window.isfinite().all():
+            raise ValueError("the last good losses are not finite")
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Another spike_window than the checkpoint's begins its window anew."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
+from .parts import check_tensors
 
 
 class Optimizer:
@@ -77,6 +78,30 @@ class Optimizer:
 
     def values(self) -> dict[str, Any]:
         return {}
+
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """No tensors at all are those of a run that has not taken a step."""
+        if not tensors:
+            return
+        check_tensors(tensors, self._layout())
+        for name, tensor in tensors.items():
+            if name.endswith("/exp_avg_sq") and (tensor < 0).any():
+                raise ValueError(f"{name} is negative somewhere")
+            if name.endswith("/step") and (tensor < 0 or tensor != tensor.round()):
+                raise ValueError(f"{name} is {tensor.item()}, no count")
+
+    def _layout(self) -> dict[str, Tensor]:
+        """What `tensors` returns after the first step, on the meta device."""
+        by_muon = {id(p) for muon in self.muons for group in muon.param_groups for p in group["params"]}
+        layout: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            moment = torch.empty_like(parameter, device="meta")
+            if id(parameter) in by_muon:
+                layout[f"{name}/momentum_buffer"] = moment
+            else:
+                count = torch.empty((), dtype=torch.float32, device="meta")
+                layout |= {f"{name}/step": count, f"{name}/exp_avg": moment, f"{name}/exp_avg_sq": moment}
+        return layout
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         owners = {p: inner for inner in self.all for group in inner.param_groups for p in group["params"]}

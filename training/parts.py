@@ -22,12 +22,39 @@ class Part(Protocol):
     def values(self) -> dict[str, Any]:
         """The state that is plain values, as JSON has them."""
 
-    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Put back what `tensors` and `values` returned.
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Compare with what `tensors` and `values` return, and change nothing. Whoever wrote them, `load` then works.
 
         Raises:
-            KeyError, TypeError, RuntimeError, ValueError: it is not that.
+            ValueError: names what differs. KeyError, TypeError: a value is not there, or is of another kind.
         """
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Put back what `tensors` and `values` returned, once every part of the run has validated its own."""
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: bool = True) -> None:
+    """Compare names, shapes and dtypes, and look for NaN and infinity.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    if odd := set(found) ^ set(expected):
+        raise ValueError(f"{min(odd)} is {'one too many' if min(odd) in found else 'not there'}")
+    for name, like in expected.items():
+        tensor = found[name]
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like.shape)}")
+        if tensor.dtype != like.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
+        if finite and not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError where a value is no whole number from 0."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {str(value)[:40]}, no count")
 
 
 class Weights:
@@ -44,17 +71,12 @@ class Weights:
     def values(self) -> dict[str, Any]:
         return {}
 
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        check_tensors(tensors, self.tensors())
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Raises ValueError, and loads nothing, where a tensor is missing, is one too many, or has another shape."""
-        parameters = dict(self.model.named_parameters())
-        if odd := set(tensors) ^ set(parameters):
-            there = "" if min(odd) in tensors else "not "
-            raise ValueError(f"the weights are of another architecture: {min(odd)} is {there}there")
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, the model's is {tuple(parameter.shape)}")
-        for name, parameter in parameters.items():
+        for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[name])
 
 
@@ -74,6 +96,25 @@ class RandomNumbers:
             "python": [version, list(words), gauss],
             "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         }
+
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Asks generators that nobody draws from. NumPy's would read beyond its words where a position is forged."""
+        ours, theirs = self.tensors(), dict(tensors)
+        if not ours.keys() & theirs.keys() & {"cuda"}:  # a run may go on without the GPU that it had, or with one
+            ours.pop("cuda", None)
+            theirs.pop("cuda", None)
+        check_tensors(theirs, ours)
+        for name, state in theirs.items():
+            torch.Generator("cuda" if name == "cuda" else "cpu").set_state(state)
+        version, words, gauss = values["python"]
+        random.Random().setstate((version, tuple(words), gauss))
+        name, keys, position, has_gauss, cached = values["numpy"]
+        for number, least, most in ((len(keys), 624, 624), (position, 0, 624), (has_gauss, 0, 1)):
+            if type(number) is not int or not least <= number <= most:
+                raise ValueError("numpy's state is none")
+        if any(type(number) not in (float, type(None)) for number in (gauss, cached)):
+            raise ValueError("a Gaussian number kept for later is none")
+        np.random.RandomState().set_state((name, keys, position, has_gauss, cached))
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         torch.set_rng_state(tensors["torch"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .parts import check_count, check_tensors
 from .step import StepResult
 
 
@@ -56,7 +57,22 @@ class Progress:
             "summary": self.summary,
         }
 
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        check_tensors(tensors, self.tensors())
+        check_count("the number of losses", round(tensors["losses"][1].item()))
+        check_count("step", values["step"])
+        check_count("events", values["events"])
+        unfinished, summary = values["unfinished"], values["summary"]
+        if not (isinstance(unfinished, list) and all(isinstance(name, str) for name in unfinished)):
+            raise ValueError("unfinished is no list of names")
+        if not (isinstance(summary, dict) and all(map(_is_number, summary.values()))):
+            raise ValueError("summary has values that are no numbers")
+
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self._losses.copy_(tensors["losses"])
-        self.step, self.events = int(values["step"]), int(values["events"])
+        self.step, self.events = values["step"], values["events"]
         self.unfinished, self.summary = set(values["unfinished"]), dict(values["summary"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)

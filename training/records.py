@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
+from data import disk
+
+from .parts import check_count, check_tensors
+from .run_folder import RECORDS
 
 
 class Records:
     """A part: the sizes of the records, by name.
 
     Args:
-        folder: of the run. source: run folder of the checkpoint that is loaded; another one gives this run its records.
+        folder: of the run. source: the run folder whose records the loaded checkpoint counts on; where that is another
+            one, this run gets a copy of them. None: nobody knows where they are.
     """
 
     name = "records"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = self.source = folder
+    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
+        self.folder, self.notify = folder, notify
+        self.source: Path | None = folder
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -32,12 +36,36 @@ class Records:
     def values(self) -> dict[str, Any]:
         return {name: (self.folder / name).stat().st_size for name in RECORDS if (self.folder / name).exists()}
 
+    def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        check_tensors(tensors, {})
+        for name, size in values.items():
+            check_count(name, size)
+
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Bring the records back to what the checkpoint knew, so that each step is in them once."""
+        """Bring the records back to what the checkpoint knew, so that each step is in them once.
+
+        Raises:
+            ValueError: they cannot be written.
+        """
         for name in RECORDS:
-            path, size = self.folder / name, int(values.get(name, 0))
-            if self.source.resolve() != self.folder.resolve() and (self.source / name).exists():
-                with suppress(OSError):
-                    shutil.copyfile(self.source / name, path)
-            if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
+            path, size = self.folder / name, values.get(name, 0)
+            try:
+                if self.source != self.folder:
+                    self._fetch(name)
+                found = path.stat().st_size if path.exists() else 0
+                if found > size:
+                    os.truncate(path, size)
+            except OSError as error:
+                why = f"{path} cannot be written: {error.strerror}"
+                raise ValueError(f"{why}; free some space or make it writable, or choose another run_dir") from error
+            if found < size:
+                there = f"{found:,} of the {size:,} bytes that the checkpoint counts on"
+                self.notify(f"record     {path} has {there}: what earlier steps logged is missing")
+
+    def _fetch(self, name: str) -> None:
+        path = self.folder / name
+        if self.source is not None and (self.source / name).exists():
+            with disk.replacing(path) as part:
+                shutil.copyfile(self.source / name, part)
+        else:
+            path.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ class Run:
         """Of the step that was just trained."""
 
         self.progress = Progress(world.device)
-        self.records = Records(self.folder)
+        self.records = Records(self.folder, notify)
         self.throughput = Throughput(
             config.model,
             config.seq_len,
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def parts(self) -> list[Part]:
-        """What a checkpoint is made of. The records are loaded last, when nothing can fail any more."""
+        """What a checkpoint is made of. The records are loaded last: they are files, and the rest is memory."""
         weights, random = Weights(self.model), RandomNumbers()
         return [weights, self.optimizer, self.guard, self.progress, random, self.batches, self.records]
 

@@ -21,6 +21,8 @@ from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
 
 LOCK = "run.lock"
+RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
+"""Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it goes on from there."""
 NAMED = {"resume": "a run folder or a checkpoint", "init_from": "a run folder, a checkpoint or a model.safetensors"}
 
 
@@ -45,6 +47,9 @@ def check(config: TrainConfig) -> None:
             pass
     except OSError as error:
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+    for name in (LOCK, *RECORDS):  # a pipe would be waited for
+        if (run / name).exists() and not (run / name).is_file():
+            raise ValueError(f"run_dir={config.run_dir} holds {name}, which is no file; remove that, or choose another")
     if holds_a_run:
         with suppress(OSError), open(run / LOCK, "rb") as lock:
             take(lock, config.run_dir, shared=True)
@@ -101,14 +106,14 @@ def _is_log(path: Path) -> bool:
 
 
 def _check_fits(config: TrainConfig, resume: str | None) -> None:
-    """Ask the checkpoint that the run will most likely begin with; only its configuration is read and verified."""
+    """Ask the checkpoint that the run will most likely begin with; only its JSON is read and verified."""
     own = [] if resume and _is_inside(resume, config) else checkpoints.candidates(Path(config.run_dir))
     goes_on = [*own, *(_checkpoints_at(resume) if resume else [])]
     begins_anew = _checkpoints_at(config.init_from) if config.init_from and not goes_on else []
     check_fits = fits.check_resume if goes_on else fits.check_init
     for path in goes_on or begins_anew:
         with suppress(DamagedCheckpoint):
-            check_fits(path, checkpoints.verify(path, only=["config.json"]), config)
+            check_fits(path, checkpoints.verify(path, only=[checkpoints.CONFIG, checkpoints.STATE]), config)
             return
 
 
@@ -119,8 +124,11 @@ def _checkpoints_at(value: str) -> list[Path]:
 
 
 def _is_inside(resume: str, config: TrainConfig) -> bool:
-    """Whether resume=PATH lies in run_dir: the run goes back, and does not branch off."""
-    return Path(resume).resolve().is_relative_to(Path(config.run_dir).resolve())
+    """Whether resume=PATH lies in run_dir, or where its checkpoints/ leads: then no branch is made."""
+    run, real = Path(config.run_dir), Path(os.path.realpath(resume))
+    if Path(os.path.abspath(resume)).is_relative_to(os.path.abspath(run)):
+        return True
+    return any(real.is_relative_to(os.path.realpath(place)) for place in (run, checkpoints.checkpoints_of(run)))
 
 
 def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
@@ -170,6 +178,20 @@ class RunFolder:
     def close(self) -> None:
         self._lock.close()
 
+    def origin(self, checkpoint: Path) -> Path | None:
+        """The run folder whose records a checkpoint counts on: this one's for its own, wherever links lead.
+
+        None: it lies in no run folder, like a copy; what happens to lie beside it is not its run's.
+        """
+        if _is_inside(str(checkpoint), self.config):
+            return self.path
+        for name in (os.path.abspath(checkpoint), os.path.realpath(checkpoint)):
+            path, run = Path(name), Path(name).parent.parent
+            is_named = checkpoints.NAME.fullmatch(path.name) and path.parent == checkpoints.checkpoints_of(run)
+            if is_named and (run / LOCK).exists():
+                return run
+        return None
+
     def checkpoint(self, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
         """The verified checkpoint to go on from; None: begin at step 0.
 
@@ -190,7 +212,7 @@ class RunFolder:
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more
             return own
         found = find(resume, "resume", notify)
-        later = checkpoints.candidates(self.path)[0] if inside else found[0]
+        later = next(iter(checkpoints.candidates(self.path)), found[0]) if inside else found[0]
         if later.resolve() != found[0].resolve():
             raise ValueError(
                 f"resume={resume} is older than {later}; choose another run_dir to branch off there, "

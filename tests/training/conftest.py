@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -87,3 +90,18 @@ def config(
         return load_config(composed(*TINY, *data, f"run_dir={tmp_path / 'run'}", *overrides))
 
     return load
+
+
+def has_tmpfs(folder: Path, size: str) -> bool:
+    folder.mkdir()
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], stderr=-3).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    if shutil.which("mount") is None or not has_tmpfs(disk, "20m"):
+        pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    gc.collect()  # tensors of a resumed run are mapped from its files
+    subprocess.run(["umount", disk], check=True)

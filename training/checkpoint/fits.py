@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.config import FileTokenizer
 from training.config import TrainConfig
 
-from .folder import CONFIG, Manifest, read_json
+from .folder import CONFIG, STATE, Manifest, read_json
 
 # A run that goes on with another value of one of these would be neither the old run nor a new one.
 MUST_AGREE = (
     "model",
-    "tokenizer",
     "optimizer.name",
     "seq_len",
     "tokens_per_step",
@@ -27,6 +27,10 @@ MUST_AGREE = (
     "data.val_fraction",
 )
 MAY_DIFFER = ("model.loss_chunk_size",)  # memory, not meaning
+
+# What may change when no step is left: text and tokenizer are compared by their content, wherever they lie, and the
+# others say nothing about how the run was trained.
+MAY_CHANGE_AT_THE_END = ("data", "tokenizer", "run_dir", "resume", "init_from", "max_time", "max_steps", "max_tokens")
 
 # What the weights are weights of. Not all of it shows in their shapes: 2 heads of 16 are as wide as 4 of 8.
 ARCHITECTURE = tuple(
@@ -61,12 +65,14 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
     for key, old, new in differing:
         if _among(key, MUST_AGREE) and key not in MAY_DIFFER:
             new_run = f"init_from={path} for a new run that begins with its weights"
-            remedy = "begin a new run in another run_dir" if _among(key, (*ARCHITECTURE, "tokenizer")) else new_run
+            remedy = "begin a new run in another run_dir" if _among(key, ARCHITECTURE) else new_run
             raise ValueError(f"{_does_not_fit(path, key, old, new)}, or {remedy}")
-    if manifest.step > config.plan.max_steps:
-        raise ValueError(
-            f"max_steps={config.plan.max_steps} is less than the {manifest.step} steps of {path}; raise it"
-        )
+    _check_named_tokenizer(path, manifest, config)
+    max_steps = config.plan.max_steps
+    if manifest.step > max_steps:
+        raise ValueError(f"max_steps={max_steps} is less than the {manifest.step} steps of {path}; raise it")
+    if manifest.step == max_steps:
+        _check_unchanged(path, config, differing)
     return [f"{key} {old} → {new}" for key, old, new in differing]
 
 
@@ -83,8 +89,9 @@ def differences(path: Path, config: TrainConfig) -> Iterator[tuple[str, Any, Any
     """(field, the checkpoint's value, this run's), sorted."""
     before, now = dict(flat(read_json(path / CONFIG))), dict(flat(asdict(config)))
     for values in (before, now):  # null means one micro-batch: what that is, is compared
-        if values.get("tokens_per_step") is None and "batch_size" in values:
-            values["tokens_per_step"] = values["batch_size"] * values["seq_len"]
+        rows, tokens = values.get("batch_size"), values.get("seq_len")
+        if values.get("tokens_per_step") is None and isinstance(rows, int) and isinstance(tokens, int):
+            values["tokens_per_step"] = rows * tokens
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
@@ -96,6 +103,58 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str, Any, Any]]) -> None:
+    """Raises ValueError where a run that has nothing left to train would be said to have other settings than it had."""
+    in_both = dict(flat(read_json(path / CONFIG))).keys() & dict(flat(asdict(config))).keys()  # versions differ
+    for key, old, new in differing:
+        if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
+            raise ValueError(
+                f"{key}={new} comes too late for {path}, the last of {config.plan.max_steps} steps, which had "
+                f"{key}={old}; "
+                f"raise max_steps to train further with it, or choose another run_dir"
+            )
+
+
+def _check_named_tokenizer(path: Path, manifest: Manifest, config: TrainConfig) -> None:
+    """Compare tokenizers as far as that is possible before the text is read, wherever their files lie.
+
+    Raises:
+        ValueError: they differ; or this run's cannot be read.
+    """
+    before, now = read_json(path / CONFIG).get("tokenizer"), asdict(config.tokenizer)
+    if before == now and now["name"] != "file":  # a file may have changed
+        return
+    if now["name"] == "bpe":  # one that is learned is known when it is learned
+        size = before.get("vocab_size") if isinstance(before, dict) and before.get("name") == "bpe" else None
+        if size is not None and size != now["vocab_size"]:
+            raise ValueError(_does_not_fit(path, "tokenizer.vocab_size", size, now["vocab_size"]))
+        return
+    from data.corpus import load_named_tokenizer
+
+    config.tokenizer.check()
+    tokenizer = load_named_tokenizer(config.tokenizer)
+    state = read_json(path / STATE)
+    saved = state if manifest.format == 1 else state.get("data")
+    if tokenizer is not None and isinstance(saved, dict):
+        check_tokenizer(path, config, saved.get("tokenizer"), tokenizer.sha256)
+
+
+def check_tokenizer(path: Path, config: TrainConfig, saved: Any, ours: str) -> None:
+    """Raises ValueError where the SHA-256 of two tokenizers differs: but not of two that were learned alike.
+
+    Then it is the texts that differ, and that is what to say.
+    """
+    kind, before = config.tokenizer, read_json(path / CONFIG).get("tokenizer")
+    if saved == ours or (kind.name == "bpe" and before == asdict(kind)):
+        return
+    setting = f"tokenizer.path={kind.path}" if isinstance(kind, FileTokenizer) else f"tokenizer={kind.name}"
+    own = path.parent.parent / "tokenizer.json"
+    remedy = f"use tokenizer=file tokenizer.path={own}" if own.is_file() else "use the one that it was trained with"
+    if own.is_file() and isinstance(before, dict) and before.get("separator"):
+        remedy += f" tokenizer.separator='{before['separator']}'"
+    raise ValueError(f"{setting} does not fit {path}, which was trained with another tokenizer; {remedy}")
 
 
 def _among(key: str, fields: tuple[str, ...]) -> bool:

@@ -10,6 +10,7 @@ one rename puts it there. A folder whose manifest does not describe exactly what
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -78,14 +79,22 @@ class Manifest:
             and {STATE, CONFIG} <= set(manifest.files)
             and all(FILE.fullmatch(name) and name != MANIFEST for name in manifest.files)
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
-            and all(isinstance(size, int) and isinstance(digest, str) for size, digest in manifest.files.values())
-            and all(type(getattr(manifest, name)) is int for name in ("step", "tokens", "world_size"))
-            and isinstance(manifest.val_loss, float | int | None)
+            and all(_is_count(size) and isinstance(digest, str) for size, digest in manifest.files.values())
+            and all(_is_count(getattr(manifest, name)) for name in ("step", "tokens", "world_size"))
+            and (manifest.val_loss is None or _is_finite(manifest.val_loss))
             and isinstance(manifest.versions, dict)
         )
         if not well_formed:
             raise DamagedCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
         return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _spell(body: dict[str, Any]) -> bytes:
@@ -95,11 +104,15 @@ def _spell(body: dict[str, Any]) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Raises DamagedCheckpoint; looks at no other file."""
     try:
-        with open(folder / MANIFEST, "rb") as file:
+        with disk.open_regular(folder / MANIFEST) as file:
             data = file.read(MOST_MANIFEST_BYTES + 1)
     except OSError as error:
         raise DamagedCheckpoint(f"{MANIFEST}: {error.strerror}") from error
-    return Manifest.from_json(data)
+    manifest = Manifest.from_json(data)
+    named = NAME.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        raise DamagedCheckpoint(f"{MANIFEST} is that of step {manifest.step}")
+    return manifest
 
 
 def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
@@ -129,7 +142,8 @@ def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
 def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError where it is none."""
     try:
-        values = json.loads(file.read_bytes())
+        with disk.open_regular(file) as opened:
+            values = json.loads(opened.readall())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON") from error
     return values if isinstance(values, dict) else {}
@@ -166,10 +180,10 @@ def write(
         manifest = Manifest(format=FORMAT, config_sha256=str(files[CONFIG][1]), files=files, **facts)
         disk.write_synced(part / MANIFEST, manifest.to_json())
         disk.sync(part)
-        if folder.exists():
+        if os.path.lexists(folder):
             replaced = part.with_name(f"{part.name}-replaced")
             os.rename(folder, replaced)
-            shutil.rmtree(replaced, ignore_errors=True)
+            disk.remove(replaced)
         os.rename(part, folder)
         disk.sync(folder.parent)
     return manifest
@@ -182,6 +196,12 @@ def checkpoints_of(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def disk_of(run_dir: Path) -> Path:
+    """A folder on the disk that takes the checkpoints, which may be another than the run folder's."""
+    place = checkpoints_of(run_dir)
+    return place if os.path.exists(place) else run_dir
+
+
 def path_of(run_dir: Path, step: int) -> Path:
     return checkpoints_of(run_dir) / f"step-{step:08}"
 
@@ -192,12 +212,29 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Folders named like checkpoints, newest first; whether they are any, `verify` tells."""
-    with suppress(OSError):
-        found = {path: NAME.fullmatch(path.name) for path in checkpoints_of(run_dir).iterdir() if path.is_dir()}
-        steps = {path: int(match[1]) for path, match in found.items() if match}
-        return sorted(steps, key=steps.__getitem__, reverse=True)
-    return []
+    """What is named like a checkpoint, newest first; whether it is one, `verify` tells.
+
+    Raises:
+        ValueError: the folder of the checkpoints is there and cannot be read. It may hold some.
+    """
+    place = checkpoints_of(run_dir)
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(place, error) from error
+    try:
+        matches = {path: NAME.fullmatch(path.name) for path in place.iterdir()}
+    except OSError as error:
+        raise _unreadable(place, error) from error
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def _unreadable(place: Path, error: OSError) -> ValueError:
+    why = f"it leads to {os.readlink(place)}" if place.is_symlink() else "it may hold checkpoints"
+    return ValueError(f"{place} cannot be read: {error.strerror}; {why}: mend that, or choose another")
 
 
 def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -212,10 +249,8 @@ def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest
 
 def sweep(run_dir: Path) -> None:
     """Remove what killed saves left behind. Only for who holds the run folder's lock."""
-    with suppress(OSError):
-        for path in checkpoints_of(run_dir).iterdir():
-            if path.name.startswith(".step-") and ".part-" in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+    disk.sweep(checkpoints_of(run_dir))
+    disk.sweep(run_dir)
 
 
 def to_keep(manifests: dict[Path, Manifest], last: int, every: int, best: bool) -> set[Path]:
@@ -241,20 +276,27 @@ def readable(paths: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
             yield path, read_manifest(path)
 
 
-def prune(run_dir: Path, last: int, every: int, best: bool) -> list[Path]:
+def prune(run_dir: Path, last: int, every: int, best: bool, verified: Path | None = None) -> list[Path]:
     """Remove checkpoints that retention does not keep; returns them.
 
     Nothing is removed before the newest has verified, so the last good one stays whatever happened to the others. What
     has no good manifest is left for a person to look at.
+
+    Args:
+        verified: a checkpoint that was just read, and need not be read again.
+    Raises:
+        DamagedCheckpoint: the newest is. OSError, ValueError: the folder cannot be read or changed.
     """
     manifests = dict(readable(candidates(run_dir)))
     if not manifests:
         return []
-    verify(max(manifests, key=lambda path: manifests[path].step))
+    latest = max(manifests, key=lambda path: manifests[path].step)
+    if latest != verified:
+        verify(latest)
     surplus = sorted(set(manifests) - to_keep(manifests, last, every, best))
     for path in surplus:
         # Renamed first: a removal that is killed half-way leaves no folder that looks like a checkpoint.
         gone = disk.part_name(path)
         os.rename(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        disk.remove(gone)
     return surplus

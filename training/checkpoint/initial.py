@@ -38,7 +38,10 @@ def load_initial(weights: Weights, config: TrainConfig, tokenizer_sha256: str, n
 
 
 def _load(weights: Weights, file: Path) -> None:
+    tensors, dtype = state.read_tensors(file), next(iter(weights.tensors().values())).dtype
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     try:
-        weights.load(state.read_tensors(file), {})
+        weights.validate(tensors, {})
     except ValueError as error:
         raise ValueError(f"{file} does not fit: {error}") from error
+    weights.load(tensors, {})

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -134,7 +134,7 @@ class Saver:
         try:
             began = time.perf_counter()
             copied()
-            need_space(self.run_dir, needed)
+            need_space(checkpoints.disk_of(self.run_dir), needed)
             for record in texts[checkpoints.STATE]["records"]:  # no checkpoint may be older than the lines it counts on
                 disk.sync(self.run_dir / record)
             writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
@@ -142,21 +142,42 @@ class Saver:
             seconds = time.perf_counter() - began
             self._metrics.put({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
         except (OSError, SafetensorError) as error:
-            why = save_problem(error, self.run_dir, needed)
+            why = save_problem(error, checkpoints.disk_of(self.run_dir), needed)
             self._failure = f"checkpoint {path} was not written, older ones are untouched: {why}"
         except Exception as error:  # a bug of ours must not end a run that goes well
             self._failure = f"checkpoint {path} was not written: {type(error).__name__}: {error}"
         else:
-            try:
-                checkpoints.prune(self.run_dir, self.config.keep_last, self.config.keep_every, self.config.keep_best)
-            except checkpoints.DamagedCheckpoint as damage:
-                self._failure = f"checkpoint {path} does not read back as written, nothing older is removed: {damage}"
-            except OSError as error:
-                self._failure = f"old checkpoints could not be removed: {error.strerror}"
+            self._failure = self._read_back(path) or self._prune(path)
+
+    def _read_back(self, path: Path) -> str:
+        """Whole or not there: what the disk does not give back as it was written goes. Returns what failed."""
+        try:
+            checkpoints.verify(path)
+        except checkpoints.DamagedCheckpoint as damage:
+            disk.remove(path)
+            return f"checkpoint {path} did not read back as written and is removed, older ones are untouched: {damage}"
+        return ""
+
+    def _prune(self, verified: Path) -> str:
+        keep = self.config
+        try:
+            checkpoints.prune(self.run_dir, keep.keep_last, keep.keep_every, keep.keep_best, verified)
+        except OSError as error:
+            return f"old checkpoints could not be removed: {error.strerror}"
+        except ValueError as error:  # the newest is damaged, or the folder cannot be read
+            return f"old checkpoints are not removed: {error}"
+        return ""
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, str(path))  # lets other threads run: they waited 5 ms at most while 0.4 GB were written
+    check_written(path, tensors.values())
+
+
+def check_written(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raises OSError where a file is shorter than its tensors: not every file system tells that it is full."""
+    if path.stat().st_size < sum(tensor.nbytes for tensor in tensors):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def need_space(folder: Path, needed: int) -> None:

@@ -21,8 +21,20 @@ class State(NamedTuple):
     tensors: dict[str, dict[str, Tensor]]
     values: dict[str, dict[str, Any]]
 
+    def validate(self, parts: Iterable[Part]) -> None:
+        """Compare all of it with the parts that would load it; nothing is loaded.
+
+        Raises:
+            ValueError: names the part, and what differs.
+        """
+        for part in parts:
+            try:
+                part.validate(self.tensors.get(part.name, {}), self.values[part.name])
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+                raise ValueError(f"{part.name}: {' '.join(why.split())[:200]}") from error
+
     def load(self, parts: Iterable[Part]) -> None:
-        """Raises what `Part.load` raises."""
         for part in parts:
             part.load(self.tensors.get(part.name, {}), self.values[part.name])
 
@@ -47,8 +59,9 @@ def read(path: Path, manifest: Manifest) -> State:
     values = read_json(path / STATE)
     try:
         if manifest.format == 1:
-            return _from_format_1(tensors, values, manifest, read_json(path / CONFIG))
-        if not all(isinstance(of_part, dict) for of_part in values.values()) or "text" not in values["data"]:
+            tensors, values = _from_format_1(tensors, values, manifest, read_json(path / CONFIG))
+        hashes = [values["data"][name] for name in ("text", "tokenizer")]
+        if not all(isinstance(of_part, dict) for of_part in values.values()) or {*map(type, hashes)} != {str}:
             raise TypeError
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path / STATE} was not written by this version: it is no state of a run") from error
@@ -64,7 +77,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(file), framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:  # odd dtypes, too
         raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
 
 

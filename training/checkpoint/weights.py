@@ -13,8 +13,7 @@ from torch import nn
 from data import disk
 from training.errors import SaveFailed
 
-from . import folder as checkpoints
-from .saver import save_problem
+from .saver import check_written, save_problem
 
 
 def save_weights(model: nn.Module, run_dir: Path) -> None:
@@ -26,8 +25,9 @@ def save_weights(model: nn.Module, run_dir: Path) -> None:
     target = run_dir / "model.safetensors"
     try:
         # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
-        with disk.part_of(checkpoints.checkpoints_of(run_dir) / "step-weights") as part:
+        with disk.part_of(target) as part:
             save_model(model, str(part / target.name))
+            check_written(part / target.name, model.parameters())
             shutil.copymode(run_dir / "config.yaml", part / target.name)
             disk.sync(part / target.name)
             os.replace(part / target.name, target)

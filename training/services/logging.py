@@ -22,7 +22,8 @@ class Logging(Service):
         config, facts, folder = run.config, run.facts(), run.folder
         try:
             disk.write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-            disk.write_whole(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
+            if run.progress.step < run.plan.max_steps or not (folder / "facts.json").exists():  # of who trained it
+                disk.write_whole(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
             run.batches.corpus.tokenizer.save(folder / "tokenizer.json")
         except OSError as error:
             why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
