@@ -67,9 +67,10 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
             remedy = "begin a new run in another run_dir" if _among(key, ARCHITECTURE) else new_run
             raise ValueError(f"{_does_not_fit(path, key, old, new)}, or {remedy}")
     _check_named_tokenizer(path, manifest, config)
-    if manifest.step > config.num_steps:
-        raise ValueError(f"max_steps={config.num_steps} is less than the {manifest.step} steps of {path}; raise it")
-    if manifest.step == config.num_steps:
+    num_steps = config.num_steps
+    if manifest.step > num_steps:
+        raise ValueError(f"max_steps={num_steps} is less than the {manifest.step} steps of {path}; raise it")
+    if manifest.step == num_steps:
         _check_unchanged(path, config, differing)
     return [f"{key} {old} → {new}" for key, old, new in differing]
 
@@ -109,7 +110,7 @@ def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str,
     for key, old, new in differing:
         if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
             raise ValueError(
-                f"{key}={new} comes too late for {path}, the last of {config.num_steps} steps, which had {key}={old}; "
+                f"{key}={new} comes too late for {path}, the last step of the run, which had {key}={old}; "
                 f"raise max_steps to train further with it, or choose another run_dir"
             )
 
