@@ -111,8 +111,7 @@ def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str,
     for key, old, new in differing:
         if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
             raise ValueError(
-                f"{key}={new} comes too late for {path}, the last of {config.plan.max_steps} steps, which had "
-                f"{key}={old}; "
+                f"{key}={new} comes too late for {path}, the last step of the run, which had {key}={old}; "
                 f"raise max_steps to train further with it, or choose another run_dir"
             )
 
