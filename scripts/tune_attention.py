@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
+from kernels.flash_attention.testing import random_starts
 from scripts.record import need_cuda
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
@@ -119,8 +120,7 @@ def runner(kernel: str, shape: tuple[int, int, int, int], mask: str, dtype: torc
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(4))
     starts = None
     if mask == "documents":  # of 1,024 tokens on average
-        begins = torch.rand(shape[:2], device="cuda") < 1 / 1024
-        starts = torch.where(begins, torch.arange(shape[1], device="cuda"), 0).cummax(1).values.int()
+        starts = random_starts(*shape[:2], 1 / 1024).cuda()
     window = 1024 if mask == "window" else None
     options: dict[str, Any] = {"causal": mask != "full", "window": window, "softcap": 0.0, "scale": shape[3] ** -0.5}
     if kernel == "forward":

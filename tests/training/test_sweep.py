@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from scripts.kill_test import write_small_text
 from training import cli, jobs
 from training.config import TrainConfig
 from training.sweep import Sweep, comparison, identity
@@ -188,10 +189,7 @@ SMALL += ["data=text", "data.path=text", "data.val_fraction=0.3", "data.cache_di
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
-    (folder / "text").mkdir()
-    for number in range(12):
-        lines = [f"{place} green bottles of {number} standing on the wall" for place in range(30)]
-        (folder / "text" / f"{number}.txt").write_text("\n".join(lines))
+    write_small_text(folder / "text")
     return folder
 
 
