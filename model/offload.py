@@ -21,11 +21,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from .kept import TAKEN, Store, Ticket
+
 GIB = 2**30
 PAGE = 4096
 
 
-class HostStore:
+class HostStore(Store):
     """Holds what layers keep: one for a model, whose tensors lie on one device.
 
     On a CPU, where there is nothing to save, it takes the same steps without streams.
@@ -61,10 +63,11 @@ class HostStore:
         return [ticket for _, ticket in sorted(self._kept.items(), reverse=True)]
 
     def remove(self, ticket: HostTicket) -> None:
-        del self._kept[ticket.number]
+        if self._kept.pop(ticket.number, None) is None:
+            raise RuntimeError(TAKEN)
 
 
-class HostTicket:
+class HostTicket(Ticket):
     """Tensors of a `HostStore`: on the device, on the host, or, while a copy is under way, on both.
 
     Dropped without `take`, it frees its memory.
@@ -79,7 +82,7 @@ class HostTicket:
         """Makes the compute stream wait until the last copy is over."""
 
     def take(self) -> list[Tensor]:
-        """The tensors, on the device; once. Tickets are taken in the reverse order of `keep`, to be loaded in time."""
+        """The tensors, on the device. Those of earlier tickets are loaded then."""
         self.store.remove(self)
         earlier = [ticket for ticket in self.store.latest() if ticket.number < self.number]
         for ticket in [self, *earlier[: self.store.ahead]]:

@@ -176,7 +176,7 @@ def test_a_forward_pass_after_a_backward_pass_that_stopped(device: str) -> None:
 def test_a_ticket_is_taken_once() -> None:
     (ticket,) = forward(HostStore(), 1)
     ticket.take()
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError, match="a second backward pass"):
         ticket.take()
 
 
