@@ -64,14 +64,14 @@ class _Index(int):
     """Of a kept tensor."""
 
 
-def catch(attend: Callable[[], Tensor]) -> tuple[list[Tensor], Recipe]:
-    """The tensors to keep of `attend()`: its output, once, and what else its operator returned in floating point.
+def catch(attend: Callable[..., Tensor], *inputs: Any) -> tuple[list[Tensor], Recipe]:
+    """The tensors to keep of `attend(*inputs)`: its output, once, and what else its operator returned in floating point.
 
     Where no operator is recognised (attention=math, FlexAttention's own compiled function on a GPU) that is the output
     alone, and `replay` computes attention again.
     """
     with _Catch() as caught:
-        out = attend()
+        out = attend(*inputs)
     leaves, spec = tree_flatten(caught.results)
     tensors: list[Tensor] = []
     for place, leaf in enumerate(leaves):
@@ -92,11 +92,11 @@ def output(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
     return recipe.out.on(tensors)
 
 
-def replay(attend: Callable[[], Tensor], tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
-    """`attend()` with a graph, its operators' results being those that were caught."""
+def replay(tensors: Sequence[Tensor], recipe: Recipe, attend: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`attend(*inputs)` with a graph, its operators' results being those that were caught."""
     leaves = [tensors[leaf] if isinstance(leaf, _Index) else leaf for leaf in recipe.leaves]
     with _Replay(tree_unflatten(leaves, recipe.spec)):
-        return attend()
+        return attend(*inputs)
 
 
 class _Mode(TorchDispatchMode):
