@@ -71,8 +71,31 @@ class FullConfig(SelectiveConfig):
             )
 
 
+@dataclass
+class OffloadConfig(FullConfig):
+    """As full; what layers keep lies in pinned host memory until the backward pass comes to it."""
+
+    name: str = "offload"
+    host: float = 1.0
+    """Fraction of the layers that compute again which keep on the host, the first ones: they keep for the longest time.
+    The last of all stays on the device, where it is needed at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.host <= 1:
+            raise ValueError(
+                f"memory.host={self.host} must lie above 0 and up to 1; use memory=full to keep on the GPU"
+            )
+
+    def on_host(self, n_layers: int) -> int:
+        """How many layers keep on the host."""
+        count = self.of(n_layers)
+        return min(math.ceil(self.host * count), count - 1)
+
+
 MEMORY_POLICIES: dict[str, type[MemoryConfig]] = {
     "none": MemoryConfig,
     "selective": SelectiveConfig,
     "full": FullConfig,
+    "offload": OffloadConfig,
 }

@@ -1,0 +1,265 @@
+"""What is kept on the host comes back as it was, in time, and its memory is used again."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import offload
+from model.activations_config import OffloadConfig
+from model.offload import HostBuffers, HostStore, HostTicket
+
+ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
+    ((2, 3, 4), torch.float32),
+    ((2, 3, 8), torch.bfloat16),
+    ((5,), torch.int32),
+]
+
+
+def tensors(number: int, device: str = "cpu") -> list[Tensor]:
+    """What layer `number` keeps: one of each of SHAPES, filled with numbers of its own."""
+    made = []
+    for place, (shape, dtype) in enumerate(SHAPES):
+        first = 10 * number + place
+        made.append(torch.arange(first, first + torch.Size(shape).numel(), device=device).reshape(shape).to(dtype))
+    return made
+
+
+def forward(store: HostStore, layers: int, device: str = "cpu", first: int = 0) -> list[HostTicket]:
+    return [store.keep(tensors(number, device)) for number in range(first, first + layers)]
+
+
+def assert_taken(tickets: Sequence[HostTicket], first: int = 0) -> None:
+    """Backward: each ticket gives what its layer kept."""
+    for number, ticket in reversed(list(enumerate(tickets, first))):
+        taken, expected = ticket.take(), tensors(number)
+        assert [tensor.dtype for tensor in taken] == [tensor.dtype for tensor in expected]
+        assert all(torch.equal(here.cpu(), there) for here, there in zip(taken, expected, strict=True))
+
+
+def on_device(tickets: Sequence[HostTicket]) -> list[bool]:
+    return [ticket._device is not None for ticket in tickets]
+
+
+def free(store: HostStore) -> int:
+    """Bytes of host memory that wait for the next step."""
+    assert store.buffers is not None
+    return sum(size * len(unused) for size, unused in store.buffers._unused.items())
+
+
+@ON
+@pytest.mark.parametrize("layers", [1, 2, 3, 8])
+def test_every_layer_gets_back_what_it_kept(device: str, layers: int) -> None:
+    store = HostStore()
+    for _ in range(3):
+        assert_taken(forward(store, layers, device))
+
+
+@ON
+def test_the_layout_of_a_tensor_comes_back_and_the_gaps_of_a_view_do_not(device: str) -> None:
+    store = HostStore()
+    transposed = torch.arange(24.0, device=device).reshape(2, 3, 4).transpose(1, 2)
+    columns = torch.arange(24.0, device=device).reshape(4, 6)[:, 1:3]
+    tickets = [store.keep([transposed, columns]), *forward(store, 3, device)]
+    assert_taken(tickets[1:])
+    back, cut = tickets[0].take()
+    assert back.device == transposed.device
+    assert torch.equal(back, transposed)
+    assert torch.equal(cut, columns)
+    assert back.stride() == transposed.stride()
+    assert cut.is_contiguous()
+    assert store.buffers is not None
+    assert 2 * 24 * 4 > back.numel() * 4 + cut.numel() * 4 == 24 * 4 + 8 * 4
+
+
+def test_the_last_two_layers_stay_on_the_device_and_the_others_leave_it() -> None:
+    store = HostStore()
+    tickets = []
+    for number in range(5):
+        tickets.append(store.keep(tensors(number)))
+        assert on_device(tickets) == [age < 2 for age in reversed(range(number + 1))]
+    assert tickets[-1]._host is None, "needed at once, it is not copied"
+
+
+def test_what_has_left_holds_no_memory_of_the_device() -> None:
+    alive = []
+    store, tickets = HostStore(), []
+    for number in range(5):
+        kept = tensors(number)
+        alive.append(weakref.ref(kept[0].untyped_storage()))
+        tickets.append(store.keep(kept))
+        del kept
+    assert [storage() is not None for storage in alive] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_taking_a_layer_loads_the_ones_before_it_and_no_more(ahead: int) -> None:
+    store = HostStore(ahead)
+    tickets = forward(store, 7)
+    for number in reversed(range(7)):
+        loaded = on_device(tickets[: number + 1])
+        assert loaded.count(True) <= max(ahead + 1, 2)
+        tickets[number].take()
+        expected = [earlier >= number - ahead for earlier in range(number)]
+        still_there = number == 6 and ahead == 0  # the last but one had not left yet
+        assert on_device(tickets[:number]) == ([False] * 5 + [True] if still_there else expected)
+
+
+def test_a_layer_is_loaded_before_the_one_that_is_taken_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[int] = []
+    load = HostTicket.load
+    monkeypatch.setattr(
+        HostTicket, "load", lambda self: (loads.append(self.number) if self._device is None else None, load(self))[1]
+    )
+    store = HostStore()
+    tickets = forward(store, 5)
+    for number in reversed(range(5)):
+        tickets[number].take()
+        loads.append(-number)
+    assert loads == [-4, 2, -3, 1, -2, 0, -1, 0], "a number: loaded; its negative: taken"
+
+
+@ON
+def test_host_memory_is_used_again_in_the_next_step(device: str) -> None:
+    store = HostStore()
+    sizes = []
+    for _ in range(3):
+        assert_taken(forward(store, 6, device))
+        assert store.buffers is not None
+        sizes.append(store.buffers.bytes)
+    assert sizes == [5 * sum(tensor.numel() * tensor.element_size() for tensor in tensors(0))] * 3
+    assert free(store) == sizes[0]
+
+
+@ON
+@pytest.mark.parametrize("kept", range(1, 6))
+def test_tickets_that_are_dropped_free_what_they_held(device: str, kept: int) -> None:
+    store = HostStore()
+    tickets = forward(store, 5, device)
+    assert_taken(tickets[kept:], first=kept)  # the backward pass ends in the middle
+    del tickets
+    gc.collect()
+    assert store.latest() == []
+    assert store.buffers is not None
+    assert free(store) == store.buffers.bytes
+    assert_taken(forward(store, 5, device))
+
+
+@ON
+def test_several_forward_passes_may_come_before_a_backward_pass(device: str) -> None:
+    store = HostStore()
+    first, second = forward(store, 4, device), forward(store, 4, device, first=4)
+    assert_taken(second, first=4)
+    third = forward(store, 4, device, first=8)
+    assert_taken(first)
+    assert_taken(third, first=8)
+    assert store.latest() == []
+
+
+@ON
+def test_a_forward_pass_after_a_backward_pass_that_stopped(device: str) -> None:
+    store = HostStore()
+    stopped = forward(store, 4, device)
+    stopped[3].take()
+    following = forward(store, 4, device, first=4)
+    assert on_device(stopped[:3]) == [False] * 3, "loaded ahead, it went back"
+    assert_taken(following, first=4)
+    assert_taken(stopped[:3])
+
+
+def test_a_ticket_is_taken_once() -> None:
+    (ticket,) = forward(HostStore(), 1)
+    ticket.take()
+    with pytest.raises(KeyError):
+        ticket.take()
+
+
+def test_no_gradient_goes_through_what_is_kept() -> None:
+    store = HostStore()
+    kept = torch.ones(3, requires_grad=True) * 2
+    (taken,) = store.keep([kept]).take()
+    assert not taken.requires_grad
+
+
+def test_memory_that_cannot_be_pinned_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nbytes: int) -> Tensor:
+        raise RuntimeError("out of memory (2)\nand more")
+
+    monkeypatch.setattr(offload, "pinned", refuse)
+    buffers = HostBuffers(torch.device("cpu"))
+    buffers.bytes = 2**31
+    buffers._stream = object()  # type: ignore[assignment]  # as on a GPU
+    line = r"memory\.host: 2\.0 GiB .* pinned, and 1\.0 GiB more .*out of memory \(2\)\); use a smaller memory\.host"
+    with pytest.raises(MemoryError, match=line) as raised:
+        buffers.like(torch.empty(2**28, device="meta"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("host", [0.0, -1.0, 1.5, float("nan")])
+def test_a_fraction_that_is_none_is_refused_with_what_to_use(host: float) -> None:
+    with pytest.raises(ValueError, match=r"memory\.host=.* use memory=full"):
+        OffloadConfig(host=host)
+
+
+def test_the_last_layer_is_on_no_host() -> None:
+    assert [OffloadConfig(host=host).on_host(16) for host in (0.01, 0.5, 0.9, 1.0)] == [1, 8, 15, 15]
+    assert OffloadConfig(layers=0.5).on_host(16) == 7
+    assert OffloadConfig().on_host(1) == 0
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_memory_is_pinned_while_there_is_a_store() -> None:
+    store = HostStore()
+    tickets = forward(store, 3, "cuda")
+    host = tickets[0]._host
+    assert host is not None
+    assert all(tensor.is_pinned() for tensor in host)
+    del tickets, store
+    gc.collect()
+    assert not any(tensor.is_pinned() for tensor in host)
+
+
+N = 2**26
+"""float32 numbers of a tensor whose copy takes milliseconds, and filling it a tenth of that."""
+
+
+def junk() -> Tensor:
+    """In whatever memory of the device is free."""
+    return torch.full((N,), -1.0, device="cuda")
+
+
+@pytest.mark.gpu
+def test_memory_is_used_again_only_after_its_copies() -> None:
+    store, right = HostStore(), []
+    for _ in range(2):
+        tickets = []
+        for number in range(6):
+            tickets.append(store.keep([torch.full((N,), float(number), device="cuda")]))
+            junk()
+        for number in reversed(range(6)):
+            right.append((tickets[number].take()[0] == number).all())
+            junk()
+    assert all(bool(found) for found in right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_memory_of_a_dropped_ticket_is_used_again_only_after_its_copies(taken: int) -> None:
+    store = HostStore()
+    tickets = [store.keep([torch.full((N,), float(number), device="cuda")]) for number in range(5)]
+    for _ in range(taken):
+        tickets.pop().take()
+    tickets.clear()  # while the next one is loaded, or the last but one stored
+    ours = [junk() for _ in range(3)]
+    assert all(bool((tensor == -1).all()) for tensor in ours)
+    following = [store.keep([torch.full((N,), float(number), device="cuda")]) for number in range(5)]
+    assert all(bool((following[number].take()[0] == number).all()) for number in reversed(range(5)))
