@@ -14,8 +14,9 @@ from .machine import Gpu
 PRODUCTS = 0.54
 """Fraction of the card's peak that a step reaches outside of attention: matrix products, with the elementwise work, the
 loss and the update in their time. llama-1b and a GPT of 1.3 B in rows of 16k to 64k on an H200; 0.40 for GPT-2 124M."""
-ATTENTION = {64: (0.61, 0.54), 128: (0.75, 0.63), 256: (0.85, 0.43)}
-"""The same of attention forward and backward, by head dimension: docs/benchmarks/hopper-h100.md, rows of 16k."""
+ATTENTION = {64: (0.59, 0.52), 128: (0.73, 0.63), 256: (0.85, 0.43)}
+"""The same of attention forward and backward, by head dimension: our kernels in causal rows of 16k, on an H200 (256: on an
+H100). Longer rows are a little faster."""
 ELEMENTWISE = 0.03
 """What memory=selective computes again, as a fraction of the time outside of attention. An estimate, not measured."""
 HOST_BYTES_PER_SECOND = 50e9
