@@ -72,10 +72,13 @@ def kept_by_layers(
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
-    per_token = FLOAT32 * config.dim  # the layer's input
-    if not (writes_scores or (isinstance(policy, FullConfig) and not policy.keep_attention)):
-        per_token += product_bytes * H * D + FLOAT32 * H  # attention's output and LSE
-    if not isinstance(policy, FullConfig):
+    layers = attending = policy.of(config.n_layers)
+    per_token = layers * FLOAT32 * config.dim  # the layer's input
+    if isinstance(policy, FullConfig):
+        attending = sum(policy.keeps_attention(layer, config.n_layers) for layer in range(layers))
+    else:
         up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
-        per_token += product_bytes * ((H + 2 * G) * D + config.dim + up_width)
-    return policy.of(config.n_layers) * tokens * per_token
+        per_token += layers * product_bytes * ((H + 2 * G) * D + config.dim + up_width)
+    if not writes_scores:
+        per_token += attending * (product_bytes * H * D + FLOAT32 * H)  # attention's output and LSE
+    return tokens * per_token
