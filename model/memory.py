@@ -61,19 +61,26 @@ def predict(
 
 
 def kept_by_layers(
-    config: ModelConfig, policy: SelectiveConfig, *, tokens: int, product_bytes: int, writes_scores: bool = False
+    config: ModelConfig,
+    policy: SelectiveConfig,
+    *,
+    tokens: int,
+    product_bytes: int,
+    residual_bytes: int = FLOAT32,
+    writes_scores: bool = False,
 ) -> int:
     """Bytes that the layers which a policy is about keep of a micro-batch until its backward pass.
 
     Args:
         tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
+        residual_bytes: of one in the residual stream: 2 with bf16-residual, otherwise 4.
         writes_scores: whether attention writes S × S scores, so that nothing of it is kept.
     """
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
     layers = attending = policy.of(config.n_layers)
-    per_token = layers * FLOAT32 * config.dim  # the layer's input
+    per_token = layers * residual_bytes * config.dim  # the layer's input
     if isinstance(policy, FullConfig):
         attending = sum(policy.keeps_attention(layer, config.n_layers) for layer in range(layers))
     else:
