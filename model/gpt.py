@@ -17,11 +17,19 @@ from kernels import linear_cross_entropy
 
 from .attention.base import AttentionBackend
 from .config import ModelConfig
+from .linear import Linear
 from .rotary import attention_scaling, inverse_frequencies, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """(q, k, v, mask) → out: an `AttentionBackend`, or what its `for_layer` returned."""
 Rotation = tuple[Tensor, Tensor] | None
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the weight's dtype, float32, whatever comes in: autocast of PyTorch 2.11 does not know of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -31,10 +39,10 @@ class Attention(nn.Module):
         assert config.n_kv_heads is not None
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
+        self.out = Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
@@ -47,8 +55,8 @@ class Attention(nn.Module):
 class GELU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, config.ffn_dim, bias=config.bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_BSE), approximate="tanh"))
@@ -57,8 +65,8 @@ class GELU(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSE).chunk(2, dim=-1)
@@ -67,7 +75,7 @@ class SwiGLU(nn.Module):
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.dim, config.norm_eps)
+        return RMSNorm(config.dim, config.norm_eps)
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
 
 
@@ -84,7 +92,7 @@ class Block(nn.Module):
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The output head: logits, or the summed loss. Always called as a module: what shards it hooks into that call."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,14 +105,14 @@ class Head(nn.Linear):
         if targets_BS is not None:
             loss = linear_cross_entropy(
                 x_BSE.flatten(0, 1),
-                self.weight,
+                self.operand(),
                 targets_BS.flatten(),
                 softcap=self.softcap,
                 chunk_size=self.chunk_size,
                 reduction="none" if per_token else "sum",
             )
             return loss.unflatten(0, targets_BS.shape) if per_token else loss
-        logits_BSV = F.linear(x_BSE, self.weight)
+        logits_BSV = F.linear(x_BSE, self.operand())
         return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap > 0 else logits_BSV
 
 
@@ -128,6 +136,8 @@ class GPT(nn.Module):
         self.head = Head(config)
         if config.position == "rotary":
             self.register_buffer("frequencies", None, persistent=False)
+        self.residual_dtype: torch.dtype | None = None
+        """Of the residual stream; None: the weights', under autocast, too."""
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
         self._compiled_loss: Callable[..., Tensor] | None = None
@@ -225,7 +235,7 @@ class GPT(nn.Module):
         return loss(x_BSE, targets_BS, per_token)
 
     def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
-        """The residual stream after the last block (B, S, E), before the final norm."""
+        """The residual stream after the last block (B, S, E), before the final norm; in `residual_dtype`."""
         x_BSE, rotation = self.embedding(tokens_BS), None
         if self.config.position == "learned":
             x_BSE = x_BSE + self.positions(positions_BS)
@@ -233,6 +243,8 @@ class GPT(nn.Module):
             angles_BS1F = (positions_BS[..., None].float() * self.frequencies)[:, :, None]
             stretch = attention_scaling(self.config.rotary)
             rotation = angles_BS1F.cos() * stretch, angles_BS1F.sin() * stretch
+        if self.residual_dtype is not None:
+            x_BSE = x_BSE.to(self.residual_dtype)
         is_own = attention is self.attention
         blocks: Iterable[Any] = self._compiled_blocks if is_own and self._compiled_blocks else self.blocks
         for layer, block in enumerate(blocks):

@@ -18,7 +18,7 @@ from model.memory import GIB, kept_by_layers
 from . import hardware
 from .capacity import predicted, writes_scores
 from .config import Plan, TrainConfig
-from .runtime import Runtime
+from .runtime import Runtime, product_bytes, residual_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,8 @@ def memory_lines(config: TrainConfig, precision: str) -> list[str]:
         config.model,
         policy,
         tokens=config.batch_size * config.seq_len,
-        product_bytes=2 if precision == "bf16" else 4,
+        product_bytes=product_bytes(precision),
+        residual_bytes=residual_bytes(precision),
         writes_scores=writes_scores(config),
     )
     layers = f"{policy.of(config.model.n_layers)} of {config.model.n_layers} layers"

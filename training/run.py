@@ -62,6 +62,8 @@ class Run:
                 seed=config.seed,
                 compile=runtime.compile,
                 memory=config.memory,
+                residual_dtype=runtime.residual_dtype,
+                working_dtype=runtime.working_dtype(config),
             )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
