@@ -1,12 +1,9 @@
 """How much memory a training step takes at its peak, part by part, predicted from its configuration. No torch here.
 
-A step has moments at which its memory may be highest: the loss, while all layers still hold what they keep; the backward
-pass of each layer, which frees what that layer keeps and makes gradients; and the update. `predict` adds up what is
-alive at each of them and returns the highest.
-
-What layers keep is counted in bytes a token. E is the model's width, H, G and D are query heads, key heads and head
-dimension, F is the MLP's width, U = 2F with SwiGLU and F with GELU; r is the bytes of a number in the residual stream, c
-of one in a matrix product.
+A step has moments at which its memory may be highest: the loss, while all layers still hold what they keep; the
+backward pass of each layer, which frees what that layer keeps and makes gradients; and the update. `predict` adds up
+what is alive at each of them and returns the highest. What is predicted is PyTorch's `max_memory_allocated`; the
+measured peaks that it is held against are in tests/model/memory-h200.json.
 """
 
 from __future__ import annotations
@@ -38,9 +35,9 @@ class Workload:
     optimizer: str = "adamw"
     moment_bytes: int = 4
     product_bytes: int = 2
-    """c above: 2 with bf16, otherwise 4."""
+    """Of a number in a matrix product: 2 with bf16, otherwise 4."""
     residual_bytes: int = 4
-    """r above: 2 with precision=bf16-residual, otherwise 4."""
+    """Of a number in the residual stream: 2 with precision=bf16-residual, otherwise 4."""
     compiled: bool = True
     writes_scores: bool = False
     """Whether attention writes S × S scores to memory, as attention=math does."""
@@ -131,7 +128,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
     yield replace(
         resting,
         moment="the loss",
-        copies=copies_bytes(work, L),
+        copies=copies_bytes(work, L, head=True),
         kept=sum(layers_on_device) + in_flight + last,
         loss=loss_bytes(work),
     )
@@ -201,60 +198,74 @@ def kept_by_layers(
 def layer_bytes(work: Workload, layer: int) -> int:
     """The most that exists at once while the backward pass of a layer runs, beside what the layer keeps."""
     sizes, policy = _Sizes.of(work), policy_of(work.memory, layer, work.model.n_layers)
-    weight = (FLOAT32 + work.product_bytes) * max(matrix_sizes(work.model))  # a gradient before it is cast, and after
     if isinstance(policy, FullConfig):
-        return weight + full_bytes(work, sizes, policy)
-    # The gradient of the residual stream, and that of the MLP's first product.
+        return recompute_bytes(work, sizes, policy, policy.keeps_attention(layer, work.model.n_layers))
+    # The gradients of the residual stream and of the MLP's first product.
     live = sizes.residual + sizes.up
-    if isinstance(policy, SelectiveConfig):  # computed again: the stream between attention and MLP, its norm, the activation
+    if isinstance(policy, SelectiveConfig):  # again: the stream between attention and MLP, its norm, the activation
         live += sizes.residual + sizes.product + sizes.active
-    if not work.compiled:  # gradients of both halves before they are one
+    if not work.compiled:  # the gradients of both halves of that product, before they are one, and the activation's
         live += sizes.up + sizes.active
-    return work.tokens * live + weight
+    scores = 0
+    if work.writes_scores and isinstance(policy, SelectiveConfig):
+        scores = score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
+    # The gradient of the largest matrix before it is cast, and after.
+    return work.tokens * live + scores + (FLOAT32 + work.product_bytes) * max(matrix_sizes(work.model))
 
 
-def full_bytes(work: Workload, sizes: _Sizes, policy: FullConfig) -> int:
-    T, tile = work.tokens, min(policy.tile or work.tokens, work.tokens)
-    # The residual stream between attention and MLP, its gradient, and that of the layer's output.
-    mlp = T * 3 * sizes.residual + tile * (2 * sizes.product + 2 * sizes.up + 2 * sizes.active)
-    heads = 2 * (sizes.qkv + sizes.rotated + sizes.attended)
-    attention = T * (2 * sizes.residual + 2 * sizes.product + heads // policy.head_groups) + workspace_bytes(work)
+def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_attention: bool) -> int:
+    """The same of a layer that computes all again: the table of `model.recompute`."""
+    T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
+    live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
+    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * (4 * FLOAT32 * work.model.dim + 3 * sizes.up)
+    attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
+    if work.writes_scores:
+        attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups
     return max(mlp, attention)
 
 
-def workspace_bytes(work: Workload) -> int:
-    """What attention's backward kernels take while they run: statistics of the rows, and on Hopper sums of dQ."""
+def workspace_bytes(work: Workload, groups: int = 1) -> int:
+    """What attention's backward takes while it runs: row statistics, and with the Hopper kernels sums of dQ.
+
+    The sums are those of some 900 tiles of 128 keys, and of two key heads at least; see `hopper.backward`.
+    """
     config = work.model
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
-    statistics = work.tokens * config.n_heads * 4 * FLOAT32
+    statistics = work.tokens * config.n_heads // groups * 4 * FLOAT32
     if not work.sums_queries or config.head_dim > 128:
         return statistics
-    # Of the queries of some 900 tiles of 128 keys, and of three key heads at least; see `hopper.backward`.
-    rows = min(max(3 * work.seq_len, 900 * 128), work.tokens * config.n_kv_heads)
+    rows = min(2 * work.seq_len + 900 * 128, work.tokens * config.n_kv_heads // groups)
     return statistics + rows * config.n_heads // config.n_kv_heads * config.head_dim * FLOAT32
 
 
-def copies_bytes(work: Workload, layers: int) -> int:
-    """The weights in the dtype of the matrix products, where the first so many layers still need theirs."""
+def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
+    """The weights in the dtype of the matrix products, where the first so many layers, and the head, need theirs."""
     count = parameter_count(work.model)
     if work.keeps_copies:
         return work.product_bytes * count.matmul
-    if work.product_bytes == FLOAT32 or not layers:
+    if work.product_bytes == FLOAT32:
         return 0
-    head = count.matmul - count.block_matrices
-    return work.product_bytes * (head + count.block_matrices // work.model.n_layers * layers)
+    in_layers = count.block_matrices // work.model.n_layers * layers
+    return work.product_bytes * (in_layers + (count.matmul - count.block_matrices if head else 0))
 
 
 def loss_bytes(work: Workload) -> int:
+    """Logits, in whose place their gradient is written, and the gradients of the head and of its input."""
     V, E, T, c = work.model.vocab_size, work.model.dim, work.tokens, work.product_bytes
-    chunk = min(T, work.model.loss_chunk_size or T)
-    return c * chunk * V + c * T * E + (FLOAT32 + c) * V * E
+    chunk = work.model.loss_chunk_size
+    if 0 < chunk < T:
+        return c * chunk * V + c * T * E + FLOAT32 * V * E
+    # In one piece they are left to autograd: eager, two of float32 and their gradients are there at once; compiled, a
+    # gradient of the head that is not cast yet.
+    return (c * T * V if work.compiled else 3 * FLOAT32 * T * V) + c * T * E + (FLOAT32 + c) * V * E
 
 
 def batch_bytes(work: Workload) -> int:
-    """Tokens, targets and positions in 64 bits, starts in 32."""
-    return 28 * work.tokens
+    """Tokens, targets and positions in 64 bits, starts in 32; outside of a compiled graph the angles of positions."""
+    is_rotary = work.model.position == "rotary" and not _is_one_graph(work)
+    assert work.model.head_dim is not None
+    return work.tokens * (28 + (FLOAT32 * work.model.head_dim if is_rotary else 0))
 
 
 def update_bytes(work: Workload) -> int:
@@ -263,12 +274,15 @@ def update_bytes(work: Workload) -> int:
 
 
 def matrix_sizes(config: ModelConfig) -> list[int]:
-    """Numbers in each matrix of a layer."""
+    """Numbers in each matrix of a layer: qkv, the projection after attention, the MLP's first and last."""
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
     heads = config.n_heads + 2 * config.n_kv_heads
-    return [config.dim * width for width in (heads * config.head_dim, config.n_heads * config.head_dim, up_width, config.ffn_dim)]
+    return [
+        config.dim * width
+        for width in (heads * config.head_dim, config.n_heads * config.head_dim, up_width, config.ffn_dim)
+    ]
 
 
 def policy_of(policy: MemoryConfig, layer: int, n_layers: int) -> MemoryConfig:
@@ -289,8 +303,10 @@ class _Sizes:
     product: int
     """A norm's result, or the product of the projection after attention."""
     qkv: int
+    positioned: int
+    """q and k with their positions."""
     rotated: int
-    """q and k after rotation; 0 without."""
+    """The same where the positions are rotary, and these are tensors of their own; otherwise 0."""
     attended: int
     """Attention's output and LSE."""
     up: int
@@ -310,6 +326,7 @@ class _Sizes:
             residual=work.residual_bytes * E,
             product=c * E,
             qkv=c * (H + 2 * G) * D,
+            positioned=c * (H + G) * D,
             rotated=c * (H + G) * D if config.position == "rotary" else 0,
             attended=c * H * D + FLOAT32 * H,
             up=c * F * (2 if config.mlp == "swiglu" else 1),

@@ -12,10 +12,10 @@ from model.activations_config import AutoConfig, FullConfig, MemoryConfig, Offlo
 from model.arithmetic import parameter_count
 from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
-from model.memory import GIB, MemoryPlan, Workload, predict, state_bytes
+from model.memory import GIB, Workload, predict, state_bytes
 
+from . import machine
 from .config import TrainConfig
-from .machine import Gpu
 from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
@@ -23,8 +23,8 @@ SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_p
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 AUTO_FILLS = 0.94
-"""Fraction of a card that memory=auto fills by prediction. CUDA itself takes some of the rest, and so do the gaps between
-what PyTorch's allocator holds."""
+"""Fraction of a card that memory=auto fills by prediction. CUDA itself takes some of the rest, and so do the gaps
+between what PyTorch's allocator holds."""
 REFUSED_ABOVE = 1.02
 """Fraction of a card from which on a run is refused: the prediction may be so much too high."""
 HOST_FILLS = 0.8
@@ -63,6 +63,8 @@ def writes_scores(config: TrainConfig) -> bool:
 
 def host_memory() -> int | None:
     """Bytes of memory that this process may use: the machine's, or its container's; None where nobody knows."""
+    if machine.supposed is not None:
+        return None  # nor is the host here
     known = []
     with suppress(ValueError, OSError):
         known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -99,20 +101,17 @@ def cheapest(
     return min((policy for policy in policies if fits(policy)), key=lambda policy: seconds(policy) or 0.0, default=None)
 
 
-def choose_policy(work: Workload, gpu: Gpu, dtype: str, limit: float, host: int | None = None) -> MemoryConfig | None:
-    """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none.
-
-    Args:
-        dtype: of matrix products. host: bytes of the host's memory; None: as many as it takes.
-    """
+def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfig | None:
+    """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none."""
     assert work.model.n_kv_heads is not None
+    host = host_memory()
 
     def fits(policy: MemoryConfig) -> bool:
         plan = predict(replace(work, memory=policy))
         return plan.total <= limit and (host is None or plan.host <= HOST_FILLS * host)
 
     def seconds(policy: MemoryConfig) -> float | None:
-        taken = step_time(replace(work, memory=policy), 1, gpu, dtype)
+        taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
         return None if taken is None else taken.total
 
     return cheapest(candidates(work.model.n_kv_heads), fits, seconds)
@@ -135,8 +134,7 @@ def resolve_memory(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     if runtime.gpu is None or runtime.gpu.memory is None:
         return replace(config, memory=MemoryConfig())
     work = workload(config, runtime)
-    limit = AUTO_FILLS * runtime.gpu.memory
-    chosen = choose_policy(work, runtime.gpu, runtime.dtype_name, limit, host_memory())
+    chosen = choose_policy(work, runtime, AUTO_FILLS * runtime.gpu.memory)
     return replace(config, memory=chosen or leanest(work))
 
 
@@ -148,7 +146,8 @@ def as_typed(policy: MemoryConfig) -> str:
 
 
 def longest_row(work: Workload, limit: float) -> int:
-    """Tokens of the longest single row whose predicted peak is at most `limit` bytes, in whole 1,024; 0: not even one."""
+    """Tokens of the longest row, alone in its micro-batch, whose predicted peak is at most `limit` bytes: a multiple of
+    1,024, or 0."""
     low, high = 0, 2**31 // ROW_STEP
     while high - low > 1:
         middle = (low + high) // 2
@@ -200,12 +199,11 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
 
 
 def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
-    """The smallest change that fits into `limit` bytes: a policy, fewer rows at a time, a shorter row, another model."""
-    assert runtime.gpu is not None
+    """The least change that fits into `limit` bytes: a policy, fewer rows at a time, a shorter row, another model."""
     work = workload(config, runtime)
     for batch_size in (config.batch_size, *smaller_batches(config)):
         fewer = replace(work, batch_size=batch_size, accumulates=work.accumulates or batch_size < config.batch_size)
-        policy = choose_policy(fewer, runtime.gpu, runtime.dtype_name, limit, host_memory())
+        policy = choose_policy(fewer, runtime, limit)
         if policy is not None:
             peak = predict(replace(fewer, memory=policy)).total
             same_step = f"tokens_per_step={config.plan.tokens_per_step} "
@@ -226,8 +224,3 @@ def smaller_batches(config: TrainConfig) -> list[int]:
 def rows(config: TrainConfig) -> str:
     """ "2 rows of 16,384 tokens"."""
     return f"{config.batch_size} row{'s' * (config.batch_size > 1)} of {config.seq_len:,} tokens"
-
-
-def predicted(config: TrainConfig, runtime: Runtime) -> MemoryPlan:
-    """The predicted peak of a step."""
-    return predict(workload(resolve_memory(config, runtime), runtime))

@@ -46,7 +46,7 @@ PEAKS: list[tuple[str, tuple[int, int], Peaks]] = [
 ]
 
 GIB = 2**30
-# What `gpu=` of scripts.plan may name: the memory is what PyTorch reports of such a card, which is less than its name says.
+# What `gpu=` of scripts.plan may name. Memory as PyTorch reports it, which is not what the name says.
 CARDS = {
     "h200": Gpu("NVIDIA H200", (9, 0), int(139.8 * GIB)),
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), int(79.2 * GIB)),

@@ -1,4 +1,4 @@
-"""How long a training step will take on a named card, from what its parts reached where they were measured. No torch."""
+"""How long a training step will take on a card, from what its parts reached where they were measured. No torch here."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PRODUCTS = 0.54
 """Fraction of the card's peak that a step reaches outside of attention: matrix products, with the elementwise work, the
 loss and the update in their time. llama-1b and a GPT of 1.3 B in rows of 16k to 64k on an H200; 0.40 for GPT-2 124M."""
 ATTENTION = {64: (0.59, 0.52), 128: (0.73, 0.63), 256: (0.85, 0.43)}
-"""The same of attention forward and backward, by head dimension: our kernels in causal rows of 16k, on an H200 (256: on an
-H100). Longer rows are a little faster."""
+"""The same of attention forward and backward, by head dimension: our kernels in causal rows of 16k, on an H200 (256: on
+an H100). Longer rows are a little faster."""
 ELEMENTWISE = 0.03
 """What memory=selective computes again, as a fraction of the time outside of attention. An estimate, not measured."""
 HOST_BYTES_PER_SECOND = 50e9
@@ -40,15 +40,15 @@ class StepTime:
         return self.products + self.attention + self.again + self.waiting
 
 
-def step_time(work: Workload, micro_batches: int, gpu: Gpu, dtype: str) -> StepTime | None:
-    """The time of a step, where attention sees whole rows; None for a card whose peak is not known.
+def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -> StepTime | None:
+    """The time of a step, where attention sees whole rows; None without a card whose peak is known.
 
     Documents and windows take less: what they mask is not computed.
 
     Args:
         dtype: of matrix products, as `cards.peak_tflops` takes it.
     """
-    peak = peak_tflops(gpu.name, dtype, gpu.capability)
+    peak = peak_tflops(gpu.name, dtype, gpu.capability) if gpu else None
     if peak is None:
         return None
     model, policy, tokens = work.model, work.memory, micro_batches * work.tokens

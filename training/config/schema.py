@@ -58,6 +58,7 @@ class TrainConfig:
     device: str
     precision: str
     compile: Any
+    check_memory: bool
     deterministic: bool
     log_every: int
     eval_every: int
