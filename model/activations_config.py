@@ -93,9 +93,17 @@ class OffloadConfig(FullConfig):
         return min(math.ceil(self.host * count), count - 1)
 
 
+@dataclass
+class AutoConfig(MemoryConfig):
+    """The fastest of the others that fits this machine: `training.capacity.resolve_memory` says which."""
+
+    name: str = "auto"
+
+
 MEMORY_POLICIES: dict[str, type[MemoryConfig]] = {
     "none": MemoryConfig,
     "selective": SelectiveConfig,
     "full": FullConfig,
     "offload": OffloadConfig,
+    "auto": AutoConfig,
 }

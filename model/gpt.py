@@ -25,6 +25,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 Rotation = tuple[Tensor, Tensor] | None
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the weight's dtype, float32, whatever comes in: autocast of PyTorch 2.11 does not know of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,8 +41,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
         self.out = Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
@@ -87,7 +94,7 @@ class SwiGLU(nn.Module):
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.dim, config.norm_eps)
+        return RMSNorm(config.dim, config.norm_eps)
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
 
 
@@ -154,7 +161,7 @@ class GPT(nn.Module):
         if config.position == "rotary":
             self.register_buffer("frequencies", None, persistent=False)
         self.residual_dtype: torch.dtype | None = None
-        """Of the residual stream; None: of the sum of embedding and layers, which is float32 under autocast, too."""
+        """Of the residual stream; None: the weights', under autocast, too."""
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
         self._compiled_loss: Callable[..., Tensor] | None = None
@@ -252,7 +259,7 @@ class GPT(nn.Module):
         return loss(x_BSE, targets_BS, per_token)
 
     def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
-        """The residual stream after the last block (B, S, E), before the final norm."""
+        """The residual stream after the last block (B, S, E), before the final norm; in `residual_dtype`."""
         x_BSE, rotation = self.embedding(tokens_BS), None
         if self.config.position == "learned":
             x_BSE = x_BSE + self.positions(positions_BS)

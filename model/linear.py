@@ -64,7 +64,8 @@ def refresh(model: nn.Module) -> None:
     """
     layers = [layer for layer in _linears(model) if layer.working is not None]
     if layers:
-        torch._foreach_copy_([layer.working for layer in layers], [layer.weight for layer in layers])
+        copies = [layer.working for layer in layers if layer.working is not None]
+        torch._foreach_copy_(copies, [layer.weight for layer in layers])
 
 
 def _linears(model: nn.Module) -> list[Linear]:

@@ -1,29 +1,58 @@
-"""The memory that a run will take, and whether its weights, gradients and optimizer fit into this machine at all."""
+"""What fits into this machine: the memory that a run will take, the policy that memory=auto means, and refusals."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 
+from model.activations_config import AutoConfig, FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.arithmetic import parameter_count
-from model.memory import GIB, MemoryPlan, predict
+from model.attention import choose_attention
+from model.attention.config import has_hopper_kernels
+from model.memory import GIB, Workload, predict, state_bytes
 
+from . import machine
 from .config import TrainConfig
-from .machine import Gpu
+from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
+from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
+AUTO_FILLS = 0.94
+"""Fraction of a card that memory=auto fills by prediction. CUDA itself takes some of the rest, and so do the gaps
+between what PyTorch's allocator holds."""
+REFUSED_ABOVE = 1.02
+"""Fraction of a card from which on a run is refused: the prediction may be so much too high."""
+HOST_FILLS = 0.8
+"""Fraction of the host's memory that may be pinned."""
+ROW_STEP = 1024
+"""Tokens in steps of which the longest row is looked for."""
 
-def predicted(config: TrainConfig) -> MemoryPlan:
-    """What this run will take, as far as its configuration tells."""
-    return predict(
-        config.model,
-        optimizer=config.optimizer.name,
+
+# ---- what a run takes
+
+
+def workload(config: TrainConfig, runtime: Runtime) -> Workload:
+    """What of a run decides its memory."""
+    spec = attention_spec(config, runtime)
+    chosen = choose_attention(config.attention, spec)
+    return Workload(
+        model=config.model,
+        memory=config.memory,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
+        accumulates=config.plan.accumulation > 1,
+        optimizer=config.optimizer.name,
+        moment_bytes=2 if getattr(config.optimizer, "moments", "float32") == "bfloat16" else 4,
+        product_bytes=product_bytes(runtime.precision),
+        residual_bytes=residual_bytes(runtime.precision),
+        compiled=runtime.compile,
         writes_scores=writes_scores(config),
+        sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 
 
@@ -32,28 +61,10 @@ def writes_scores(config: TrainConfig) -> bool:
     return "math" in (config.attention.name, getattr(config.attention, "kernel", None))
 
 
-def check_capacity(config: TrainConfig, gpu: Gpu | None) -> None:
-    """Refuse a model whose state alone is larger than the memory that it is trained in.
-
-    Raises:
-        ValueError: names the model's size, the bytes needed and the machine's memory.
-    """
-    needed = predicted(config).state
-    there = host_memory() if gpu is None else gpu.memory
-    if there is None or needed <= there:
-        return
-    parameters = parameter_count(config.model).total
-    shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
-    place = "this machine" if gpu is None else gpu.name
-    raise ValueError(
-        f"model.name={config.model.name} ({shape}) has {parameters:.3g} parameters, whose weights, gradients and "
-        f"optimizer alone take {needed / GIB:,.0f} GiB; {place} has {there / GIB:,.1f} GiB of memory; "
-        f"use a smaller one, such as model=tiny"
-    )
-
-
 def host_memory() -> int | None:
     """Bytes of memory that this process may use: the machine's, or its container's; None where nobody knows."""
+    if machine.supposed is not None:
+        return None  # nor is the host here
     known = []
     with suppress(ValueError, OSError):
         known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -61,3 +72,155 @@ def host_memory() -> int | None:
         with suppress(ValueError, OSError):  # "max" is no number
             known.append(int(Path(limit).read_text()))
     return min(known, default=None)
+
+
+# ---- memory=auto
+
+
+def candidates(n_kv_heads: int) -> Iterator[MemoryConfig]:
+    """The policies that memory=auto chooses from, roughly from the fastest to the leanest."""
+    yield MemoryConfig()
+    yield SelectiveConfig()
+    for fraction in (1.0, 0.75, 0.5, 0.25):
+        yield FullConfig(keep_attention=fraction)
+    yield OffloadConfig()
+    yield FullConfig(keep_attention=0.0)
+    yield OffloadConfig(keep_attention=0.0)
+    for groups in (2, 4, 8):
+        if n_kv_heads % groups == 0:
+            yield FullConfig(keep_attention=0.0, head_groups=groups)
+            yield OffloadConfig(keep_attention=0.0, head_groups=groups)
+
+
+def cheapest(
+    policies: Iterable[MemoryConfig],
+    fits: Callable[[MemoryConfig], bool],
+    seconds: Callable[[MemoryConfig], float | None],
+) -> MemoryConfig | None:
+    """The policy that fits with the shortest step, and of equals, or where no time is known, the first."""
+    return min((policy for policy in policies if fits(policy)), key=lambda policy: seconds(policy) or 0.0, default=None)
+
+
+def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfig | None:
+    """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none."""
+    assert work.model.n_kv_heads is not None
+    host = host_memory()
+
+    def fits(policy: MemoryConfig) -> bool:
+        plan = predict(replace(work, memory=policy))
+        return plan.total <= limit and (host is None or plan.host <= HOST_FILLS * host)
+
+    def seconds(policy: MemoryConfig) -> float | None:
+        taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
+        return None if taken is None else taken.total
+
+    return cheapest(candidates(work.model.n_kv_heads), fits, seconds)
+
+
+def leanest(work: Workload) -> MemoryConfig:
+    """The policy with the lowest peak that is predicted, without the host's memory."""
+    assert work.model.n_kv_heads is not None
+    on_device = [policy for policy in candidates(work.model.n_kv_heads) if not isinstance(policy, OffloadConfig)]
+    return min(on_device, key=lambda policy: predict(replace(work, memory=policy)).total)
+
+
+def resolve_memory(config: TrainConfig, runtime: Runtime) -> TrainConfig:
+    """The configuration with the policy that memory=auto means on this machine; any other is left as it is.
+
+    On a CPU it means none. Where nothing fits it means the leanest, which `check_capacity` then refuses.
+    """
+    if not isinstance(config.memory, AutoConfig):
+        return config
+    if runtime.gpu is None or runtime.gpu.memory is None:
+        return replace(config, memory=MemoryConfig())
+    work = workload(config, runtime)
+    chosen = choose_policy(work, runtime, AUTO_FILLS * runtime.gpu.memory)
+    return replace(config, memory=chosen or leanest(work))
+
+
+def as_typed(policy: MemoryConfig) -> str:
+    """A policy as it is typed: "memory=full memory.keep_attention=0"."""
+    default = type(policy)()
+    changed = [field.name for field in fields(policy) if getattr(policy, field.name) != getattr(default, field.name)]
+    return " ".join([f"memory={policy.name}", *(f"memory.{name}={getattr(policy, name):g}" for name in changed)])
+
+
+def longest_row(work: Workload, limit: float) -> int:
+    """Tokens of the longest row, alone in its micro-batch, whose predicted peak is at most `limit` bytes: a multiple of
+    1,024, or 0."""
+    low, high = 0, 2**31 // ROW_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = predict(one_row(work, middle * ROW_STEP)).total <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low * ROW_STEP
+
+
+def one_row(work: Workload, seq_len: int) -> Workload:
+    """A micro-batch of one row; learned positions grow with it."""
+    model = replace(work.model, n_positions=seq_len) if work.model.position == "learned" else work.model
+    return replace(work, model=model, batch_size=1, seq_len=seq_len)
+
+
+# ---- refusals
+
+
+def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
+    """Refuse a run that will not fit; `check_memory=false` does not ask.
+
+    On a GPU the predicted peak of a step counts, on a CPU, whose kernels are not predicted, what is held from step to
+    step.
+
+    Raises:
+        ValueError: names what is needed, what there is, and what would fit.
+    """
+    if not config.check_memory:
+        return
+    gpu, config = runtime.gpu, resolve_memory(config, runtime)
+    work = workload(config, runtime)
+    there = host_memory() if gpu is None else gpu.memory
+    if there is None:
+        return
+    place = f"{'this machine' if gpu is None else gpu.name} has {there / GIB:,.1f} GiB of memory"
+    if (state := sum(state_bytes(work))) > there:
+        shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
+        raise ValueError(
+            f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
+            f"weights, gradients and optimizer alone take {state / GIB:,.0f} GiB; {place}; "
+            f"use a smaller one, such as model=tiny"
+        )
+    if gpu is None or (needed := predict(work)).total <= REFUSED_ABOVE * there:
+        return
+    raise ValueError(
+        f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "
+        f"(predicted, in {needed.moment}); {place}; use {remedy(config, runtime, AUTO_FILLS * there)}, "
+        f"or check_memory=false to try it all the same"
+    )
+
+
+def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
+    """The least change that fits into `limit` bytes: a policy, fewer rows at a time, a shorter row, another model."""
+    work = workload(config, runtime)
+    for batch_size in (config.batch_size, *smaller_batches(config)):
+        fewer = replace(work, batch_size=batch_size, accumulates=work.accumulates or batch_size < config.batch_size)
+        policy = choose_policy(fewer, runtime, limit)
+        if policy is not None:
+            peak = predict(replace(fewer, memory=policy)).total
+            same_step = f"tokens_per_step={config.plan.tokens_per_step} "
+            change = f"batch_size={batch_size} {same_step}" if batch_size < config.batch_size else ""
+            return f"{change}{as_typed(policy)} ({peak / GIB:,.0f} GiB)"
+    policy = leanest(one_row(work, ROW_STEP))
+    if longest := longest_row(replace(work, memory=policy), limit):
+        return f"{as_typed(policy)} with seq_len={longest} or shorter"
+    return "a smaller model="
+
+
+def smaller_batches(config: TrainConfig) -> list[int]:
+    """Rows of smaller micro-batches that make up the same step, the largest first."""
+    total = config.plan.tokens_per_step // config.seq_len
+    return [size for size in range(config.batch_size // 2, 0, -1) if total % size == 0]
+
+
+def rows(config: TrainConfig) -> str:
+    """ "2 rows of 16,384 tokens"."""
+    return f"{config.batch_size} row{'s' * (config.batch_size > 1)} of {config.seq_len:,} tokens"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from model.activations_config import SelectiveConfig
 from model.attention import AttentionSpec, build_attention, choose_attention
 
 from .config import TrainConfig
@@ -44,7 +45,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return "bfloat16" if self.precision == "bf16" else "float32"
+        return "bfloat16" if product_bytes(self.precision) == 2 else "float32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,10 +55,36 @@ class Runtime:
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream: the embedding's output and every layer's sum."""
+        import torch
+
+        return torch.bfloat16 if residual_bytes(self.precision) == 2 else torch.float32
+
+    def working_dtype(self, config: TrainConfig) -> torch.dtype | None:
+        """Of the copies of the weights that linear layers multiply with; None where they would save no cast.
+
+        Autocast casts a weight once for each micro-batch, and once more where a layer is computed again.
+        """
+        recomputes = isinstance(config.memory, SelectiveConfig)
+        is_cast_again = config.plan.accumulation > 1 or recomputes
+        return self.dtype if product_bytes(self.precision) == 2 and is_cast_again else None
+
     def autocast(self) -> torch.autocast:
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=product_bytes(self.precision) == 2)
+
+
+def product_bytes(precision: str) -> int:
+    """Of a number in a matrix product or in attention."""
+    return 2 if precision in ("bf16", "bf16-residual") else 4
+
+
+def residual_bytes(precision: str) -> int:
+    """Of a number in the residual stream."""
+    return 2 if precision == "bf16-residual" else 4
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
@@ -79,8 +106,8 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if precision == "bf16" and gpu is not None and not has_bf16:
-        raise ValueError(f"precision=bf16 needs an A100 or newer, not {gpu.name}; use precision=fp32")
+    if product_bytes(precision) == 2 and gpu is not None and not has_bf16:
+        raise ValueError(f"precision={precision} needs an A100 or newer, not {gpu.name}; use precision=fp32")
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
     choose_attention(config.attention, attention_spec(config, runtime))
     return runtime

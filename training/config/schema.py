@@ -18,7 +18,7 @@ from training.schedule import SCHEDULES, ScheduleConfig
 
 from .plan import Plan
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+PRECISIONS = ("auto", "bf16", "bf16-residual", "tf32", "fp32")
 OPTIMIZED_METRICS = ("val/loss", "val/bits_per_byte", "train/loss", "time/step_ms", "memory/peak_allocated_gib")
 """What a sweep may look for the smallest of."""
 
@@ -58,6 +58,7 @@ class TrainConfig:
     device: str
     precision: str
     compile: Any
+    check_memory: bool
     deterministic: bool
     log_every: int
     eval_every: int
