@@ -157,10 +157,10 @@ class Record:
         order = list(RUNGS)
         rows = sorted(self.rows.values(), key=lambda row: order.index(row["rung"]) if row["rung"] in order else -1)
         write_json(self.out, self.facts, rows)
-        plots = {self.out.name + ".svg": plot for plot in [chart(rows)] if plot}
-        for name, plot in plots.items():
-            write(self.out.with_name(name), plot)
-        write(self.out.with_name(self.out.name + ".md"), markdown(rows, self.facts, list(plots)))
+        plot = f"{self.out.name}.svg"
+        if drawn := chart(rows):
+            write(self.out.with_name(plot), drawn)
+        write(self.out.with_name(f"{self.out.name}.md"), markdown(rows, self.facts, plot if drawn else None))
 
 
 EXPLANATION = """\
@@ -171,13 +171,13 @@ each policy's losses and gradient norms over three steps of four layers were com
 compiled and keeps everything."""
 
 
-def markdown(rows: Sequence[Row], facts: dict[str, Any], plots: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:
     lines = [*heading("Long rows: what fits, and how fast it trains", facts), EXPLANATION, ""]
-    for plot in plots:
+    if plot:
         lines += [f"![{plot}]({plot})", ""]
     lines += [
-        "| | tokens/s | s per step | steps | TFLOP/s | MFU | peak GiB | reserved | pinned on the host |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | tokens/s | s per step | steps | TFLOP/s | MFU | peak GiB | predicted | reserved | on the host |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(cells(row) for row in rows if "command" in row),
         "",
         "## Commands",
@@ -201,7 +201,7 @@ def cells(row: Row) -> str:
     mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
     return (
         f"| {row['rung']} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} | {row['steps']}{only} "
-        f"| {row['tflops']:.0f} | {mfu} | {row['peak_allocated_gib']:.1f} | {row['peak_reserved_gib']:.1f} "
+        f"| {row['tflops']:.0f} | {mfu} | {row['peak_allocated_gib']:.1f} | {row['predicted_gib']:.1f} | {row['peak_reserved_gib']:.1f} "
         f"| {row['pinned_gib']:.1f} |"
     )
 

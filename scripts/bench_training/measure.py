@@ -20,10 +20,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from model.arithmetic import train_flops_per_token
-from model.memory import GIB
+from model.memory import GIB, predict
 from scripts.record import ROOT
 from train import check
 from training import cli
+from training.capacity import workload
 from training.config import TrainConfig, load_config
 from training.errors import NonFiniteError, OutOfMemory
 from training.facts import matmul_peak
@@ -37,7 +38,7 @@ from training.trainer import Trainer
 
 from .profiled import ProfiledStep
 
-ALWAYS = ["logger=none", "sample_tokens=0"]
+ALWAYS = ["logger=none", "sample_tokens=0", "check_memory=false"]  # what will not fit is tried
 Figures = dict[str, Any]
 
 
@@ -78,7 +79,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
                 config = settings([*words, f"run_dir={folder}/run", f"max_steps={steps + 1}"])
             runtime = check(config)
             clock, profiled = Clock(), ProfiledStep(steps + 1)
-            with out_of_memory_explained(config):
+            with out_of_memory_explained(config, runtime):
                 trainer = Trainer(config, _say, runtime)
                 trainer.services = [FirstStep(), Logging(), clock, *([profiled] if profile else [])]
                 trainer.fit()
@@ -88,11 +89,12 @@ def measured(words: list[str], profile: bool = False) -> Figures:
         rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if row["step"] <= steps]
     if profile:
         del clock.seconds[steps + 1]
-    facts = trainer.run.facts()
+    config, facts = trainer.run.config, trainer.run.facts()
     return {
         **figures(config, *clock.step_seconds(), peak_flops=matmul_peak(runtime)),
         "first_step_s": clock.seconds[1] - clock.seconds[0],
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
+        "predicted_gib": predict(workload(config, runtime)).total / GIB,
         "peak_reserved_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
         "pinned_gib": pinned_bytes(trainer.run.model) / GIB,
         "losses": [row["train/loss"] for row in rows],

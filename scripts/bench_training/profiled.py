@@ -119,7 +119,7 @@ def profile_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
     lines += [
         "",
-        f"The step takes {found['span']:.3f} s; copies run alone for {found['copies_alone']:.3f} s of it.",
+        f"The step takes {found['span']:.3f} s; for {found['copies_alone']:.3f} s only copies run.",
         "",
     ]
     for name, kind, seconds, calls in found["longest"]:

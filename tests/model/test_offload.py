@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import offload
-from model.activations_config import OffloadConfig
+from model import activations, offload
+from model.activations_config import FullConfig, OffloadConfig
+from model.config import ModelConfig
+from model.gpt import GPT
 from model.offload import HostBuffers, HostStore, HostTicket
 
 ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -211,6 +214,102 @@ def test_the_last_layer_is_on_no_host() -> None:
     assert [OffloadConfig(host=host).on_host(16) for host in (0.01, 0.5, 0.9, 1.0)] == [1, 8, 15, 15]
     assert OffloadConfig(layers=0.5).on_host(16) == 7
     assert OffloadConfig().on_host(1) == 0
+
+
+# In a model
+
+
+LLAMA = ModelConfig(name="llama", n_layers=5, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=101)
+S, B = 48, 2
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Tokens and targets."""
+    tokens, targets = torch.randint(LLAMA.vocab_size, (2, B, S))
+    return tokens, targets
+
+
+def pair(build: Callable[..., GPT], policy: OffloadConfig) -> tuple[GPT, GPT]:
+    """A model that keeps on the device, and one of the same weights that keeps on the host."""
+    on_device = {name: value for name, value in asdict(policy).items() if name not in ("name", "host")}
+    models = [build(LLAMA, "sdpa", seq_len=S).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, each in zip(models, (FullConfig(**on_device), policy), strict=True):
+        activations.apply(model, each)
+    return models[0], models[1]
+
+
+def store_of(model: GPT) -> HostStore:
+    store = model.blocks[0].store
+    assert isinstance(store, HostStore)
+    return store
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        OffloadConfig(tile=20),
+        OffloadConfig(tile=20, host=0.5, keep_attention=0.5, head_groups=2),
+        OffloadConfig(layers=0.6, tile=0),
+    ],
+    ids=["all", "half", "some layers"],
+)
+def test_a_model_computes_the_same_bits(build_lively: Callable[..., GPT], policy: OffloadConfig) -> None:
+    """Of two forward passes, then a backward pass through both, the last one first; and of the next step."""
+    full, offloaded = pair(build_lively, policy)
+    for _ in range(2):
+        first, second = batch(), batch()
+        losses = [(model(*first), model(*second)) for model in (full, offloaded)]
+        for ours, theirs in zip(*losses, strict=True):
+            assert torch.equal(ours, theirs)
+        for earlier, later in losses:
+            later.backward()
+            earlier.backward()
+        for expected, found in zip(full.parameters(), offloaded.parameters(), strict=True):
+            assert expected.grad is not None
+            assert found.grad is not None
+            assert torch.equal(found.grad, expected.grad)
+    assert store_of(offloaded).latest() == []
+
+
+@pytest.mark.parametrize(("host", "copied"), [(0.4, 2), (0.6, 3), (1.0, 4)])
+def test_so_many_layers_keep_on_the_host(build_lively: Callable[..., GPT], host: float, copied: int) -> None:
+    _, model = pair(build_lively, OffloadConfig(host=host))
+    model(*batch()).backward()
+    H, D, E = 4, 16, 64
+    buffers = store_of(model).buffers
+    assert buffers is not None
+    assert buffers.bytes == copied * B * S * (4 * E + 4 * H * D + 4 * H), "input, attention's output and LSE"
+
+
+def test_an_evaluation_keeps_nothing(build_lively: Callable[..., GPT]) -> None:
+    _, model = pair(build_lively, OffloadConfig())
+    with torch.no_grad():
+        model(*batch())
+    assert store_of(model).buffers is None
+
+
+def test_an_error_in_a_backward_pass_leaves_nothing_behind(build_lively: Callable[..., GPT]) -> None:
+    full, model = pair(build_lively, OffloadConfig())
+
+    def fail(gradient: Tensor) -> None:
+        raise ArithmeticError("in the middle")
+
+    model.blocks[2].register_full_backward_pre_hook(lambda *_: fail(_[1][0]))
+    with pytest.raises(ArithmeticError, match="in the middle"):
+        model(*batch()).backward()
+    gc.collect()
+    store = store_of(model)
+    assert store.latest() == []
+    assert store.buffers is not None
+    assert free(store) == store.buffers.bytes
+    model.blocks[2]._backward_pre_hooks.clear()
+    model.zero_grad()
+    tokens = batch()
+    for each in (full, model):
+        each(*tokens).backward()
+    grads = [[parameter.grad for parameter in each.parameters()] for each in (full, model)]
+    assert all(torch.equal(*two) for two in zip(*grads, strict=True))
 
 
 # On a GPU
