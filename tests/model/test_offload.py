@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import activations, offload
 from model.activations_config import FullConfig, OffloadConfig
+from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.offload import HostBuffers, HostStore, HostTicket
@@ -292,10 +294,10 @@ def test_an_evaluation_keeps_nothing(build_lively: Callable[..., GPT]) -> None:
 def test_an_error_in_a_backward_pass_leaves_nothing_behind(build_lively: Callable[..., GPT]) -> None:
     full, model = pair(build_lively, OffloadConfig())
 
-    def fail(gradient: Tensor) -> None:
+    def fail(block: nn.Module, gradients: object) -> None:
         raise ArithmeticError("in the middle")
 
-    model.blocks[2].register_full_backward_pre_hook(lambda *_: fail(_[1][0]))
+    hook = model.blocks[2].register_full_backward_pre_hook(fail)
     with pytest.raises(ArithmeticError, match="in the middle"):
         model(*batch()).backward()
     gc.collect()
@@ -303,7 +305,7 @@ def test_an_error_in_a_backward_pass_leaves_nothing_behind(build_lively: Callabl
     assert store.latest() == []
     assert store.buffers is not None
     assert free(store) == store.buffers.bytes
-    model.blocks[2]._backward_pre_hooks.clear()
+    hook.remove()
     model.zero_grad()
     tokens = batch()
     for each in (full, model):
@@ -362,3 +364,77 @@ def test_memory_of_a_dropped_ticket_is_used_again_only_after_its_copies(taken: i
     assert all(bool((tensor == -1).all()) for tensor in ours)
     following = [store.keep([torch.full((N,), float(number), device="cuda")]) for number in range(5)]
     assert all(bool((following[number].take()[0] == number).all()) for number in reversed(range(5)))
+
+
+LARGE = ModelConfig(name="large", n_layers=8, n_heads=16, n_kv_heads=4, dim=1024, ffn_dim=4096, vocab_size=512)
+LONG = 65536
+KEPT = LONG * (4 * 1024 + 2 * 16 * 64 + 4 * 16)
+"""Bytes of a layer of it: input, attention's output and LSE."""
+
+
+def large(policy: FullConfig) -> GPT:
+    torch.manual_seed(0)
+    spec = AttentionSpec(16, 4, 64, LONG, "bfloat16", torch.cuda.get_device_capability())
+    with torch.device("cuda"):
+        model = GPT(LARGE, build_attention(ATTENTIONS["flash"](name="flash"), spec))
+    activations.apply(model, policy)
+    return model.train()
+
+
+def step(model: GPT) -> Tensor:
+    """Adds to the gradients; the loss."""
+    tokens = torch.randint(LARGE.vocab_size, (1, LONG + 1), device="cuda", generator=torch.Generator("cuda"))
+    with torch.autocast("cuda", torch.bfloat16):
+        loss: Tensor = model(tokens[:, :-1], tokens[:, 1:].contiguous()) / LONG
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_losses_and_gradients_are_the_same_bits() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        results = []
+        for policy in (FullConfig(), OffloadConfig(), OffloadConfig(host=0.5, keep_attention=0.5, head_groups=4)):
+            model = large(policy)
+            losses = [step(model).item() for _ in range(2)]
+            results.append((losses, [parameter.grad for parameter in model.parameters()]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for losses, gradients in results[1:2]:
+        assert losses == results[0][0]
+        for found, expected in zip(gradients, results[0][1], strict=True):
+            assert torch.equal(found, expected)
+    assert results[2][0] == pytest.approx(results[0][0], rel=1e-3), "groups of heads are added up in another order"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_peak_falls_by_what_leaves_and_the_host_holds_it() -> None:
+    peaks = []
+    for policy in (FullConfig(), OffloadConfig()):
+        model = large(policy)
+        step(model)  # now there are gradients, and pinned memory
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step(model)
+        peaks.append(torch.cuda.max_memory_allocated())
+    # Two of eight layers are on the device at a time: the one in use, and the one that leaves or comes.
+    assert peaks[0] - peaks[1] == pytest.approx(6 * KEPT, rel=0.1)
+    buffers = store_of(model).buffers
+    assert buffers is not None
+    assert buffers.bytes == 7 * KEPT
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_copies_run_beside_what_is_computed() -> None:
+    seconds = []
+    for policy in (FullConfig(), OffloadConfig()):
+        model, taken = large(policy), []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            step(model)
+            torch.cuda.synchronize()
+            taken.append(time.perf_counter() - began)
+        seconds.append(min(taken))
+    assert seconds[1] <= 1.1 * seconds[0]
