@@ -46,10 +46,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q_BSHD, k_BSGD = self.q_norm(q_BSHD).to(v_BSGD.dtype), self.k_norm(k_BSGD).to(v_BSGD.dtype)
+        q_BSHD, k_BSGD = self.position(q_BSHD, k_BSGD, rotation)
+        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
+
+    def position(self, q_BSHD: Tensor, k_BSGD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries and keys of some or all heads, normalised and rotated."""
+        q_BSHD, k_BSGD = self.q_norm(q_BSHD).to(q_BSHD.dtype), self.k_norm(k_BSGD).to(k_BSGD.dtype)
         if rotation is not None:
             q_BSHD, k_BSGD = rotate(q_BSHD, *rotation), rotate(k_BSGD, *rotation)
-        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
+        return q_BSHD, k_BSGD
 
 
 class GELU(nn.Module):
@@ -59,7 +64,14 @@ class GELU(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSE), approximate="tanh"))
+        return self.down(self.activate(self.up(x_BSE)))
+
+    def activate(self, up_BSF: Tensor) -> Tensor:
+        return F.gelu(up_BSF, approximate="tanh")
+
+    @property
+    def first(self) -> Linear:
+        return self.up
 
 
 class SwiGLU(nn.Module):
@@ -69,8 +81,15 @@ class SwiGLU(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BSE).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activate(self.gate_up(x_BSE)))
+
+    def activate(self, gate_up_BSU: Tensor) -> Tensor:
+        gate_BSF, up_BSF = gate_up_BSU.chunk(2, dim=-1)
+        return F.silu(gate_BSF) * up_BSF
+
+    @property
+    def first(self) -> Linear:
+        return self.gate_up
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -85,11 +104,16 @@ class Block(nn.Module):
         self.attention_norm = _norm(config)
         self.attention = Attention(config)
         self.mlp_norm = _norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        self.mlp: SwiGLU | GELU = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+
+    def compiled(self, **options: Any) -> Callable[..., Tensor]:
+        """This block as torch.compile makes it, with its options."""
+        block: Callable[..., Tensor] = torch.compile(self, **options)
+        return block
 
 
 class Head(Linear):
@@ -184,7 +208,7 @@ class GPT(nn.Module):
         if unit == "model":
             self._compiled = torch.compile(self.steps, **options)
         else:
-            self._compiled_blocks = [torch.compile(block, **options) for block in self.blocks]
+            self._compiled_blocks = [block.compiled(**options) for block in self.blocks]
             self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(

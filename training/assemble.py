@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model import activations
-from model.activations_config import MemoryConfig
+from model.activations_config import FullConfig, MemoryConfig
 from model.attention.base import AttentionBackend
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -31,7 +31,7 @@ def assemble(
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
-        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
+        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT, or blocks where those are executed one by one.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
         residual_dtype: of the residual stream; None: float32.
         working_dtype: of copies of the weights that linear layers multiply with, see `model.linear`; None: no copies.
@@ -50,7 +50,7 @@ def assemble(
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or COMPILE_UNIT)
+        model.compile(unit or ("block" if isinstance(memory, FullConfig) else COMPILE_UNIT))
     # 5. Sharding belongs here. 6. Memory and first weights.
     torch.manual_seed(seed)
     model.materialize(device)
