@@ -331,5 +331,5 @@ class _Sizes:
             attended=c * H * D + FLOAT32 * H,
             up=c * F * (2 if config.mlp == "swiglu" else 1),
             active=c * F,
-            statistics=FLOAT32 * (2 if config.norm == "layernorm" else 1),
+            statistics=FLOAT32,
         )
