@@ -70,7 +70,7 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
     for name, rung in chosen.items():
         words = [*rung.words, *args.set]
         policy = tuple(word for word in words if not word.startswith("seq_len="))
-        has_policy = any(word.startswith("memory=") for word in words)
+        has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
         if has_policy and not args.no_check and policy not in complaints:
             complaints[policy] = complaint(words)
         wrong = complaints.get(policy)
@@ -196,13 +196,13 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None
 
 def cells(row: Row) -> str:
     if why := reason(row):
-        return f"| {row['rung']} | {why.replace('|', '/')} | | | | | | | |"
-    only = " (the first)" if row["steps"] == 1 and row["step_s"] == row["first_step_s"] else ""
+        return f"| {row['rung']} | {why.replace('|', '/')} |{' |' * 8}"
+    only = " (the first)" if row["step_s"] == row["first_step_s"] else ""
     mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+    memory = ("peak_allocated_gib", "predicted_gib", "peak_reserved_gib", "pinned_gib")
     return (
         f"| {row['rung']} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} | {row['steps']}{only} "
-        f"| {row['tflops']:.0f} | {mfu} | {row['peak_allocated_gib']:.1f} | {row['predicted_gib']:.1f} | {row['peak_reserved_gib']:.1f} "
-        f"| {row['pinned_gib']:.1f} |"
+        f"| {row['tflops']:.0f} | {mfu} | {' | '.join(f'{row[part]:.1f}' for part in memory)} |"
     )
 
 

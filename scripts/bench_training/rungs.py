@@ -18,15 +18,16 @@ GPT_1B = (
 @dataclass(frozen=True)
 class Rung:
     settings: str
-    """Of train.py, beside EVERY_RUNG."""
+    """Of train.py, beside those of `base`."""
     steps: int
     """How many are trained; the first is measured only where it is the only one."""
     window: int = 1
     """Steps between two looks at the clock, for which the host waits for the GPU."""
+    base: str = EVERY_RUNG
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(f"{EVERY_RUNG} {self.settings}")
+        return shlex.split(f"{self.base} {self.settings}")
 
 
 def _short(settings: str) -> Rung:
