@@ -17,8 +17,8 @@ from scripts.bench_training.measure import Clock, measured, settings
 from scripts.bench_training.profiled import Event, covered, events_of, profile_lines, summary
 from scripts.bench_training.rungs import RUNGS, Rung
 
-TINY = "model=tiny model.n_layers=3 device=cpu compile=false attention=sdpa tokenizer=bytes batch_size=1 seq_len=64"
-TINY += " data.document_mask=false"
+TINY = "model=tiny model.n_layers=3 device=cpu compile=false attention=sdpa optimizer=adamw tokenizer=bytes "
+TINY += "batch_size=1 seq_len=64 data.document_mask=false"
 SMALL = {
     "none": Rung("memory=none", steps=5, window=2, base=TINY),
     "full": Rung("memory=full memory.tile=24", steps=3, base=TINY),
@@ -68,7 +68,11 @@ def test_every_rung_is_a_run_and_the_record_says_what_was_measured(tmp_path: Pat
 def test_a_ladder_is_climbed_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "record"
     call = 0
-    monkeypatch.setattr(ladder, "run", lambda words, profile=False: {**FIGURES, "step_s": float(call)})
+    monkeypatch.setattr(
+        ladder,
+        "run",
+        lambda words, profile=False: {**FIGURES, "policy": words[-3].removeprefix("memory="), "step_s": float(call)},
+    )
     main(["--out", str(out), "--rungs", "none"], SMALL)
     first, call = record(out)["none"], 1
     main(["--out", str(out), "--rungs", "offload", "--no-check"], SMALL)
@@ -83,10 +87,12 @@ def test_a_ladder_is_climbed_in_several_calls(tmp_path: Path, monkeypatch: pytes
 def test_a_profile_stands_beside_the_figures_and_outlives_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, profile = tmp_path / "record", summary([Event("forward_kernel", 0, 1)], span=2.0)
-    monkeypatch.setattr(
-        ladder, "run", lambda words, profile_=False, **kinds: {**FIGURES, **({"profile": profile} if kinds["profile"] else {})}
-    )
+    out, where = tmp_path / "record", summary([Event("forward_kernel", 0, 1)], span=2.0)
+
+    def run(words: list[str], profile: bool) -> Row:
+        return {**FIGURES, "profile": where} if profile else FIGURES
+
+    monkeypatch.setattr(ladder, "run", run)
     main(["--out", str(out), "--rungs", "none"], SMALL)
     main(["--out", str(out), "--profile", "none"], SMALL)
     main(["--out", str(out), "--rungs", "none"], SMALL)
