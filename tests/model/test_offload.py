@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.offload import HostBuffers, HostStore, HostTicket
 
-ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+ON = pytest.mark.parametrize("device", ["cpu", "late", pytest.param("cuda", marks=pytest.mark.gpu)])
+"""late: on a CPU, with copies as late as a GPU's may be."""
 SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
     ((2, 3, 4), torch.float32),
     ((2, 3, 8), torch.bfloat16),
@@ -27,9 +29,39 @@ SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
 ]
 
 
+class Late(HostBuffers):
+    """Copies in their order, but only when somebody waits. Like a GPU's they hold no memory that they read or write: it
+    is missed where it was freed before."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.copies: list[list[tuple[weakref.ref[Tensor], weakref.ref[Tensor]]]] = []
+        self.done = 0
+
+    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor], after: object) -> Callable[[], None]:
+        self.copies.append([(weakref.ref(x), weakref.ref(y)) for x, y in zip(to, source, strict=True)])
+        return partial(self.run, len(self.copies))
+
+    def run(self, number: int) -> None:
+        for copy in self.copies[self.done : number]:
+            for there, here in copy:
+                to, source = there(), here()
+                assert to is not None, "written after it was freed"
+                assert source is not None, "read after it was freed"
+                to.copy_(source)
+        self.done = max(self.done, number)
+
+
+def store_on(device: str) -> HostStore:
+    store = HostStore()
+    if device == "late":
+        store.buffers = Late()
+    return store
+
+
 def tensors(number: int, device: str = "cpu") -> list[Tensor]:
     """What layer `number` keeps: one of each of SHAPES, filled with numbers of its own."""
-    made = []
+    made, device = [], device.replace("late", "cpu")
     for place, (shape, dtype) in enumerate(SHAPES):
         first = 10 * number + place
         made.append(torch.arange(first, first + torch.Size(shape).numel(), device=device).reshape(shape).to(dtype))
@@ -61,16 +93,16 @@ def free(store: HostStore) -> int:
 @ON
 @pytest.mark.parametrize("layers", [1, 2, 3, 8])
 def test_every_layer_gets_back_what_it_kept(device: str, layers: int) -> None:
-    store = HostStore()
+    store = store_on(device)
     for _ in range(3):
         assert_taken(forward(store, layers, device))
 
 
 @ON
 def test_the_layout_of_a_tensor_comes_back_and_the_gaps_of_a_view_do_not(device: str) -> None:
-    store = HostStore()
-    transposed = torch.arange(24.0, device=device).reshape(2, 3, 4).transpose(1, 2)
-    columns = torch.arange(24.0, device=device).reshape(4, 6)[:, 1:3]
+    store, place = store_on(device), device.replace("late", "cpu")
+    transposed = torch.arange(24.0, device=place).reshape(2, 3, 4).transpose(1, 2)
+    columns = torch.arange(24.0, device=place).reshape(4, 6)[:, 1:3]
     tickets = [store.keep([transposed, columns]), *forward(store, 3, device)]
     assert_taken(tickets[1:])
     back, cut = tickets[0].take()
@@ -132,7 +164,7 @@ def test_a_layer_is_loaded_before_the_one_that_is_taken_next(monkeypatch: pytest
 
 @ON
 def test_host_memory_is_used_again_in_the_next_step(device: str) -> None:
-    store = HostStore()
+    store = store_on(device)
     sizes = []
     for _ in range(3):
         assert_taken(forward(store, 6, device))
@@ -145,7 +177,7 @@ def test_host_memory_is_used_again_in_the_next_step(device: str) -> None:
 @ON
 @pytest.mark.parametrize("kept", range(1, 6))
 def test_tickets_that_are_dropped_free_what_they_held(device: str, kept: int) -> None:
-    store = HostStore()
+    store = store_on(device)
     tickets = forward(store, 5, device)
     assert_taken(tickets[kept:], first=kept)  # the backward pass ends in the middle
     del tickets
@@ -158,7 +190,7 @@ def test_tickets_that_are_dropped_free_what_they_held(device: str, kept: int) ->
 
 @ON
 def test_several_forward_passes_may_come_before_a_backward_pass(device: str) -> None:
-    store = HostStore()
+    store = store_on(device)
     first, second = forward(store, 4, device), forward(store, 4, device, first=4)
     assert_taken(second, first=4)
     third = forward(store, 4, device, first=8)
@@ -169,7 +201,7 @@ def test_several_forward_passes_may_come_before_a_backward_pass(device: str) -> 
 
 @ON
 def test_a_forward_pass_after_a_backward_pass_that_stopped(device: str) -> None:
-    store = HostStore()
+    store = store_on(device)
     stopped = forward(store, 4, device)
     stopped[3].take()
     following = forward(store, 4, device, first=4)
