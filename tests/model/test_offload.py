@@ -194,7 +194,11 @@ def test_several_forward_passes_may_come_before_a_backward_pass(device: str) -> 
     first, second = forward(store, 4, device), forward(store, 4, device, first=4)
     assert_taken(second, first=4)
     third = forward(store, 4, device, first=8)
-    assert_taken(first)
+    there = on_device(third)
+    assert_taken(first[3:], first=3)
+    assert on_device(first[:3]) == [False, False, True], "the one before is loaded"
+    assert on_device(third) == there, "and none of a later pass"
+    assert_taken(first[:3])
     assert_taken(third, first=8)
     assert store.latest() == []
 
