@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.activations_config import MemoryConfig
 from model.arithmetic import causal_keys, parameter_count, score_bytes, train_flops_per_token
 from model.config import ModelConfig
-from model.activations_config import MemoryConfig
 from model.memory import Workload, state_bytes
 
 LLAMA = ModelConfig(name="llama", n_layers=3, n_heads=4, dim=32, ffn_dim=48, vocab_size=101)

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import activations
-from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
+from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
-from model.memory import IN_FLIGHT, Workload, kept_bytes, layer_bytes, moments, predict, state_bytes
+from model.memory import Workload, kept_bytes, moments
 
 Build = Callable[..., GPT]
 B, S = 2, 48
