@@ -134,6 +134,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
     )
     new = head = FLOAT32 * work.model.vocab_size * work.model.dim
     for layer in reversed(range(L)):
+        new += FLOAT32 * parameter_count(work.model).block_matrices // L
         yield replace(
             resting,
             moment=f"the backward pass of layer {layer + 1}",
@@ -143,7 +144,6 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
             kept=sum(layers_on_device[: layer + 1]) + in_flight,
             layer=layer_bytes(work, layer),
         )
-        new += FLOAT32 * parameter_count(work.model).block_matrices // L
     copies = copies_bytes(work, 0)
     yield replace(
         resting,
@@ -204,20 +204,24 @@ def layer_bytes(work: Workload, layer: int) -> int:
     live = sizes.residual + sizes.up
     if isinstance(policy, SelectiveConfig):  # again: the stream between attention and MLP, its norm, the activation
         live += sizes.residual + sizes.product + sizes.active
-    if not work.compiled:  # the gradients of both halves of that product, before they are one, and the activation's
+    if (
+        work.model.mlp == "swiglu" and not work.compiled
+    ):  # gradients of both halves of that product, and of the activation
         live += sizes.up + sizes.active
     scores = 0
     if work.writes_scores and isinstance(policy, SelectiveConfig):
         scores = score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
-    # The gradient of the largest matrix before it is cast, and after.
-    return work.tokens * live + scores + (FLOAT32 + work.product_bytes) * max(matrix_sizes(work.model))
+    # And the gradient of the largest matrix before it is cast.
+    return work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
 
 
 def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_attention: bool) -> int:
     """The same of a layer that computes all again: the table of `model.recompute`."""
     T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
     live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
-    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * (4 * FLOAT32 * work.model.dim + 3 * sizes.up)
+    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * (
+        4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
+    )
     attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
     if work.writes_scores:
         attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups

@@ -138,9 +138,12 @@ def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfi
 
 def leanest(work: Workload) -> MemoryConfig:
     """The policy with the lowest peak that is predicted, without the host's memory."""
+    return min(on_device(work), key=lambda policy: predict(replace(work, memory=policy)).total)
+
+
+def on_device(work: Workload) -> list[MemoryConfig]:
     assert work.model.n_kv_heads is not None
-    on_device = [policy for policy in candidates(work.model.n_kv_heads) if not isinstance(policy, OffloadConfig)]
-    return min(on_device, key=lambda policy: predict(replace(work, memory=policy)).total)
+    return [policy for policy in candidates(work.model.n_kv_heads) if not isinstance(policy, OffloadConfig)]
 
 
 def resolve_memory(config: TrainConfig, runtime: Runtime) -> TrainConfig:
@@ -261,10 +264,9 @@ def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
             same_step = f"tokens_per_step={config.plan.tokens_per_step} "
             change = f"batch_size={batch_size} {same_step}" if batch_size < config.batch_size else ""
             return f"{change}{as_typed(policy)} ({peak / GIB:,.0f} GiB)"
-    policy = leanest(one_row(work, ROW_STEP))
-    if longest := longest_row(replace(work, memory=policy), limit):
-        return f"{as_typed(policy)} with seq_len={longest} or shorter"
-    return "a smaller model="
+    longest = [(longest_row(replace(work, memory=policy), limit), policy) for policy in on_device(work)]
+    row, policy = max(longest, key=lambda item: item[0])
+    return f"{as_typed(policy)} batch_size=1 seq_len={row} or shorter" if row else "a smaller model="
 
 
 def smaller_batches(config: TrainConfig) -> list[int]:
