@@ -17,6 +17,8 @@ from .config import ModelConfig
 
 GIB = 2**30
 FLOAT32 = 4
+ROUNDED_AT_ONCE = 2**26
+"""Numbers whose bf16 moments the update has in float32 at a time; see `training.optimizer_config`."""
 IN_FLIGHT = 2
 """Layers whose kept tensors are on the device while they are copied to the host or back."""
 
@@ -150,7 +152,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
         moment="the gradient of the embedding",
         copies=copies,
         gradients=earlier + all_gradients if whole else all_gradients,
-        layer=head,
+        layer=head if work.model.tie_head else 0,  # one gradient of the two that are added up
     )
     yield replace(resting, moment="the update", copies=copies, gradients=all_gradients, layer=update_bytes(work))
 
@@ -273,8 +275,12 @@ def batch_bytes(work: Workload) -> int:
 
 
 def update_bytes(work: Workload) -> int:
-    """Beside the gradients. Muon's step on a matrix: itself as it was, and what its iteration multiplies."""
-    return 4 * FLOAT32 * max(matrix_sizes(work.model)) if work.optimizer == "muon" else 0
+    """Beside the gradients: moments that are bf16, in float32 for a while, of so many numbers at once or of the largest
+    parameter; Muon's step on a matrix, itself as it was and what its iteration multiplies."""
+    config, matrix = work.model, max(matrix_sizes(work.model))
+    is_muon, largest = work.optimizer == "muon", max(config.vocab_size * config.dim, matrix)
+    in_float32 = 2 * FLOAT32 * max(ROUNDED_AT_ONCE, largest) if work.moment_bytes < FLOAT32 else 0
+    return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
 
 
 def matrix_sizes(config: ModelConfig) -> list[int]:

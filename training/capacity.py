@@ -84,6 +84,7 @@ def candidates(n_kv_heads: int) -> Iterator[MemoryConfig]:
     for fraction in (1.0, 0.75, 0.5, 0.25):
         yield FullConfig(keep_attention=fraction)
     yield OffloadConfig()
+    yield OffloadConfig(keep_attention=0.5)
     yield FullConfig(keep_attention=0.0)
     yield OffloadConfig(keep_attention=0.0)
     for groups in (2, 4, 8):
