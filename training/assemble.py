@@ -24,16 +24,20 @@ def assemble(
     compile: bool,
     unit: str | None = None,
     memory: MemoryConfig | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> GPT:
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
         unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
+        z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
     with torch.device("meta"):
         model = GPT(config, attention)
+    model.head.z_loss, model.head.label_smoothing = z_loss, label_smoothing
     # 2. Precision: conversions of layers belong here. 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
     # 4. Compilation.

@@ -62,6 +62,8 @@ class Run:
                 seed=config.seed,
                 compile=runtime.compile,
                 memory=config.memory,
+                z_loss=config.z_loss,
+                label_smoothing=config.label_smoothing,
             )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
