@@ -17,8 +17,6 @@ from .config import ModelConfig
 
 GIB = 2**30
 FLOAT32 = 4
-ROUNDED_AT_ONCE = 2**26
-"""Numbers whose bf16 moments the update has in float32 at a time; see `training.optimizer_config`."""
 IN_FLIGHT = 2
 """Layers whose kept tensors are on the device while they are copied to the host or back."""
 
@@ -36,6 +34,8 @@ class Workload:
     """Whether a step has several micro-batches, so that gradients are there when one begins."""
     optimizer: str = "adamw"
     moment_bytes: int = 4
+    rounded_at_once: int = 0
+    """Numbers whose moments, where they are bf16, the update has in float32 at a time."""
     product_bytes: int = 2
     """Of a number in a matrix product: 2 with bf16, otherwise 4."""
     residual_bytes: int = 4
@@ -53,7 +53,7 @@ class Workload:
     @property
     def keeps_copies(self) -> bool:
         """Whether the weights' bf16 copies stay from step to step; see `Runtime.working_dtype`."""
-        return self.product_bytes < FLOAT32 and (self.accumulates or isinstance(self.memory, SelectiveConfig))
+        return self.product_bytes < FLOAT32 and self.accumulates
 
 
 @dataclass(frozen=True)
@@ -246,14 +246,18 @@ def workspace_bytes(work: Workload, groups: int = 1) -> int:
 
 
 def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
-    """The weights in the dtype of the matrix products, where the first so many layers, and the head, need theirs."""
-    count = parameter_count(work.model)
+    """The weights in the dtype of the matrix products, while the last of so many layers computes, or the head.
+
+    A layer that keeps everything keeps its weights' copies, too; the others cast them anew.
+    """
+    count, L = parameter_count(work.model), work.model.n_layers
     if work.keeps_copies:
         return work.product_bytes * count.matmul
     if work.product_bytes == FLOAT32:
         return 0
-    in_layers = count.block_matrices // work.model.n_layers * layers
-    return work.product_bytes * (in_layers + (count.matmul - count.block_matrices if head else 0))
+    keeping = [not isinstance(policy_of(work.memory, layer, L), SelectiveConfig) for layer in range(layers)]
+    numbers = count.block_matrices // L * (sum(keeping) if head else sum(keeping[:-1]) + bool(layers))
+    return work.product_bytes * (numbers + (count.matmul - count.block_matrices if head else 0))
 
 
 def loss_bytes(work: Workload) -> int:
@@ -279,7 +283,7 @@ def update_bytes(work: Workload) -> int:
     parameter; Muon's step on a matrix, itself as it was and what its iteration multiplies."""
     config, matrix = work.model, max(matrix_sizes(work.model))
     is_muon, largest = work.optimizer == "muon", max(config.vocab_size * config.dim, matrix)
-    in_float32 = 2 * FLOAT32 * max(ROUNDED_AT_ONCE, largest) if work.moment_bytes < FLOAT32 else 0
+    in_float32 = 2 * FLOAT32 * max(work.rounded_at_once, largest) if work.moment_bytes < FLOAT32 else 0
     return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
 
 
