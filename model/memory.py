@@ -67,18 +67,19 @@ def kept_by_layers(
 
     Args:
         tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
-        writes_scores: whether attention writes S × S scores, so that nothing of it is kept.
+        writes_scores: whether attention writes S × S scores, so that memory=full keeps its output alone, and
+            memory=selective nothing of it.
     """
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
-    layers = attending = policy.of(config.n_layers)
+    layers = policy.of(config.n_layers)
+    output, lse = product_bytes * H * D, 0 if writes_scores else FLOAT32 * H  # of attention
     per_token = layers * FLOAT32 * config.dim  # the layer's input
     if isinstance(policy, FullConfig):
-        attending = sum(policy.keeps_attention(layer, config.n_layers) for layer in range(layers))
+        per_token += sum(policy.keeps_attention(layer, config.n_layers) for layer in range(layers)) * (output + lse)
     else:
         up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
         per_token += layers * product_bytes * ((H + 2 * G) * D + config.dim + up_width)
-    if not writes_scores:
-        per_token += attending * (product_bytes * H * D + FLOAT32 * H)  # attention's output and LSE
+        per_token += 0 if writes_scores else layers * (output + lse)
     return tokens * per_token
