@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+
 
 import pytest
 import torch
+from held import Held
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from model import activations
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
@@ -114,30 +112,6 @@ def test_compiled_it_is_one_graph_or_one_for_all_blocks_that_keep_the_same(
 
 
 # Memory
-
-
-class Held(TorchDispatchMode):
-    """Bytes of what was computed since it began and still exists, and how often each operator ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.calls, self._seen = 0, {}, set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls[func.name()] = self.calls.get(func.name(), 0) + 1
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(result):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage._cdata not in given | self._seen:
-                self.bytes += storage.nbytes()
-                self._seen.add(storage._cdata)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return result
-
-    def _freed(self, storage: int, nbytes: int) -> None:
-        self.bytes -= nbytes
-        self._seen.discard(storage)
 
 
 def held(model: GPT, bf16: bool = False) -> int:
