@@ -160,10 +160,11 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
 def kept_bytes(work: Workload, layer: int) -> int:
     """What a layer (0, 1, …) keeps for its backward pass."""
     config, sizes, policy = work.model, _Sizes.of(work), policy_of(work.memory, layer, work.model.n_layers)
-    attended = 0 if work.writes_scores else sizes.attended
     if isinstance(policy, FullConfig):
+        attended = sizes.output if work.writes_scores else sizes.attended
         return work.tokens * (sizes.residual + attended * policy.keeps_attention(layer, config.n_layers))
     if isinstance(policy, SelectiveConfig):
+        attended = 0 if work.writes_scores else sizes.attended
         return work.tokens * (sizes.residual + attended + sizes.qkv + sizes.product + sizes.up)
     # Before and after attention: the residual stream, and its norm; q and k twice where they are rotated.
     kept = 2 * (sizes.residual + sizes.product + sizes.statistics) + sizes.qkv + sizes.rotated
@@ -188,7 +189,8 @@ def kept_by_layers(
     Args:
         tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
         residual_bytes: of a number in the residual stream.
-        writes_scores: whether attention writes S × S scores, so that nothing of it is kept.
+        writes_scores: whether attention writes S × S scores, so that memory=full keeps its output alone, and
+            memory=selective nothing of it.
     """
     work = Workload(
         config, policy, 1, tokens, product_bytes=product_bytes, residual_bytes=residual_bytes,
@@ -221,9 +223,8 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     """The same of a layer that computes all again: the table of `model.recompute`."""
     T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
     live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
-    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * (
-        4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
-    )
+    of_a_tile = 4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
+    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * of_a_tile
     attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
     if work.writes_scores:
         attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups
@@ -321,6 +322,8 @@ class _Sizes:
     """q and k with their positions."""
     rotated: int
     """The same where the positions are rotary, and these are tensors of their own; otherwise 0."""
+    output: int
+    """Of attention."""
     attended: int
     """Attention's output and LSE."""
     up: int
@@ -342,6 +345,7 @@ class _Sizes:
             qkv=c * (H + 2 * G) * D,
             positioned=c * (H + G) * D,
             rotated=c * (H + G) * D if config.position == "rotary" else 0,
+            output=c * H * D,
             attended=c * H * D + FLOAT32 * H,
             up=c * F * (2 if config.mlp == "swiglu" else 1),
             active=c * F,
