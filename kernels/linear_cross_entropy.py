@@ -224,11 +224,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(*grads)
         ctx.set_materialize_grads(False)
-        ctx.dtypes, ctx.num_options = (x_NE.dtype, weight_VE.dtype), len(inputs)
+        ctx.dtypes, ctx.wanted, ctx.num_options = (x_NE.dtype, weight_VE.dtype), inputs[-2:], len(inputs)
         return loss, *grads
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None, None]
         if grad_loss is not None:
@@ -236,7 +236,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             factor_11 = grad_loss.reshape(1, 1)
             is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward pass
             for i, grad in enumerate(ctx.saved_tensors):
-                if ctx.needs_input_grad[i]:
+                if ctx.wanted[i]:
                     # In place, except in a graph, whose compiler decides that.
                     scale = Tensor.mul if is_kept or type(grad) is not Tensor else Tensor.mul_
                     grads[i] = scale(grad, factor_11).to(ctx.dtypes[i])
@@ -279,7 +279,7 @@ def _check(
             f"x {tuple(x_NE.shape)} and weight {tuple(weight_VE.shape)} do not fit: (tokens, width) and "
             "(vocabulary, width); flatten batch and sequence first"
         )
-    if targets_N.shape != x_NE.shape[:1] or targets_N.dtype != torch.int64:
+    if targets_N.dim() != 1 or targets_N.shape[0] != x_NE.shape[0] or targets_N.dtype != torch.int64:
         raise ValueError(
             f"targets {tuple(targets_N.shape)}, {targets_N.dtype}, must be int64 ({x_NE.shape[0]},): one for each token"
         )

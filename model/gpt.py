@@ -122,16 +122,19 @@ class Head(Linear):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.vocab_size, bias=False)
         self.softcap, self.chunk_size = config.logit_softcap, config.loss_chunk_size
+        self.z_loss = self.label_smoothing = 0.0
 
     def forward(self, x_BSE: Tensor, targets_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
-        """Logits (B, S, V); with targets −log p(target) in nats, for which not all logits exist at once: Σ, or (B, S)
-        per token."""
+        """Logits (B, S, V); with targets the loss in nats, for which not all logits exist at once: what is trained on,
+        −log p(target) with `z_loss` and `label_smoothing`, summed; or per_token −log p(target) alone, (B, S)."""
         if targets_BS is not None:
             loss = linear_cross_entropy(
                 x_BSE.flatten(0, 1),
                 self.operand(),
                 targets_BS.flatten(),
                 softcap=self.softcap,
+                z_loss=0.0 if per_token else self.z_loss,
+                label_smoothing=0.0 if per_token else self.label_smoothing,
                 chunk_size=self.chunk_size,
                 reduction="none" if per_token else "sum",
             )
@@ -231,8 +234,9 @@ class GPT(nn.Module):
             attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
         Returns:
-            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar, or with
-            per_token each −log p(target), float32 (B, S), 0 where no loss is wanted.
+            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the
+            head adds to it in training), or with per_token each −log p(target), float32 (B, S), 0 where no loss is
+            wanted.
         """
         S = tokens_BS.shape[1]
         if positions_BS is None:

@@ -34,6 +34,8 @@ class Workload:
     """Whether a step has several micro-batches, so that gradients are there when one begins."""
     optimizer: str = "adamw"
     moment_bytes: int = 4
+    rounded_at_once: int = 0
+    """Numbers whose moments, where they are bf16, the update has in float32 at a time."""
     product_bytes: int = 2
     """Of a number in a matrix product: 2 with bf16, otherwise 4."""
     residual_bytes: int = 4
@@ -51,7 +53,7 @@ class Workload:
     @property
     def keeps_copies(self) -> bool:
         """Whether the weights' bf16 copies stay from step to step; see `Runtime.working_dtype`."""
-        return self.product_bytes < FLOAT32 and (self.accumulates or isinstance(self.memory, SelectiveConfig))
+        return self.product_bytes < FLOAT32 and self.accumulates
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
         moment="the gradient of the embedding",
         copies=copies,
         gradients=earlier + all_gradients if whole else all_gradients,
-        layer=head,
+        layer=head if work.model.tie_head else 0,  # one gradient of the two that are added up
     )
     yield replace(resting, moment="the update", copies=copies, gradients=all_gradients, layer=update_bytes(work))
 
@@ -158,10 +160,11 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
 def kept_bytes(work: Workload, layer: int) -> int:
     """What a layer (0, 1, …) keeps for its backward pass."""
     config, sizes, policy = work.model, _Sizes.of(work), policy_of(work.memory, layer, work.model.n_layers)
-    attended = 0 if work.writes_scores else sizes.attended
     if isinstance(policy, FullConfig):
+        attended = sizes.output if work.writes_scores else sizes.attended
         return work.tokens * (sizes.residual + attended * policy.keeps_attention(layer, config.n_layers))
     if isinstance(policy, SelectiveConfig):
+        attended = 0 if work.writes_scores else sizes.attended
         return work.tokens * (sizes.residual + attended + sizes.qkv + sizes.product + sizes.up)
     # Before and after attention: the residual stream, and its norm; q and k twice where they are rotated.
     kept = 2 * (sizes.residual + sizes.product + sizes.statistics) + sizes.qkv + sizes.rotated
@@ -186,7 +189,8 @@ def kept_by_layers(
     Args:
         tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
         residual_bytes: of a number in the residual stream.
-        writes_scores: whether attention writes S × S scores, so that nothing of it is kept.
+        writes_scores: whether attention writes S × S scores, so that memory=full keeps its output alone, and
+            memory=selective nothing of it.
     """
     work = Workload(
         config, policy, 1, tokens, product_bytes=product_bytes, residual_bytes=residual_bytes,
@@ -219,9 +223,8 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     """The same of a layer that computes all again: the table of `model.recompute`."""
     T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
     live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
-    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * (
-        4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
-    )
+    of_a_tile = 4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
+    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * of_a_tile
     attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
     if work.writes_scores:
         attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups
@@ -244,14 +247,18 @@ def workspace_bytes(work: Workload, groups: int = 1) -> int:
 
 
 def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
-    """The weights in the dtype of the matrix products, where the first so many layers, and the head, need theirs."""
-    count = parameter_count(work.model)
+    """The weights in the dtype of the matrix products, while the last of so many layers computes, or the head.
+
+    A layer that keeps everything keeps its weights' copies, too; the others cast them anew.
+    """
+    count, L = parameter_count(work.model), work.model.n_layers
     if work.keeps_copies:
         return work.product_bytes * count.matmul
     if work.product_bytes == FLOAT32:
         return 0
-    in_layers = count.block_matrices // work.model.n_layers * layers
-    return work.product_bytes * (in_layers + (count.matmul - count.block_matrices if head else 0))
+    keeping = [not isinstance(policy_of(work.memory, layer, L), SelectiveConfig) for layer in range(layers)]
+    numbers = count.block_matrices // L * (sum(keeping) if head else sum(keeping[:-1]) + bool(layers))
+    return work.product_bytes * (numbers + (count.matmul - count.block_matrices if head else 0))
 
 
 def loss_bytes(work: Workload) -> int:
@@ -273,8 +280,12 @@ def batch_bytes(work: Workload) -> int:
 
 
 def update_bytes(work: Workload) -> int:
-    """Beside the gradients. Muon's step on a matrix: itself as it was, and what its iteration multiplies."""
-    return 4 * FLOAT32 * max(matrix_sizes(work.model)) if work.optimizer == "muon" else 0
+    """Beside the gradients: moments that are bf16, in float32 for a while, of so many numbers at once or of the largest
+    parameter; Muon's step on a matrix, itself as it was and what its iteration multiplies."""
+    config, matrix = work.model, max(matrix_sizes(work.model))
+    is_muon, largest = work.optimizer == "muon", max(config.vocab_size * config.dim, matrix)
+    in_float32 = 2 * FLOAT32 * max(work.rounded_at_once, largest) if work.moment_bytes < FLOAT32 else 0
+    return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
 
 
 def matrix_sizes(config: ModelConfig) -> list[int]:
@@ -311,6 +322,8 @@ class _Sizes:
     """q and k with their positions."""
     rotated: int
     """The same where the positions are rotary, and these are tensors of their own; otherwise 0."""
+    output: int
+    """Of attention."""
     attended: int
     """Attention's output and LSE."""
     up: int
@@ -332,6 +345,7 @@ class _Sizes:
             qkv=c * (H + 2 * G) * D,
             positioned=c * (H + G) * D,
             rotated=c * (H + G) * D if config.position == "rotary" else 0,
+            output=c * H * D,
             attended=c * H * D + FLOAT32 * H,
             up=c * F * (2 if config.mlp == "swiglu" else 1),
             active=c * F,

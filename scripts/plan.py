@@ -63,7 +63,7 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision}"
     yield f"model   {model.name}: {parameter_count(model).total / 1e6:,.1f}M parameters"
     rows = f"{steps.accumulation} × {config.batch_size} rows of {config.seq_len:,}"
-    yield f"step    {steps.tokens_per_step:,} tokens ({rows}), {flops / 1e12:,.0f} TFLOP without recomputation"
+    yield f"step    {steps.tokens_per_step:,} tokens ({rows}), {flops / 1e12:,.0f} TFLOP"
     yield f"policy  {as_typed(config.memory)}{', which memory=auto means here' if is_auto else ''}"
     verdict = (
         "fits"
@@ -111,7 +111,7 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
         else "None fits."
     )
     if not any(name in runtime.gpu.name for name in MEASURED_ON):
-        yield "This card was not measured: times are for the fractions of its peak that an H200 reaches."
+        yield "Times suppose that this card reaches as much of its peak as an H200 does."
 
 
 def take_card(words: list[str]) -> None:

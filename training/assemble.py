@@ -27,6 +27,8 @@ def assemble(
     memory: MemoryConfig | None = None,
     residual_dtype: torch.dtype | None = None,
     working_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> GPT:
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
@@ -35,10 +37,12 @@ def assemble(
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
         residual_dtype: of the residual stream; None: float32.
         working_dtype: of copies of the weights that linear layers multiply with, see `model.linear`; None: no copies.
+        z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
     with torch.device("meta"):
         model = GPT(config, attention)
+    model.head.z_loss, model.head.label_smoothing = z_loss, label_smoothing
     # 2. Precision.
     model.residual_dtype = residual_dtype
     if working_dtype is not None:

@@ -17,6 +17,7 @@ from model.memory import GIB, Workload, predict, state_bytes
 
 from . import machine
 from .config import TrainConfig
+from .optimizer_config import ROUNDED_AT_ONCE
 from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
@@ -49,7 +50,8 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         seq_len=config.seq_len,
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
-        moment_bytes=2 if getattr(config.optimizer, "moments", "float32") == "bfloat16" else 4,
+        moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,
+        rounded_at_once=ROUNDED_AT_ONCE,
         product_bytes=product_bytes(runtime.precision),
         residual_bytes=residual_bytes(runtime.precision),
         compiled=runtime.compile,
@@ -102,6 +104,7 @@ def candidates(n_kv_heads: int) -> Iterator[MemoryConfig]:
     for fraction in (1.0, 0.75, 0.5, 0.25):
         yield FullConfig(keep_attention=fraction)
     yield OffloadConfig()
+    yield OffloadConfig(keep_attention=0.5)
     yield FullConfig(keep_attention=0.0)
     yield OffloadConfig(keep_attention=0.0)
     for groups in (2, 4, 8):

@@ -68,6 +68,8 @@ class Run:
                 memory=config.memory,
                 residual_dtype=runtime.residual_dtype,
                 working_dtype=runtime.working_dtype(config),
+                z_loss=config.z_loss,
+                label_smoothing=config.label_smoothing,
             )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")

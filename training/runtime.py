@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from model.activations_config import SelectiveConfig
 from model.attention import AttentionSpec, build_attention, choose_attention
 
 from .config import TrainConfig
@@ -63,13 +62,12 @@ class Runtime:
         return torch.bfloat16 if residual_bytes(self.precision) == 2 else torch.float32
 
     def working_dtype(self, config: TrainConfig) -> torch.dtype | None:
-        """Of the copies of the weights that linear layers multiply with; None where they would save no cast.
+        """Of the copies of the weights that linear layers multiply with, cast once a step; None: no copies.
 
-        Autocast casts a weight once for each micro-batch, and once more where a layer is computed again.
+        A step of one micro-batch has none: autocast casts each weight once for it, or twice where layers are computed
+        again, and holds no cast of theirs from step to step.
         """
-        recomputes = isinstance(config.memory, SelectiveConfig)
-        is_cast_again = config.plan.accumulation > 1 or recomputes
-        return self.dtype if product_bytes(self.precision) == 2 and is_cast_again else None
+        return self.dtype if product_bytes(self.precision) == 2 and config.plan.accumulation > 1 else None
 
     def autocast(self) -> torch.autocast:
         import torch

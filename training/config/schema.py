@@ -54,6 +54,8 @@ class TrainConfig:
     max_tokens: int
     learning_rate: float
     grad_clip: float
+    z_loss: float
+    label_smoothing: float
     seed: int
     device: str
     precision: str
@@ -75,8 +77,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "log_every", "eval_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("eval_every", "sample_every", "sample_tokens", "grad_clip", "seed"):
+        for name in ("eval_every", "sample_every", "sample_tokens", "grad_clip", "z_loss", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "use at least 0, less than 1")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "use 1 or more")
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use 1 or more")
         require(0 < self.learning_rate < 10, "learning_rate", self.learning_rate, "use a small positive number")
