@@ -18,6 +18,8 @@ from model.activations_config import FullConfig, OffloadConfig
 from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.kept import Store
+from model.memory import Workload, kept_bytes, moments
 from model.offload import HostBuffers, HostStore, HostTicket
 
 ON = pytest.mark.parametrize("device", ["cpu", "late", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -348,6 +350,19 @@ def test_an_error_in_a_backward_pass_leaves_nothing_behind(build_lively: Callabl
         each(*tokens).backward()
     grads = [[parameter.grad for parameter in each.parameters()] for each in (full, model)]
     assert all(torch.equal(*two) for two in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("host", [0.2, 0.5, 1.0])
+def test_so_many_layers_are_on_the_device_as_are_predicted(host: float) -> None:
+    policy, L = OffloadConfig(host=host), LLAMA.n_layers
+    predicted = [plan for plan in moments(Workload(LLAMA, policy, B, S)) if "backward pass of" in plan.moment]
+    of_one_layer = kept_bytes(Workload(LLAMA, policy, B, S), 0)
+    store, elsewhere = HostStore(), Store()
+    tickets = [(store if layer <= policy.on_host(L) else elsewhere).keep(tensors(layer)) for layer in range(L)]
+    for layer, plan in zip(reversed(range(L)), predicted, strict=True):
+        tickets.pop().take()
+        others = sum(not isinstance(ticket, HostTicket) or ticket._device is not None for ticket in tickets)
+        assert plan.kept == (1 + others) * of_one_layer, layer
 
 
 # On a GPU
