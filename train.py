@@ -26,7 +26,7 @@ def check(config: TrainConfig) -> Runtime:
         ValueError: one line.
     """
     runtime = resolve_runtime(config)
-    check_capacity(config, runtime.gpu)
+    check_capacity(config, runtime)
     run_folder.check(config)
     config.data.check()
     config.tokenizer.check()
@@ -43,7 +43,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     from training.trainer import Trainer
 
     named = jobs.is_typed("run_dir")
-    with run_folder.claimed(config, named) as config, out_of_memory_explained(config):
+    with run_folder.claimed(config, named) as config, out_of_memory_explained(config, runtime):
         summary = Trainer(config, cli.say, runtime).fit()
     cli.say(config.run_dir)
     return summary

@@ -1,4 +1,8 @@
-"""What the blocks keep for the backward pass; whatever they do not keep, they compute again there, to the same bits."""
+"""What the blocks keep for the backward pass; whatever they do not keep, they compute again there.
+
+`memory=selective` is selective checkpointing inside the compiled model, `memory=full` executes its blocks itself:
+`model.recompute`.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import FLASH_ATTENTION_OPS
-
-from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
+from .activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from .config import ModelConfig
 from .gpt import GPT, Attend, Block, Rotation
+from .kept import Store
+from .offload import HostStore
+from .recompute import Pieces, Recomputed
+from .replay import ATTENTION
 
-# By name: PyTorch defines some of them only when their module is imported. attention=math is not among them: it has no
-# operator whose result spares its backward pass the S × S scores.
-ATTENTION = {
-    *(op.name() for op in FLASH_ATTENTION_OPS),
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "torch_attn::_varlen_attn",
-    "flex_attention",
-}
 PRODUCTS = {"aten::mm", "aten::addmm"}
 """Of linear layers; attention=math multiplies with bmm."""
 
@@ -36,20 +31,38 @@ Keeps = Callable[..., CheckpointPolicy]
 
 def apply(model: GPT, policy: MemoryConfig) -> None:
     """Let the blocks that the policy is about keep what it says. Parameters and their names stay as they are."""
-    if not isinstance(policy, SelectiveConfig):
-        return
+    if isinstance(policy, FullConfig):
+        _recompute(model, policy)
+    elif isinstance(policy, SelectiveConfig):
+        _select(model, policy)
+
+
+def _recompute(model: GPT, policy: FullConfig) -> None:
+    policy.check_model(model.config)
+    n_layers, store, host = len(model.blocks), Store(), HostStore()
+    # The host's store never copies what the last of its layers keeps: on_host layers leave the device.
+    on_host = policy.on_host(n_layers) if isinstance(policy, OffloadConfig) else -1
+    for layer, block in enumerate(list(model.blocks)[: policy.of(n_layers)]):
+        block.__class__ = Recomputed
+        assert isinstance(block, Recomputed)
+        block.own, block.store, block.pieces = model.attention, host if layer <= on_host else store, Pieces()
+        block.tile, block.head_groups = policy.tile, policy.head_groups
+        block.keeps_attention = policy.keeps_attention(layer, n_layers)
+
+
+def _select(model: GPT, policy: SelectiveConfig) -> None:
     # PyTorch warns of in-place operations inside such a block when it compiles the first one; ours have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # One object for all blocks, so that one compiled block serves them all.
-    contexts = partial(create_selective_checkpoint_contexts, _keeps(policy, model.config))
+    contexts = partial(create_selective_checkpoint_contexts, _keeps(model.config))
     for block in list(model.blocks)[: policy.of(len(model.blocks))]:
-        block.__class__ = _Recomputed
-        assert isinstance(block, _Recomputed)
+        block.__class__ = _Selective
+        assert isinstance(block, _Selective)
         block.contexts = contexts
 
 
-class _Recomputed(Block):
-    """A block that keeps its input and what its policy names."""
+class _Selective(Block):
+    """A block that keeps its input, attention's results and those of its products."""
 
     contexts: Callable[[], Any]
 
@@ -60,15 +73,13 @@ class _Recomputed(Block):
         return out_BSE
 
 
-def _keeps(policy: SelectiveConfig, config: ModelConfig) -> Keeps:
-    kept = set(ATTENTION) if getattr(policy, "keep_attention", True) else set()
-    if not isinstance(policy, FullConfig):
-        kept |= PRODUCTS
+def _keeps(config: ModelConfig) -> Keeps:
     down = (config.ffn_dim, config.dim)
 
     def keeps(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         # What the MLP's last product gives is added to the residual stream, and no gradient reads it.
-        is_kept = op.name() in kept and not (op.name() in PRODUCTS and tuple(args[-1].shape) == down)
+        is_product = op.name() in PRODUCTS and tuple(args[-1].shape) != down
+        is_kept = is_product or op.name() in ATTENTION
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return keeps

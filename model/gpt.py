@@ -17,11 +17,19 @@ from kernels import linear_cross_entropy
 
 from .attention.base import AttentionBackend
 from .config import ModelConfig
+from .linear import Linear
 from .rotary import attention_scaling, inverse_frequencies, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """(q, k, v, mask) → out: an `AttentionBackend`, or what its `for_layer` returned."""
 Rotation = tuple[Tensor, Tensor] | None
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the weight's dtype, float32, whatever comes in: autocast of PyTorch 2.11 does not know of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -31,43 +39,62 @@ class Attention(nn.Module):
         assert config.n_kv_heads is not None
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
+        self.out = Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        q_BSHD, k_BSGD = self.q_norm(q_BSHD).to(v_BSGD.dtype), self.k_norm(k_BSGD).to(v_BSGD.dtype)
+        q_BSHD, k_BSGD = self.position(q_BSHD, k_BSGD, rotation)
+        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
+
+    def position(self, q_BSHD: Tensor, k_BSGD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries and keys of some or all heads, normalised and rotated."""
+        q_BSHD, k_BSGD = self.q_norm(q_BSHD).to(q_BSHD.dtype), self.k_norm(k_BSGD).to(k_BSGD.dtype)
         if rotation is not None:
             q_BSHD, k_BSGD = rotate(q_BSHD, *rotation), rotate(k_BSGD, *rotation)
-        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
+        return q_BSHD, k_BSGD
 
 
 class GELU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.up = Linear(config.dim, config.ffn_dim, bias=config.bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSE), approximate="tanh"))
+        return self.down(self.activate(self.up(x_BSE)))
+
+    def activate(self, up_BSF: Tensor) -> Tensor:
+        return F.gelu(up_BSF, approximate="tanh")
+
+    @property
+    def first(self) -> Linear:
+        return self.up
 
 
 class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BSE).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activate(self.gate_up(x_BSE)))
+
+    def activate(self, gate_up_BSU: Tensor) -> Tensor:
+        gate_BSF, up_BSF = gate_up_BSU.chunk(2, dim=-1)
+        return F.silu(gate_BSF) * up_BSF
+
+    @property
+    def first(self) -> Linear:
+        return self.gate_up
 
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.dim, config.norm_eps)
+        return RMSNorm(config.dim, config.norm_eps)
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
 
 
@@ -77,34 +104,42 @@ class Block(nn.Module):
         self.attention_norm = _norm(config)
         self.attention = Attention(config)
         self.mlp_norm = _norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
+        self.mlp: SwiGLU | GELU = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
+    def compiled(self, **options: Any) -> Callable[..., Tensor]:
+        """This block as torch.compile makes it, with its options."""
+        block: Callable[..., Tensor] = torch.compile(self, **options)
+        return block
 
-class Head(nn.Linear):
+
+class Head(Linear):
     """The output head: logits, or the summed loss. Always called as a module: what shards it hooks into that call."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.vocab_size, bias=False)
         self.softcap, self.chunk_size = config.logit_softcap, config.loss_chunk_size
+        self.z_loss = self.label_smoothing = 0.0
 
     def forward(self, x_BSE: Tensor, targets_BS: Tensor | None = None, per_token: bool = False) -> Tensor:
-        """Logits (B, S, V); with targets −log p(target) in nats, for which not all logits exist at once: Σ, or (B, S)
-        per token."""
+        """Logits (B, S, V); with targets the loss in nats, for which not all logits exist at once: what is trained on,
+        −log p(target) with `z_loss` and `label_smoothing`, summed; or per_token −log p(target) alone, (B, S)."""
         if targets_BS is not None:
             loss = linear_cross_entropy(
                 x_BSE.flatten(0, 1),
-                self.weight,
+                self.operand(),
                 targets_BS.flatten(),
                 softcap=self.softcap,
+                z_loss=0.0 if per_token else self.z_loss,
+                label_smoothing=0.0 if per_token else self.label_smoothing,
                 chunk_size=self.chunk_size,
                 reduction="none" if per_token else "sum",
             )
             return loss.unflatten(0, targets_BS.shape) if per_token else loss
-        logits_BSV = F.linear(x_BSE, self.weight)
+        logits_BSV = F.linear(x_BSE, self.operand())
         return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap > 0 else logits_BSV
 
 
@@ -128,6 +163,8 @@ class GPT(nn.Module):
         self.head = Head(config)
         if config.position == "rotary":
             self.register_buffer("frequencies", None, persistent=False)
+        self.residual_dtype: torch.dtype | None = None
+        """Of the residual stream; None: the weights', under autocast, too."""
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
         self._compiled_loss: Callable[..., Tensor] | None = None
@@ -173,7 +210,7 @@ class GPT(nn.Module):
         # Not for any length: rows of validation, which come first, may be shorter than those of training.
         options = {"dynamic": False, **options}
         self._compiled = torch.compile(self.steps, **options) if unit == "model" else None
-        self._compiled_blocks = [torch.compile(block, **options) for block in self.blocks]
+        self._compiled_blocks = [block.compiled(**options) for block in self.blocks]
         self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(
@@ -196,8 +233,9 @@ class GPT(nn.Module):
             attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
         Returns:
-            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar, or with
-            per_token each −log p(target), float32 (B, S), 0 where no loss is wanted.
+            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the
+            head adds to it in training), or with per_token each −log p(target), float32 (B, S), 0 where no loss is
+            wanted.
         """
         S = tokens_BS.shape[1]
         if positions_BS is None:
@@ -225,7 +263,7 @@ class GPT(nn.Module):
         return (compiled or self.loss)(x_BSE, targets_BS, per_token)
 
     def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
-        """The residual stream after the last block (B, S, E), before the final norm."""
+        """The residual stream after the last block (B, S, E), before the final norm; in `residual_dtype`."""
         x_BSE, rotation = self.embedding(tokens_BS), None
         if self.config.position == "learned":
             x_BSE = x_BSE + self.positions(positions_BS)
@@ -233,6 +271,8 @@ class GPT(nn.Module):
             angles_BS1F = (positions_BS[..., None].float() * self.frequencies)[:, :, None]
             stretch = attention_scaling(self.config.rotary)
             rotation = angles_BS1F.cos() * stretch, angles_BS1F.sin() * stretch
+        if self.residual_dtype is not None:
+            x_BSE = x_BSE.to(self.residual_dtype)
         compiled = self._compiled_blocks if self._is_by_block(attention) else None
         blocks: Iterable[Any] = compiled or self.blocks
         for layer, block in enumerate(blocks):

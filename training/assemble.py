@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from model import activations
-from model.activations_config import MemoryConfig
+from model.activations_config import FullConfig, MemoryConfig
 from model.attention.base import AttentionBackend
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.linear import keep_working_copies, refresh
 
 COMPILE_UNIT = "model"
 """What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %:
@@ -24,25 +25,38 @@ def assemble(
     compile: bool,
     unit: str | None = None,
     memory: MemoryConfig | None = None,
+    residual_dtype: torch.dtype | None = None,
+    working_dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> GPT:
     """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
-        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT.
+        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT, or blocks where those are executed one by one.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
+        residual_dtype: of the residual stream; None: float32.
+        working_dtype: of copies of the weights that linear layers multiply with, see `model.linear`; None: no copies.
+        z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
     with torch.device("meta"):
         model = GPT(config, attention)
-    # 2. Precision: conversions of layers belong here. 3. What blocks keep for the backward pass.
+    model.head.z_loss, model.head.label_smoothing = z_loss, label_smoothing
+    # 2. Precision.
+    model.residual_dtype = residual_dtype
+    if working_dtype is not None:
+        keep_working_copies(model, working_dtype)
+    # 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
     # 4. Compilation.
     if compile:
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or COMPILE_UNIT)
+        model.compile(unit or ("block" if isinstance(memory, FullConfig) else COMPILE_UNIT))
     # 5. Sharding belongs here. 6. Memory and first weights.
     torch.manual_seed(seed)
     model.materialize(device)
+    refresh(model)
     return model

@@ -1,29 +1,62 @@
-"""The memory that a run will take, and whether its weights, gradients and optimizer fit into this machine at all."""
+"""What fits into this machine: the memory that a run will take, the policy that memory=auto means, and refusals."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import fields, replace
+from pathlib import Path, PurePosixPath
 
+from model.activations_config import AutoConfig, FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.arithmetic import parameter_count
-from model.memory import GIB, MemoryPlan, predict
+from model.attention import choose_attention
+from model.attention.config import has_hopper_kernels
+from model.memory import GIB, Workload, predict, state_bytes
 
+from . import machine
 from .config import TrainConfig
-from .machine import Gpu
+from .optimizer_config import ROUNDED_AT_ONCE
+from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
+from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+UNLIMITED = 2**60
+"""Bytes from which on the limit of a container is none: the kernel's largest number stands there."""
+
+AUTO_FILLS = 0.94
+"""Fraction of a card that memory=auto fills by prediction. CUDA itself takes some of the rest, and so do the gaps
+between what PyTorch's allocator holds."""
+REFUSED_ABOVE = 1.02
+"""Fraction of a card from which on a run is refused: the prediction may be so much too high."""
+HOST_FILLS = 0.8
+"""Fraction of the host's memory that may be pinned."""
+ROW_STEP = 1024
+"""Tokens in steps of which the longest row is looked for."""
 
 
-def predicted(config: TrainConfig) -> MemoryPlan:
-    """What this run will take, as far as its configuration tells."""
-    return predict(
-        config.model,
-        optimizer=config.optimizer.name,
+# ---- what a run takes
+
+
+def workload(config: TrainConfig, runtime: Runtime) -> Workload:
+    """What of a run decides its memory."""
+    spec = attention_spec(config, runtime)
+    chosen = choose_attention(config.attention, spec)
+    return Workload(
+        model=config.model,
+        memory=config.memory,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
+        accumulates=config.plan.accumulation > 1,
+        optimizer=config.optimizer.name,
+        moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,
+        rounded_at_once=ROUNDED_AT_ONCE,
+        product_bytes=product_bytes(runtime.precision),
+        residual_bytes=residual_bytes(runtime.precision),
+        compiled=runtime.compile,
         writes_scores=writes_scores(config),
+        sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 
 
@@ -32,32 +65,219 @@ def writes_scores(config: TrainConfig) -> bool:
     return "math" in (config.attention.name, getattr(config.attention, "kernel", None))
 
 
-def check_capacity(config: TrainConfig, gpu: Gpu | None) -> None:
-    """Refuse a model whose state alone is larger than the memory that it is trained in.
+def host_memory() -> int | None:
+    """Bytes of memory that this process may come to use: the machine's, or its container's.
+
+    None where nobody knows: the memory of some virtual machines starts small and grows while it is used.
+    """
+    if machine.supposed is not None:
+        return None  # nor is the host here
+    known = []
+    if not any(Path("/sys/bus/virtio/drivers/virtio_mem").glob("virtio*")):
+        with suppress(ValueError, OSError):
+            known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in container_limits():
+        with suppress(ValueError, OSError):  # "max" is no number
+            known.append(int(file.read_text()))
+    return min((limit for limit in known if limit < UNLIMITED), default=None)
+
+
+def container_limits(groups: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
+    """The files with the memory limits of the control group that this process is in, and of those around it."""
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+                if not controllers:
+                    yield Path(f"/sys/fs/cgroup{group}/memory.max")
+                elif "memory" in controllers.split(","):
+                    yield Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes")
+
+
+# ---- memory=auto
+
+
+def candidates(n_kv_heads: int) -> Iterator[MemoryConfig]:
+    """The policies that memory=auto chooses from, roughly from the fastest to the leanest."""
+    yield MemoryConfig()
+    yield SelectiveConfig()
+    for fraction in (1.0, 0.75, 0.5, 0.25):
+        yield FullConfig(keep_attention=fraction)
+    yield OffloadConfig()
+    yield OffloadConfig(keep_attention=0.5)
+    yield FullConfig(keep_attention=0.0)
+    yield OffloadConfig(keep_attention=0.0)
+    for groups in (2, 4, 8):
+        if n_kv_heads % groups == 0:
+            yield FullConfig(keep_attention=0.0, head_groups=groups)
+            yield OffloadConfig(keep_attention=0.0, head_groups=groups)
+
+
+def cheapest(
+    policies: Iterable[MemoryConfig],
+    fits: Callable[[MemoryConfig], bool],
+    seconds: Callable[[MemoryConfig], float | None],
+) -> MemoryConfig | None:
+    """The policy that fits with the shortest step, and of equals, or where no time is known, the first."""
+    return min((policy for policy in policies if fits(policy)), key=lambda policy: seconds(policy) or 0.0, default=None)
+
+
+def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfig | None:
+    """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none."""
+    assert work.model.n_kv_heads is not None
+    host, (_, saved) = host_memory(), host_bytes(work)
+
+    def fits(policy: MemoryConfig) -> bool:
+        plan = predict(replace(work, memory=policy))
+        there = host is None or plan.host == 0 or plan.host + saved <= HOST_FILLS * host
+        return plan.total <= limit and there
+
+    def seconds(policy: MemoryConfig) -> float | None:
+        taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
+        return None if taken is None else taken.total
+
+    return cheapest(candidates(work.model.n_kv_heads), fits, seconds)
+
+
+def leanest(work: Workload) -> MemoryConfig:
+    """The policy with the lowest peak that is predicted, without the host's memory."""
+    return min(on_device(work), key=lambda policy: predict(replace(work, memory=policy)).total)
+
+
+def on_device(work: Workload) -> list[MemoryConfig]:
+    assert work.model.n_kv_heads is not None
+    return [policy for policy in candidates(work.model.n_kv_heads) if not isinstance(policy, OffloadConfig)]
+
+
+def resolve_memory(config: TrainConfig, runtime: Runtime) -> TrainConfig:
+    """The configuration with the policy that memory=auto means on this machine; any other is left as it is.
+
+    On a CPU it means none. Where nothing fits it means the leanest, which `check_capacity` then refuses.
+    """
+    if not isinstance(config.memory, AutoConfig):
+        return config
+    if runtime.gpu is None or runtime.gpu.memory is None:
+        return replace(config, memory=MemoryConfig())
+    work = workload(config, runtime)
+    chosen = choose_policy(work, runtime, AUTO_FILLS * runtime.gpu.memory)
+    return replace(config, memory=chosen or leanest(work))
+
+
+def as_typed(policy: MemoryConfig) -> str:
+    """A policy as it is typed: "memory=full memory.keep_attention=0"."""
+    default = type(policy)()
+    changed = [field.name for field in fields(policy) if getattr(policy, field.name) != getattr(default, field.name)]
+    return " ".join([f"memory={policy.name}", *(f"memory.{name}={getattr(policy, name):g}" for name in changed)])
+
+
+def longest_row(work: Workload, limit: float) -> int:
+    """Tokens of the longest row, alone in its micro-batch, whose predicted peak is at most `limit` bytes: a multiple of
+    1,024, or 0."""
+    low, high = 0, 2**31 // ROW_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = predict(one_row(work, middle * ROW_STEP)).total <= limit
+        low, high = (middle, high) if fits else (low, middle)
+    return low * ROW_STEP
+
+
+def one_row(work: Workload, seq_len: int) -> Workload:
+    """A micro-batch of one row; learned positions grow with it."""
+    model = replace(work.model, n_positions=seq_len) if work.model.position == "learned" else work.model
+    return replace(work, model=model, batch_size=1, seq_len=seq_len)
+
+
+# ---- refusals
+
+
+def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
+    """Refuse a run that will not fit; `check_memory=false` does not ask.
+
+    On a GPU the predicted peak of a step counts, on a CPU, whose kernels are not predicted, what is held from step to
+    step.
 
     Raises:
-        ValueError: names the model's size, the bytes needed and the machine's memory.
+        ValueError: names what is needed, what there is, and what would fit.
     """
-    needed = predicted(config).state
-    there = host_memory() if gpu is None else gpu.memory
-    if there is None or needed <= there:
+    if not config.check_memory:
         return
-    parameters = parameter_count(config.model).total
-    shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
-    place = "this machine" if gpu is None else gpu.name
+    gpu, config = runtime.gpu, resolve_memory(config, runtime)
+    work = workload(config, runtime)
+    check_host(work, runtime)
+    there = host_memory() if gpu is None else gpu.memory
+    if there is None:
+        return
+    place = f"{'this machine' if gpu is None else gpu.name} has {there / GIB:,.1f} GiB of memory"
+    if (state := sum(state_bytes(work))) > there:
+        shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
+        raise ValueError(
+            f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
+            f"weights, gradients and optimizer alone take {state / GIB:,.0f} GiB; {place}; "
+            f"use a smaller one, such as model=tiny"
+        )
+    if gpu is None or (needed := predict(work)).total <= REFUSED_ABOVE * there:
+        return
     raise ValueError(
-        f"model.name={config.model.name} ({shape}) has {parameters:.3g} parameters, whose weights, gradients and "
-        f"optimizer alone take {needed / GIB:,.0f} GiB; {place} has {there / GIB:,.1f} GiB of memory; "
-        f"use a smaller one, such as model=tiny"
+        f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "
+        f"(predicted, in {needed.moment}); {place}; use {remedy(config, runtime, AUTO_FILLS * there)}, "
+        f"or check_memory=false to try it all the same"
     )
 
 
-def host_memory() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's; None where nobody knows."""
-    known = []
-    with suppress(ValueError, OSError):
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for limit in CGROUP_LIMITS:
-        with suppress(ValueError, OSError):  # "max" is no number
-            known.append(int(Path(limit).read_text()))
-    return min(known, default=None)
+def host_bytes(work: Workload) -> tuple[int, int]:
+    """Bytes of the host's memory that layers keep their tensors in, and that a checkpoint is copied to."""
+    weights, _, moments = state_bytes(work)
+    return predict(work).host, weights + moments
+
+
+def check_host(work: Workload, runtime: Runtime) -> None:
+    """Refuse memory=offload where there is no GPU, and where the host's memory is too small for it.
+
+    Raises:
+        ValueError: names what is needed, what there is, and what to do instead.
+    """
+    if not isinstance(work.memory, OffloadConfig):
+        return
+    if runtime.gpu is None:
+        raise ValueError(
+            "memory=offload moves tensors from a GPU to the host, and this run has no GPU; use memory=full"
+        )
+    there, (pinned, saved) = host_memory(), host_bytes(work)
+    if there is None or pinned + saved <= there:
+        return
+    L = work.model.n_layers
+    fewer = (math.floor(100 * n / work.memory.of(L)) / 100 for n in range(work.memory.on_host(L) - 1, 0, -1))
+    policies = [replace(work.memory, host=fraction) for fraction in fewer if fraction > 0]
+    fits = [policy for policy in policies if sum(host_bytes(replace(work, memory=policy))) <= there]
+    raise ValueError(
+        f"memory=offload with memory.host={work.memory.host:g} keeps {pinned / GIB:,.1f} GiB in the host's memory, and "
+        f"checkpoints are copied to {saved / GIB:,.1f} GiB of it; there are {there / GIB:,.1f} GiB; use "
+        f"{f'memory.host={fits[0].host:g}' if fits else 'memory=full'}, or check_memory=false to try it anyway"
+    )
+
+
+def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
+    """The least change that fits into `limit` bytes: a policy, fewer rows at a time, a shorter row, another model."""
+    work = workload(config, runtime)
+    for batch_size in (config.batch_size, *smaller_batches(config)):
+        fewer = replace(work, batch_size=batch_size, accumulates=work.accumulates or batch_size < config.batch_size)
+        policy = choose_policy(fewer, runtime, limit)
+        if policy is not None:
+            peak = predict(replace(fewer, memory=policy)).total
+            same_step = f"tokens_per_step={config.plan.tokens_per_step} "
+            change = f"batch_size={batch_size} {same_step}" if batch_size < config.batch_size else ""
+            return f"{change}{as_typed(policy)} ({peak / GIB:,.0f} GiB)"
+    longest = [(longest_row(replace(work, memory=policy), limit), policy) for policy in on_device(work)]
+    row, policy = max(longest, key=lambda item: item[0])
+    return f"{as_typed(policy)} batch_size=1 seq_len={row} or shorter" if row else "a smaller model="
+
+
+def smaller_batches(config: TrainConfig) -> list[int]:
+    """Rows of smaller micro-batches that make up the same step, the largest first."""
+    total = config.plan.tokens_per_step // config.seq_len
+    return [size for size in range(config.batch_size // 2, 0, -1) if total % size == 0]
+
+
+def rows(config: TrainConfig) -> str:
+    """ "2 rows of 16,384 tokens"."""
+    return f"{config.batch_size} row{'s' * (config.batch_size > 1)} of {config.seq_len:,} tokens"

@@ -13,10 +13,10 @@ from data.corpus import Corpus
 from model.activations_config import SelectiveConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
-from model.memory import GIB, kept_by_layers
+from model.memory import GIB, kept_bytes, predict, state_bytes
 
 from . import hardware
-from .capacity import predicted, writes_scores
+from .capacity import workload
 from .config import Plan, TrainConfig
 from .runtime import Runtime
 
@@ -50,36 +50,35 @@ def matmul_peak(runtime: Runtime) -> float | None:
     return hardware.peak_flops(name, runtime.dtype, capability)
 
 
-def start_up_lines(config: TrainConfig, facts: dict[str, Any]) -> list[str]:
+def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:
     """What a person should know before the first step."""
     execution = "torch.compile" if facts["compile"] else "eager"
-    plan = config.plan
+    plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
-        f"{predicted(config).state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
+        f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
-        *memory_lines(config, facts["precision"]),
+        *memory_lines(config, runtime),
         f"plan       {plan.max_steps:,} steps × {plan.tokens_per_step:,} tokens "
         f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}){epochs(plan, facts['data'])}",
     ]
 
 
-def memory_lines(config: TrainConfig, precision: str) -> list[str]:
-    """What layers keep for the backward pass, where a policy says it."""
-    policy = config.memory
-    if not isinstance(policy, SelectiveConfig):
-        return []
-    kept = kept_by_layers(
-        config.model,
-        policy,
-        tokens=config.batch_size * config.seq_len,
-        product_bytes=2 if precision == "bf16" else 4,
-        writes_scores=writes_scores(config),
-    )
-    layers = f"{policy.of(config.model.n_layers)} of {config.model.n_layers} layers"
-    size = f"{kept / GIB:.2f} GiB"
-    return [f"memory     {policy.name}: {layers} keep {size} for the backward pass and compute the rest again"]
+def memory_lines(config: TrainConfig, runtime: Runtime) -> list[str]:
+    """What layers keep for the backward pass, where a policy says it, and on a GPU the peak that is predicted."""
+    work, policy, n_layers = workload(config, runtime), config.memory, config.model.n_layers
+    said = []
+    if isinstance(policy, SelectiveConfig):
+        layers = policy.of(n_layers)
+        kept = f"{sum(kept_bytes(work, layer) for layer in range(layers)) / GIB:.2f} GiB"
+        said.append(f"{layers} of {n_layers} layers keep {kept} for the backward pass and compute the rest again")
+    if runtime.gpu is not None:
+        plan = predict(work)
+        of = f" of {runtime.gpu.memory / GIB:.1f}" if runtime.gpu.memory else ""
+        host = f" and {plan.host / GIB:.1f} GiB of the host" if plan.host else ""
+        said.append(f"{plan.total / GIB:.1f}{of} GiB{host} by prediction")
+    return [f"memory     {policy.name}: {'; '.join(said)}"] if said else []
 
 
 def epochs(plan: Plan, manifest: dict[str, Any]) -> str:

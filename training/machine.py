@@ -24,6 +24,10 @@ class Gpu:
     """Bytes."""
 
 
+supposed: Gpu | None = None
+"""A GPU that need not be here: `scripts.plan` names one before anybody asks."""
+
+
 @cache
 def find_gpu() -> Gpu | None:
     """The GPU that torch will use, the first that is visible (CUDA_VISIBLE_DEVICES); None without one.
@@ -31,6 +35,8 @@ def find_gpu() -> Gpu | None:
     None also where the torch that is installed was built for a CPU. Whether a CUDA build works with this driver, only
     torch can tell: `Runtime.device` asks it.
     """
+    if supposed is not None:
+        return supposed
     build = _torch_build()
     if build["cuda"]:
         return _ask_driver()

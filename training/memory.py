@@ -7,15 +7,20 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from model.activations_config import FullConfig
-from model.memory import GIB
+from model.arithmetic import score_bytes
+from model.memory import GIB, predict, state_bytes
 
-from .capacity import predicted
+from .capacity import as_typed, choose_policy, resolve_memory, smaller_batches, workload
 from .config import TrainConfig
 from .errors import OutOfMemory
+from .runtime import Runtime
+
+NOTICEABLY = 0.9
+"""Fraction of the predicted peak that a policy must stay below to be of help."""
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
@@ -32,7 +37,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 
 
 @contextmanager
-def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+def out_of_memory_explained(config: TrainConfig, runtime: Runtime) -> Iterator[None]:
     """Turn PyTorch's out-of-memory errors into `OutOfMemory`, whose message is meant for a person."""
     try:
         yield
@@ -45,38 +50,39 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         )
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         raise OutOfMemory(
-            f"out of GPU memory: {held}, {wanted[1] if wanted else 'more'} wanted. {advice(config)}"
+            f"out of GPU memory: {held}, {wanted[1] if wanted else 'more'} wanted. {advice(config, runtime)}"
         ) from error
+    except MemoryError as error:
+        raise OutOfMemory(f"out of host memory: {error}") from error
     except RuntimeError as error:
         wanted = re.search(r"DefaultCPUAllocator.*?(\d+) bytes", str(error))
         if wanted is None:
             raise
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        raise OutOfMemory(
-            f"out of memory: {peak / GIB:.1f} GiB held at most, {int(wanted[1]) / GIB:.1f} GiB wanted. {advice(config)}"
-        ) from error
+        held = f"{peak / GIB:.1f} GiB held at most, {int(wanted[1]) / GIB:.1f} GiB wanted"
+        raise OutOfMemory(f"out of memory: {held}. {advice(config, runtime)}") from error
 
 
-def advice(config: TrainConfig) -> str:
+def advice(config: TrainConfig, runtime: Runtime) -> str:
     """The settings that reduce memory in this run, the most effective first."""
-    plan, hints = predicted(config), []
-    if plan.scores:
+    config = resolve_memory(config, runtime)
+    work, hints = workload(config, runtime), []
+    now = predict(work)
+    if work.writes_scores:
+        scores = score_bytes(config.model, config.batch_size, config.seq_len)
         hints.append(
-            f"attention=auto (math holds {plan.scores / GIB:.1f} GiB of S × S scores per layer, several times over)"
+            f"attention=auto (math holds {scores / GIB:.1f} GiB of S × S scores per layer, several times over)"
         )
-    memory = config.memory
-    if not isinstance(memory, FullConfig):
-        hints.append("memory=full (layers compute most of what they now keep again in backward: slower, the same loss)")
-    elif memory.layers < 1:
-        hints.append(f"memory.layers=1 (now {memory.layers:g})")
-    if config.batch_size > 1:
-        rows = config.plan.tokens_per_step // config.seq_len
-        smaller = next(size for size in range(config.batch_size // 2, 0, -1) if rows % size == 0)
-        hints.append(f"batch_size={smaller} (tokens_per_step={config.plan.tokens_per_step} keeps the step's size)")
-    micro_batch = config.batch_size * config.seq_len
-    if not 0 < config.model.loss_chunk_size < micro_batch and micro_batch > 2048:
-        hints.append(f"model.loss_chunk_size=2048 (now {micro_batch} × {config.model.vocab_size} logits exist at once)")
+    if leaner := choose_policy(work, runtime, NOTICEABLY * now.total):
+        peak = predict(replace(work, memory=leaner)).total
+        hints.append(f"{as_typed(leaner)} ({peak / GIB:.1f} GiB instead of {now.total / GIB:.1f} by prediction)")
+    if sizes := smaller_batches(config):
+        tokens = config.plan.tokens_per_step
+        hints.append(f"batch_size={sizes[0]} (tokens_per_step={tokens} keeps the step's size)")
+    if not 0 < config.model.loss_chunk_size < work.tokens and work.tokens > 2048:
+        hints.append(f"model.loss_chunk_size=2048 (now {work.tokens} × {config.model.vocab_size} logits exist at once)")
     hints.append(f"seq_len={config.seq_len // 2}")
-    hints.append(f"a smaller model= (weights, gradients and optimizer alone take {plan.state / GIB:.1f} GiB)")
+    state = sum(state_bytes(work))
+    hints.append(f"a smaller model= (weights, gradients and optimizer alone take {state / GIB:.1f} GiB)")
     return "What helps: " + ", ".join(hints)

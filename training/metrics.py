@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
             "train/loss",
             "nats per token",
             "mean over the steps since the last line; every token of a step weighs the same, whatever micro-batch it "
-            "was in",
+            "was in; with what `z_loss` and `label_smoothing` add",
             "lower", label="loss", title="loss", **LOSS_FORM,
         ),
         Metric("train/learning_rate", "", "of the last step", form=".2e", label="lr", line_form="8.2e"),

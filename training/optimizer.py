@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
+from .optimizer_config import ROUNDED_AT_ONCE
 from .parts import check_tensors
+
+MOMENTS = (torch.float32, torch.bfloat16)
 
 
 class Optimizer:
@@ -25,15 +29,24 @@ class Optimizer:
         hidden = [p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2]
         by_muon = {id(p) for p in hidden} if isinstance(config, MuonConfig) else set()
         others = [p for p in parameters.values() if id(p) not in by_muon]
-        groups = [
-            {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        self.moments: torch.dtype = getattr(torch, config.moments)
         beta1, beta2 = config.betas
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
+        self.adamws = [
+            torch.optim.AdamW(
+                [
+                    {"params": [p for p in some if p.dim() >= 2], "weight_decay": config.weight_decay},
+                    {"params": [p for p in some if p.dim() < 2], "weight_decay": 0.0},
+                ],
+                lr=0.0,
+                betas=(beta1, beta2),
+                eps=config.eps,
+                fused=True,
+            )
+            for some in ([others] if self.moments == torch.float32 else _in_runs(others, ROUNDED_AT_ONCE))
+        ]
         self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
-            # One for each matrix, so that `_step_where` keeps one at a time.
+            # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one.
             self.muons = [
                 torch.optim.Muon(
                     [matrix],
@@ -44,10 +57,13 @@ class Optimizer:
                 )
                 for matrix in hidden
             ]
+        if self.moments != torch.float32:  # which PyTorch makes itself, in the first step
+            zeros = {name: torch.zeros_like(like, device=device) for name, like in self._layout(self.moments).items()}
+            self.load(zeros, {})
 
     @property
     def all(self) -> list[torch.optim.Optimizer]:
-        return [self.adamw, *self.muons]
+        return [*self.adamws, *self.muons]
 
     def step(self, learning_rate: float, good: Tensor) -> None:
         """Update the parameters and clear the gradients.
@@ -59,11 +75,15 @@ class Optimizer:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation.
-        self.adamw.found_inf = (~good).float()  # type: ignore[attr-defined]
-        self.adamw.step()
+        found_inf = (~good).float()
+        for adamw in self.adamws:
+            # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation.
+            adamw.found_inf = found_inf  # type: ignore[attr-defined]
+            with _in_float32(adamw):
+                adamw.step()
         for muon in self.muons:
-            _step_where(good, muon)
+            with _in_float32(muon):
+                _step_where(good, muon)
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
@@ -80,22 +100,23 @@ class Optimizer:
         return {}
 
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """No tensors at all are those of a run that has not taken a step."""
+        """No tensors at all are those of a run that has not taken a step. Moments may all be of the other dtype."""
         if not tensors:
             return
-        check_tensors(tensors, self._layout())
+        dtypes = (tensor.dtype for name, tensor in tensors.items() if _is_moment(name))
+        check_tensors(tensors, self._layout(next((dtype for dtype in dtypes if dtype in MOMENTS), self.moments)))
         for name, tensor in tensors.items():
             if name.endswith("/exp_avg_sq") and (tensor < 0).any():
                 raise ValueError(f"{name} is negative somewhere")
             if name.endswith("/step") and (tensor < 0 or tensor != tensor.round()):
                 raise ValueError(f"{name} is {tensor.item()}, no count")
 
-    def _layout(self) -> dict[str, Tensor]:
-        """What `tensors` returns after the first step, on the meta device."""
+    def _layout(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `tensors` returns after the first step, on the meta device, with moments in `dtype`."""
         by_muon = {id(p) for muon in self.muons for group in muon.param_groups for p in group["params"]}
         layout: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            moment = torch.empty_like(parameter, device="meta")
+            moment = torch.empty_like(parameter, device="meta", dtype=dtype, requires_grad=False)
             if id(parameter) in by_muon:
                 layout[f"{name}/momentum_buffer"] = moment
             else:
@@ -108,7 +129,50 @@ class Optimizer:
         for name, value in tensors.items():
             parameter_name, _, key = name.rpartition("/")
             parameter = self.parameters[parameter_name]
-            owners[parameter].state[parameter][key] = value.to(parameter.device)
+            dtype = self.moments if _is_moment(name) else value.dtype
+            owners[parameter].state[parameter][key] = value.to(parameter.device, dtype)
+
+
+def _is_moment(name: str) -> bool:
+    return not name.endswith("/step")
+
+
+def _in_runs(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    """The parameters in their order, in lists of `most` numbers or of one parameter."""
+    runs: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if parameter.numel() > room:
+            runs.append([])
+            room = most
+        runs[-1].append(parameter)
+        room -= parameter.numel()
+    return runs
+
+
+@contextmanager
+def _in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Give `optimizer` float32 copies of its bf16 moments while it steps, then round them to the nearest bf16 number.
+
+    Fused AdamW of PyTorch 2.11, and of a later one on a CPU, refuses moments of another dtype than the parameter's.
+    """
+    lent = [
+        (state, key, moment, torch.empty_like(moment, dtype=torch.float32))
+        for state in optimizer.state.values()
+        for key, moment in state.items()
+        if moment.dtype == torch.bfloat16
+    ]
+    if not lent:
+        yield
+        return
+    moments, copies = [moment for _, _, moment, _ in lent], [copy for _, _, _, copy in lent]
+    torch._foreach_copy_(copies, moments)
+    for state, key, _, copy in lent:
+        state[key] = copy
+    yield
+    torch._foreach_copy_(moments, copies)
+    for state, key, moment, _ in lent:
+        state[key] = moment
 
 
 @torch.no_grad()

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ROUNDED_AT_ONCE = 2**26
+"""Numbers whose bf16 moments the update has in float32 at a time, 8 bytes each: half a GiB, or one parameter's."""
+
+SLOWEST_IN_BF16 = 0.98
+"""Largest decay of a moment in bf16: docs/lab/2026-11-29-precision.md has what rounding did to slower ones."""
+
 
 @dataclass
 class OptimizerConfig:
@@ -11,6 +17,8 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
+    moments: str = "float32"
+    """The dtype in which moments are kept from step to step: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -19,6 +27,17 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} is not possible; use 0 or more")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps={self.eps} is not possible; use a small positive number, such as 1e-8")
+        if self.moments not in ("float32", "bfloat16"):
+            raise ValueError(f"optimizer.moments={self.moments} is unknown; use float32 or bfloat16")
+        self._check_rounding("betas", max(self.betas), "[0.9,0.95]")
+
+    def _check_rounding(self, name: str, decay: float, remedy: str) -> None:
+        """A step moves a moment by about 1 − decay of itself; rounding to bf16 loses up to 1/256 of it."""
+        if self.moments == "bfloat16" and decay > SLOWEST_IN_BF16:
+            raise ValueError(
+                f"optimizer.moments=bfloat16 rounds away what a step adds with optimizer.{name}={getattr(self, name)}; "
+                f"use optimizer.{name}={remedy}, or optimizer.moments=float32"
+            )
 
 
 @dataclass
@@ -30,6 +49,7 @@ class MuonConfig(OptimizerConfig):
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} must lie in [0, 1); use 0.95")
+        self._check_rounding("momentum", self.momentum, "0.95")
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}

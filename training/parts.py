@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.linear import refresh
+
 
 class Part(Protocol):
     """Something of a run that must survive it. `name` is the part's key in a checkpoint."""
@@ -78,6 +80,7 @@ class Weights:
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[name])
+        refresh(self.model)
 
 
 class RandomNumbers:

@@ -13,6 +13,7 @@ from data.corpus import load_corpus
 
 from .assemble import assemble
 from .batches import Batches
+from .capacity import as_typed, resolve_memory
 from .checkpoint.saver import Saver
 from .config import TrainConfig
 from .facts import matmul_peak, run_facts
@@ -41,6 +42,9 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> None:
+        if config.memory.name == "auto":
+            config = resolve_memory(config, runtime)
+            notify(f"memory     auto is {as_typed(config.memory)}: the fastest that fits")
         self.config, self.runtime, self.notify = config, runtime, notify
         self.plan = config.plan
         self.startup = StartUp()
@@ -63,6 +67,10 @@ class Run:
                 seed=config.seed,
                 compile=runtime.compile,
                 memory=config.memory,
+                residual_dtype=runtime.residual_dtype,
+                working_dtype=runtime.working_dtype(config),
+                z_loss=config.z_loss,
+                label_smoothing=config.label_smoothing,
             )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")

@@ -44,7 +44,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return "bfloat16" if self.precision == "bf16" else "float32"
+        return "bfloat16" if product_bytes(self.precision) == 2 else "float32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,10 +54,35 @@ class Runtime:
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream: the embedding's output and every layer's sum."""
+        import torch
+
+        return torch.bfloat16 if residual_bytes(self.precision) == 2 else torch.float32
+
+    def working_dtype(self, config: TrainConfig) -> torch.dtype | None:
+        """Of the copies of the weights that linear layers multiply with, cast once a step; None: no copies.
+
+        A step of one micro-batch has none: autocast casts each weight once for it, or twice where layers are computed
+        again, and holds no cast of theirs from step to step.
+        """
+        return self.dtype if product_bytes(self.precision) == 2 and config.plan.accumulation > 1 else None
+
     def autocast(self) -> torch.autocast:
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=product_bytes(self.precision) == 2)
+
+
+def product_bytes(precision: str) -> int:
+    """Of a number in a matrix product or in attention."""
+    return 2 if precision in ("bf16", "bf16-residual") else 4
+
+
+def residual_bytes(precision: str) -> int:
+    """Of a number in the residual stream."""
+    return 2 if precision == "bf16-residual" else 4
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
@@ -79,8 +104,8 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if precision == "bf16" and gpu is not None and not has_bf16:
-        raise ValueError(f"precision=bf16 needs an A100 or newer, not {gpu.name}; use precision=fp32")
+    if product_bytes(precision) == 2 and gpu is not None and not has_bf16:
+        raise ValueError(f"precision={precision} needs an A100 or newer, not {gpu.name}; use precision=fp32")
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
     choose_attention(config.attention, attention_spec(config, runtime))
     return runtime

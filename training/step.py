@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.loader import Batch
 from model.gpt import GPT
+from model.linear import refresh
 
 from .guard import Guard
 from .optimizer import Optimizer
@@ -83,5 +84,6 @@ class TrainStep:
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         good = self.guard.check(step, loss, grad_norm)
         self.optimizer.step(learning_rate, good)
+        refresh(self.model)
         pairs = self.world.count(sum(batch.visible_pairs for batch in micro_batches))
         return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.activations_config import MemoryConfig
 from model.arithmetic import causal_keys, parameter_count, score_bytes, train_flops_per_token
 from model.config import ModelConfig
-from model.memory import predict
+from model.memory import Workload, state_bytes
 
 LLAMA = ModelConfig(name="llama", n_layers=3, n_heads=4, dim=32, ffn_dim=48, vocab_size=101)
 GPT2 = replace(LLAMA, name="gpt2", position="learned", n_positions=40, norm="layernorm", mlp="gelu", bias=True)
@@ -110,4 +111,5 @@ def test_memory_by_hand():
     # The same for grouped heads: every query head has scores of its own.
     assert score_bytes(replace(LLAMA, n_kv_heads=1), batch_size=1, seq_len=1) == 16
     # Weight, gradient and two moments of 4 bytes each.
-    assert predict(GPT2_124M, optimizer="adamw", batch_size=1, seq_len=1024).state == 16 * 124_439_808
+    weights = 4 * 124_439_808
+    assert state_bytes(Workload(GPT2_124M, MemoryConfig(), 1, 1024)) == (weights, weights, 2 * weights)

@@ -161,6 +161,19 @@ def test_the_losses_of_the_tokens_sum_to_the_loss(build_lively, config, unit):
     assert counter.frame_count == (3 if unit else 0), "one for the blocks, and one for each kind of loss"
 
 
+@pytest.mark.parametrize("chunk_size", [0, 40])
+def test_what_the_head_adds_in_training_is_not_in_the_losses_of_tokens(build_lively, chunk_size):
+    model = build_lively(replace(LLAMA, loss_chunk_size=chunk_size))
+    tokens, targets = random_tokens(), random_tokens()
+    plain, losses = model(tokens, targets), model(tokens, targets, per_token=True)
+    model.head.z_loss, model.head.label_smoothing = 0.1, 0.2
+    assert torch.equal(model(tokens, targets, per_token=True), losses)
+    logits = model(tokens).double()
+    smoothed = 0.8 * plain.double() - 0.2 * logits.log_softmax(-1).mean(-1).sum()
+    expected = smoothed + 0.1 * logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(model(tokens, targets).double(), expected, rtol=1e-5, atol=0)
+
+
 @FAMILIES
 def test_hidden_states_loss_and_logits_are_steps_of_their_own_and_the_head_is_called_as_a_module(build_lively, config):
     """What shards a model hooks into the calls of its modules, and generation needs the steps one by one."""

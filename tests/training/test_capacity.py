@@ -1,45 +1,236 @@
-"""Models that no machine holds are refused by arithmetic alone."""
+"""What a run will take is what runs took; memory=auto and refusals follow from it, by arithmetic alone."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
 
-from training import capacity
-from training.capacity import check_capacity, host_memory
-from training.config import TrainConfig
+from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
+from model.memory import GIB, predict
+from training import capacity, cli, machine
+from training import runtime as runtime_module
+from training.capacity import (
+    AUTO_FILLS,
+    REFUSED_ABOVE,
+    as_typed,
+    candidates,
+    cheapest,
+    check_capacity,
+    host_memory,
+    longest_row,
+    one_row,
+    resolve_memory,
+    workload,
+)
+from training.cards import CARDS
+from training.config import TrainConfig, load_config
 from training.machine import Gpu
+from training.runtime import Runtime, resolve_runtime
+from training.step_time import step_time
+from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
+CONFIGS = Path(__file__).parents[2] / "configs"
+CPU = Runtime(None, "fp32", False)
+MEASURED = json.loads((Path(__file__).parent / "memory-h200.json").read_text())
+LLAMA_1B = "model=llama-1b"
+
+
+@cache
+def _composed(settings: tuple[str, ...]) -> Any:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(settings))
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrainConfig, Runtime]]:
+    """on_card("seq_len=64k", gib=40): what that command composes and means on an H200 of so much memory."""
+    monkeypatch.setattr(cli, "_runs_on_gpu", lambda: True)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2**50)
+    cli.register_resolvers()
+
+    def of(*settings: str, gib: float | None = None) -> tuple[TrainConfig, Runtime]:
+        card = CARDS["h200"]
+        card = card if gib is None else replace(card, memory=int(gib * GIB))
+        monkeypatch.setattr(runtime_module, "find_gpu", lambda: card)
+        config = load_config(_composed(settings))
+        return config, resolve_runtime(config)
+
+    return of
+
+
+# ---- what was measured
+
+
+@pytest.mark.parametrize("row", MEASURED["rows"], ids=lambda row: row["settings"])
+def test_a_peak_that_was_measured_is_predicted(on_card: Callable[..., Any], row: dict[str, Any]) -> None:
+    """Within 5 %, and no more than 2 % below it."""
+    predicted = predict(workload(*on_card(*row["settings"].split()))).total / GIB
+    assert -0.02 <= predicted / row["peak_gib"] - 1 <= 0.05, f"{predicted:.2f} GiB, not {row['peak_gib']}"
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in MEASURED["rows"] if "tokens_per_second" in row], ids=lambda row: row["settings"]
+)
+def test_a_step_that_was_measured_takes_about_as_long_as_is_predicted(
+    on_card: Callable[..., Any], row: dict[str, Any]
+) -> None:
+    config, runtime = on_card(*row["settings"].split())
+    taken = step_time(workload(config, runtime), 1, runtime.gpu, runtime.dtype_name)
+    assert taken is not None
+    assert taken.total == pytest.approx(config.plan.tokens_per_step / row["tokens_per_second"], rel=0.15)
+
+
+# ---- memory=auto
+
+
+def test_the_cheapest_is_the_fastest_that_fits_and_of_equals_the_first() -> None:
+    none, selective, full = MemoryConfig(), SelectiveConfig(), FullConfig()
+    seconds = {"none": 1.0, "selective": 1.1, "full": 1.1}
+    peaks = {"none": 30, "selective": 20, "full": 10}
+
+    def at(limit: int, **changed: float) -> MemoryConfig | None:
+        fits = lambda policy: peaks[policy.name] <= limit  # noqa: E731
+        return cheapest([none, selective, full], fits, lambda policy: (seconds | changed)[policy.name])
+
+    assert [at(limit) for limit in (30, 29, 19, 9)] == [none, selective, full, None]
+    assert at(29, full=1.05) == full
+    assert cheapest([selective, full], lambda policy: True, lambda policy: None) == selective, "no times are known"
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 8])
+def test_every_policy_that_auto_may_choose_can_be_typed(config: MakeConfig, n_kv_heads: int) -> None:
+    policies = list(candidates(n_kv_heads))
+    assert all(n_kv_heads % getattr(policy, "head_groups", 1) == 0 for policy in policies)
+    for policy in policies:
+        typed = as_typed(policy).split()
+        assert config(*typed, "model.n_heads=8", f"model.n_kv_heads={n_kv_heads}").memory == policy
+    assert len(set(map(as_typed, policies))) == len(policies)
+
+
+def test_the_smaller_the_card_the_slower_and_leaner_is_what_auto_means(on_card: Callable[..., Any]) -> None:
+    chosen = []
+    for gib in (300, 180, 100, 40, 34, 30, 27):
+        config, runtime = on_card(LLAMA_1B, "seq_len=131072", "memory=auto", "precision=bf16-residual", gib=gib)
+        work = workload(resolve_memory(config, runtime), runtime)
+        assert predict(work).total <= AUTO_FILLS * gib * GIB
+        taken = step_time(work, 1, runtime.gpu, "bfloat16")
+        assert taken is not None
+        chosen.append((taken.total, work.memory))
+    assert chosen[0][1] == MemoryConfig()
+    assert chosen[1][1] == SelectiveConfig()
+    assert isinstance(chosen[-1][1], FullConfig)
+    assert [time for time, _ in chosen] == sorted(time for time, _ in chosen)
+
+
+def test_the_hosts_memory_limits_what_goes_there(on_card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [LLAMA_1B, "seq_len=131072", "memory=auto", "precision=bf16-residual"]
+    config, runtime = on_card(*settings, gib=34)
+    assert isinstance(resolve_memory(config, runtime).memory, OffloadConfig)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
+    assert not isinstance(resolve_memory(config, runtime).memory, OffloadConfig)
+
+
+def test_on_a_cpu_auto_is_none_and_config_yaml_says_so(config: MakeConfig, tmp_path: Path) -> None:
+    lines: list[str] = []
+    Trainer(config("memory=auto", "max_steps=1", f"run_dir={tmp_path / 'run'}"), lines.append).fit()
+    assert any(line.startswith("memory     auto is memory=none") for line in lines)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["memory"] == {"name": "none"}
+
+
+def test_a_policy_that_was_named_stays(config: MakeConfig) -> None:
+    mine = config("memory=selective", "memory.layers=0.5")
+    assert resolve_memory(mine, CPU) is mine
+
+
+def test_the_longest_row_is_the_last_that_fits(on_card: Callable[..., Any]) -> None:
+    for settings in ([LLAMA_1B, "memory=full"], ["model=gpt2-124m"]):
+        work = workload(*on_card(*settings))
+        longest = longest_row(work, 100 * GIB)
+        assert longest % 1024 == 0
+        assert predict(one_row(work, longest)).total <= 100 * GIB < predict(one_row(work, longest + 1024)).total
+    assert longest_row(work, GIB) == 0
+
+
+# ---- refusals
+
+
+def refused(config: TrainConfig, runtime: Runtime) -> str:
+    with pytest.raises(ValueError, match="; use ") as error:
+        check_capacity(config, runtime)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings", "advised"),
+    [
+        (139.8, ["seq_len=98304"], "memory=selective ("),
+        (60, ["seq_len=131072"], "memory=full ("),
+        (30, ["seq_len=8192", "batch_size=8"], "memory="),
+        (27, ["seq_len=16384", "batch_size=8"], "batch_size="),
+        (30, ["seq_len=1048576", "memory=full"], "seq_len="),
+    ],
+)
+def test_what_will_not_fit_is_refused_with_what_does(
+    on_card: Callable[..., Any], gib: float, settings: list[str], advised: str
+) -> None:
+    line = refused(*on_card(LLAMA_1B, *settings, gib=gib))
+    assert re.search(rf"NVIDIA H200 has {gib:.1f} GiB of memory; use .*{re.escape(advised)}", line)
+    remedy = re.findall(r"[a-z_.]+=[\w.-]+", line.partition("; use ")[2].partition(", or check_memory")[0])
+    changed = [setting for setting in settings if setting.split("=")[0] not in {word.split("=")[0] for word in remedy}]
+    check_capacity(*on_card(LLAMA_1B, *changed, *remedy, gib=gib))
+
+
+def test_what_fits_is_never_refused_and_the_line_is_drawn_two_percent_above(on_card: Callable[..., Any]) -> None:
+    needed = predict(workload(*on_card(LLAMA_1B))).total / GIB
+    check_capacity(*on_card(LLAMA_1B, gib=needed / REFUSED_ABOVE * 1.0001))
+    assert "memory=none needs" in refused(*on_card(LLAMA_1B, gib=needed / REFUSED_ABOVE * 0.9999))
+
+
+def test_who_knows_better_is_not_asked(on_card: Callable[..., Any]) -> None:
+    check_capacity(*on_card(LLAMA_1B, "seq_len=1048576", "check_memory=false"))
+
+
+def test_where_nothing_fits_auto_is_refused_too(on_card: Callable[..., Any]) -> None:
+    assert "seq_len=" in refused(*on_card(LLAMA_1B, "seq_len=1048576", "memory=auto", gib=30))
 
 
 @pytest.mark.parametrize("setting", ["model.n_layers=100000000", "model.dim=1000000000000", "model.vocab_size=1e12"])
 def test_a_model_that_no_machine_holds_is_refused_with_the_machines_memory(config: MakeConfig, setting: str) -> None:
-    with pytest.raises(ValueError, match=r"model\.dim=.* GiB; this machine has [\d.,]+ GiB of memory; use a smaller"):
-        check_capacity(config(setting), None)
+    line = refused(config(setting), CPU)
+    assert re.search(r"model\.dim=.* GiB; this machine has [\d.,]+ GiB of memory; use a smaller", line)
 
 
-def test_the_line_is_drawn_at_the_bytes_of_the_state(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adamw, muon = config(), config("optimizer=muon")
     matrices = 32 * 64 + 32 * 32 + 3 * 32 * 64  # of the layer: of these Muon keeps one moment, not two
     parameters = 2 * 300 * 32 + matrices + 3 * 32  # embeddings and head, one layer, norms
     for chosen, needed in ((adamw, 16 * parameters), (muon, 16 * parameters - 4 * matrices)):
         monkeypatch.setattr(capacity, "host_memory", lambda needed=needed: needed)
-        check_capacity(chosen, None)
+        check_capacity(chosen, CPU)
         monkeypatch.setattr(capacity, "host_memory", lambda needed=needed: needed - 1)
-        with pytest.raises(ValueError, match="this machine has"):
-            check_capacity(chosen, None)
+        assert "this machine has" in refused(chosen, CPU)
 
 
-def test_on_a_gpu_its_memory_counts(config: MakeConfig) -> None:
-    check_capacity(config(), Gpu("NVIDIA H200", (9, 0), 141 * 10**9))
-    check_capacity(config("model.dim=65536"), Gpu("a driver that does not say", (9, 0)))
-    with pytest.raises(ValueError, match=r"NVIDIA H200 has 131\.3 GiB"):
-        check_capacity(config("model.n_layers=50000000"), Gpu("NVIDIA H200", (9, 0), 141 * 10**9))
+def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig) -> None:
+    check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), "bf16", True))
 
 
-def test_this_machine_has_memory() -> None:
+def test_this_machine_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = host_memory()
     assert memory is not None
     assert memory > 2**28
+    monkeypatch.setattr(machine, "supposed", CARDS["h200"])
+    assert host_memory() is None, "nobody knows that of a machine that is not here"

@@ -582,7 +582,7 @@ def test_a_new_run_begins_with_the_weights_of_another(
             restore(old.run, folder)
         assert trainer.run.progress.step == 0
         assert all(map(torch.equal, trainer.run.model.parameters(), old.run.model.parameters()))
-        assert not trainer.run.optimizer.adamw.state
+        assert not trainer.run.optimizer.adamws[0].state
     with pytest.raises(ValueError, match=r"does not fit: .* is \(300, 32\), not \(300, 64\)"):
         fit(config("model.dim=64", f"init_from={origin / 'model.safetensors'}", f"run_dir={tmp_path / 'wide'}"))
 

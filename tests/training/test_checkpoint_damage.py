@@ -217,7 +217,7 @@ def test_generators_are_as_they_were_when_a_state_is_refused(config: MakeConfig,
         trainer.fit()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, trainer.run.model.parameters(), weights)), "no part is loaded unless all can be"
-    assert not trainer.run.optimizer.adamw.state
+    assert not trainer.run.optimizer.adamws[0].state
 
 
 @pytest.mark.parametrize(

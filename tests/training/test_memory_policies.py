@@ -41,7 +41,7 @@ def trained(folder: Path) -> tuple[bytes, list[float]]:
 def test_a_run_under_any_policy_ends_with_the_same_bits(config: MakeConfig, tmp_path: Path, attention: str) -> None:
     """Documents, a window, accumulation and deterministic algorithms included."""
     results = []
-    for number, policy in enumerate([*POLICIES, "memory=full memory.keep_attention=false memory.layers=0.5"]):
+    for number, policy in enumerate([*POLICIES, "memory=full memory.keep_attention=0 memory.layers=0.5"]):
         folder = tmp_path / str(number)
         fit(config(f"attention={attention}", *policy.split(), *OPTIONS, f"run_dir={folder}"))
         results.append(trained(folder))
@@ -67,7 +67,7 @@ def test_on_a_gpu_policies_train_alike_in_ever_less_memory(config: MakeConfig, t
     options = [f"attention={attention}", "device=cuda", "compile=true", "max_steps=6", "seq_len=1024"]
     options += ["model.n_layers=8", "model.n_heads=4", "model.dim=256", "model.ffn_dim=1024"]
     losses, peaks = [], []
-    for policy in [*POLICIES, "memory=full memory.keep_attention=false"]:
+    for policy in [*POLICIES, "memory=full memory.keep_attention=0"]:
         folder = tmp_path / str(len(peaks))
         fit(config(*options, *policy.split(), f"run_dir={folder}"))
         records = [record for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]

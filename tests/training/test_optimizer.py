@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from training import optimizer as optimizer_module
 from training.config import MuonConfig, OptimizerConfig
 from training.optimizer import Optimizer
 
@@ -100,7 +102,9 @@ def test_muon_is_torchs_own_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("config", [OptimizerConfig(), MuonConfig()])
+@pytest.mark.parametrize(
+    "config", [OptimizerConfig(), MuonConfig(), OptimizerConfig(moments="bfloat16"), MuonConfig(moments="bfloat16")]
+)
 def test_a_step_that_is_not_finite_leaves_no_trace(config: OptimizerConfig, steps_before: int) -> None:
     model = Model()
     optimizer = Optimizer(model, config, CPU)
@@ -109,8 +113,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config: OptimizerConfig, step
         optimizer.step(1e-2, FINITE)
     twin = copy.deepcopy(model)
     twin_optimizer = Optimizer(twin, config, CPU)
-    for inner, other in zip(optimizer.all, twin_optimizer.all, strict=True):
-        other.load_state_dict(copy.deepcopy(inner.state_dict()))
+    twin_optimizer.load({name: tensor.clone() for name, tensor in optimizer.tensors().items()}, {})
     before, state_before = values(model), moments(optimizer)
 
     set_gradients(model, seed=99)
@@ -132,6 +135,70 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config: OptimizerConfig, step
         assert not torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("at_once", [2**26, 40])
+@pytest.mark.parametrize("kind", [OptimizerConfig, MuonConfig])
+def test_bf16_moments_are_those_of_float32_rounded_after_each_step(
+    kind: type[OptimizerConfig], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer_module, "ROUNDED_AT_ONCE", at_once)
+    ours, theirs = Model(), Model()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, plain = Optimizer(ours, kind(moments="bfloat16"), CPU), Optimizer(theirs, kind(), CPU)
+    assert (len(optimizer.adamws) > 1) == (at_once == 40)
+    for step, rate in enumerate([1e-2, 3e-2, 1e-3], start=1):
+        for model in (ours, theirs):
+            set_gradients(model, seed=step)
+        optimizer.step(rate, FINITE)
+        plain.step(rate, FINITE)
+        rounded = {
+            name: tensor if name.endswith("/step") else tensor.bfloat16() for name, tensor in plain.tensors().items()
+        }
+        plain.load(rounded, {})
+        for name, tensor in optimizer.tensors().items():
+            assert tensor.dtype == rounded[name].dtype, name
+            assert torch.equal(tensor, rounded[name]), name
+        for name, value in values(theirs).items():
+            assert torch.equal(values(ours)[name], value), name
+
+
+@pytest.mark.parametrize("kind", [OptimizerConfig, MuonConfig])
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_moments_of_the_other_dtype_are_converted(kind: type[OptimizerConfig], before: str, after: str) -> None:
+    model = Model()
+    first, second = Optimizer(model, kind(moments=before), CPU), Optimizer(model, kind(moments=after), CPU)
+    set_gradients(model, seed=0)
+    first.step(1e-2, FINITE)
+    saved = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    second.validate(saved, {})
+    second.load(saved, {})
+    for name, tensor in second.tensors().items():
+        expected = torch.float32 if name.endswith("/step") else getattr(torch, after)
+        assert tensor.dtype is expected, name
+        assert torch.equal(tensor, saved[name].to(expected)), name
+    name = "norm.weight/exp_avg_sq"
+    with pytest.raises(ValueError, match=rf"{name} is torch.float16, not torch.{before}"):
+        second.validate({**saved, name: saved[name].half()}, {})
+
+
+def test_a_bf16_moment_falls_as_it_would_in_float32_when_gradients_vanish() -> None:
+    """300 steps: (1 − β₂) v is above half a unit in the last place of v, so no step is lost."""
+    ends = []
+    for moments in ("float32", "bfloat16"):
+        model = Model()
+        optimizer = Optimizer(model, OptimizerConfig(moments=moments), CPU)
+        set_gradients(model, seed=0)
+        optimizer.step(1e-3, FINITE)
+        for _ in range(300):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step(1e-3, FINITE)
+        tensors = [tensor for name, tensor in sorted(optimizer.tensors().items()) if name.endswith("exp_avg_sq")]
+        ends.append(torch.cat([tensor.flatten().float() for tensor in tensors]))
+    ratio = ends[1] / ends[0]
+    assert ratio.min() > 0.9
+    assert ratio.max() < 1.1
+
+
 def test_muon_takes_exactly_the_matrices_of_the_blocks() -> None:
     model = Model()
     optimizer = Optimizer(model, MuonConfig(), CPU)
@@ -149,7 +216,8 @@ def test_adamw_takes_every_parameter_once() -> None:
     model = Model()
     optimizer = Optimizer(model, OptimizerConfig(), CPU)
     assert not optimizer.muons
-    taken = [id(p) for group in optimizer.adamw.param_groups for p in group["params"]]
+    (adamw,) = optimizer.adamws
+    taken = [id(p) for group in adamw.param_groups for p in group["params"]]
     assert sorted(taken) == sorted(map(id, model.parameters()))
 
 
@@ -171,6 +239,7 @@ def test_gradients_are_cleared_whether_or_not_the_step_was_taken(config: Optimiz
         ({"betas": [-0.1, 0.9]}, r"optimizer\.betas"),
         ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1"),
         ({"weight_decay": math.nan}, r"optimizer\.weight_decay=nan"),
+        ({"moments": "bf16"}, r"optimizer\.moments=bf16 is unknown; use float32 or bfloat16"),
         ({"eps": -1e-8}, r"optimizer\.eps=-1e-08"),
         ({"eps": math.nan}, r"optimizer\.eps=nan"),
     ],
@@ -180,6 +249,19 @@ def test_impossible_options_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         kind(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: OptimizerConfig(betas=[0.9, 0.999], moments="bfloat16"), r"optimizer\.betas=\[0\.9, 0\.999\]"),
+        (lambda: MuonConfig(betas=[0.99, 0.95], moments="bfloat16"), r"optimizer\.betas=\[0\.99, 0\.95\]"),
+        (lambda: MuonConfig(momentum=0.99, moments="bfloat16"), r"optimizer\.momentum=0\.99"),
+    ],
+)
+def test_moments_that_rounding_would_hold_still_are_refused(make: Callable[[], object], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"moments=bfloat16 rounds away .* with {named}; use .*moments=float32"):
+        make()
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, math.nan])

@@ -202,6 +202,14 @@ def test_gradients_are_clipped_after_their_norm_is_taken(config: MakeConfig, tmp
     assert seen == pytest.approx([logged[0], 0.01], rel=1e-3)
 
 
+def test_z_loss_and_label_smoothing_are_trained_on_and_not_validated_with(train: Callable[..., Trainer]) -> None:
+    plain, smoothed, both = train(), train("label_smoothing=0.2"), train("z_loss=0.1", "label_smoothing=0.2")
+    assert losses(plain, "val/loss")[0] == losses(smoothed, "val/loss")[0] == losses(both, "val/loss")[0]
+    first = [losses(trainer)[0] for trainer in (plain, smoothed, both)]
+    assert first[2] - first[1] == pytest.approx(0.1 * math.log(300) ** 2, rel=0.05), "log Σ exp is log 300 at first"
+    assert len({losses(trainer, "val/loss")[-1] for trainer in (plain, smoothed, both)}) == 3
+
+
 def test_losses_fall_on_a_text_that_is_easily_learnt(train: Callable[..., Trainer]) -> None:
     trainer = train("max_steps=60", "learning_rate=1e-2", "schedule.warmup_steps=5", "log_every=20")
     first, *_, last = losses(trainer)

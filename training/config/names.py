@@ -23,6 +23,8 @@ OTHER_NAMES: dict[str, str] = {
         "max_tokens": "tokens num_tokens total_tokens train_tokens token_budget",
         "learning_rate": "lr max_lr peak_lr base_lr init_lr learnrate",
         "grad_clip": "clip clip_grad clip_grad_norm max_grad_norm max_norm gradient_clipping gradient_clip_val",
+        "z_loss": "z_loss_weight z_loss_coefficient z_loss_multiplier aux_z_loss zloss",
+        "label_smoothing": "smoothing label_smoothing_factor",
         "seed": "random_seed rng_seed manual_seed",
         "device": "gpu cuda accelerator",
         "precision": "dtype torch_dtype bf16 fp16 fp32 tf32 amp mixed_precision autocast",

@@ -18,7 +18,7 @@ from training.schedule import SCHEDULES, ScheduleConfig
 
 from .plan import Plan
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+PRECISIONS = ("auto", "bf16", "bf16-residual", "tf32", "fp32")
 OPTIMIZED_METRICS = ("val/loss", "val/bits_per_byte", "train/loss", "time/step_ms", "memory/peak_allocated_gib")
 """What a sweep may look for the smallest of."""
 
@@ -54,10 +54,13 @@ class TrainConfig:
     max_tokens: int
     learning_rate: float
     grad_clip: float
+    z_loss: float
+    label_smoothing: float
     seed: int
     device: str
     precision: str
     compile: Any
+    check_memory: bool
     deterministic: bool
     log_every: int
     eval_every: int
@@ -74,8 +77,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "log_every", "eval_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("eval_every", "sample_every", "sample_tokens", "grad_clip", "seed"):
+        for name in ("eval_every", "sample_every", "sample_tokens", "grad_clip", "z_loss", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "use 0 or more")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "use at least 0, less than 1")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "use 1 or more")
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use 1 or more")
         require(0 < self.learning_rate < 10, "learning_rate", self.learning_rate, "use a small positive number")
@@ -107,6 +111,7 @@ class TrainConfig:
         require(micro_batch < 2**31, "batch_size × seq_len", micro_batch, "use less than 2³¹ tokens at once")
         self.schedule.check_length(self.plan.max_steps, self.plan.tokens_per_step)
         self.model.check_seq_len(self.seq_len)
+        self.memory.check_model(self.model)
         vocab_size = self.tokenizer.vocab_size  # None: a file's, which the trainer looks at
         if vocab_size is not None and vocab_size > self.model.vocab_size:
             raise ValueError(

@@ -28,7 +28,7 @@ class Logging(Service):
         except OSError as error:
             why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
             raise ValueError(f"{why}; free some space or make it writable, or choose another") from error
-        for line in start_up_lines(config, facts):
+        for line in start_up_lines(config, run.runtime, facts):
             run.notify(line)
         with run.startup.timed("loggers"):
             progress = run.progress

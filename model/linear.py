@@ -1,0 +1,72 @@
+"""Linear layers that multiply with a low-precision copy of their weight, cast once a step for every micro-batch.
+
+The float32 weight stays the parameter: the optimizer, checkpoints and gradients see nothing else. Autocast alone casts
+the weight in every forward pass, and again where a layer is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with a working copy of its weight once `keep_working_copies` gave it one."""
+
+    working: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("working", None, persistent=False)
+
+    def operand(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What to multiply with in place of the weight; its gradient, cast to the weight's dtype, is the weight's.
+
+        Args:
+            dtype: of the result; None: the working copy's, and without one the weight itself, for autocast to cast.
+        """
+        if self.working is not None and dtype in (None, self.working.dtype):
+            working: Tensor = _Working.apply(self.weight, self.working)
+            return working
+        return self.weight if dtype is None else self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.operand(), self.bias)
+
+
+class _Working(torch.autograd.Function):
+    """A cast whose result is there already. Its backward pass is that of the cast, so gradients are the same bits."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, working: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return working.view_as(working)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].to(ctx.dtype), None
+
+
+def keep_working_copies(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every `Linear` of a model a working copy, 2 bytes a weight in bf16; `refresh` fills them."""
+    for layer in _linears(model):
+        layer.working = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+
+
+@torch.no_grad()
+def refresh(model: nn.Module) -> None:
+    """Cast the weights into the working copies, where there are any. Whoever has changed weights calls this.
+
+    The weights' version counters do not tell: the fused AdamW of PyTorch leaves them as they are.
+    """
+    layers = [layer for layer in _linears(model) if layer.working is not None]
+    if layers:
+        copies = [layer.working for layer in layers if layer.working is not None]
+        torch._foreach_copy_(copies, [layer.weight for layer in layers])
+
+
+def _linears(model: nn.Module) -> list[Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, Linear)]

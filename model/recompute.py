@@ -1,0 +1,315 @@
+"""A block that keeps its input and attention's result, and computes the rest again in the backward pass.
+
+Only attention needs whole rows. All else in a block belongs to a token and exists for one tile of tokens at a time;
+attention runs for one group of heads at a time. The two passes, m being the residual stream between attention and MLP:
+
+    forward     by tiles    qkv = product(norm(x))
+                by groups   out = attention(q, k, v)
+                by tiles    m = x + product(out), y = m + mlp(norm(m))
+    backward    by tiles    m and the MLP up to its activation again; the MLP's gradients, dy → dm
+                by tiles    qkv again
+                by groups   attention's gradients, which are written over q, k and v
+                by tiles    the gradients of qkv's product and of the norm, dm → dx
+
+So the MLP's last product is computed once, the other products twice, and attention once where its result is kept.
+Gradients of weights are added up in float32, in `.grad`. The gradient of y is written over until it is that of x: what
+a block returns has one reader, the next block or the loss.
+
+What exists for all tokens, in numbers a token: E is the width, H, G and D are query heads, key/value heads and head
+dimension, g is the number of groups. x, y and their gradients have the residual stream's dtype, LSE is float32, the
+others have the dtype of the products:
+
+    forward     x E, out HD, LSE H     and then qkv (H + 2G)D with one group's q and k (H + G)D/g, or y E
+    backward    x E, dy E, out HD, LSE H, qkv (H + 2G)D, and one group's q, k, dout, dq, dk, dv (3H + 3G)D/g
+                beside what attention's kernel needs for that group (flash: dq once more in float32, HD/g)
+
+For the tokens of one tile: at most 4E in float32 and 3U in the dtype of the products, U being the width of the MLP's
+first product.
+
+Shape suffixes: B batch, S sequence, N = B · S tokens, T tokens of a tile, E width, H and G query and key/value heads of
+a group, W query, key and value heads of all groups, D head dimension, I and O inputs and outputs of a product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .gpt import Attend, Attention, Block, Rotation
+from .kept import Store
+from .linear import Linear
+from .replay import Recipe, catch, output, replay
+
+Attended = tuple[list[Tensor], Recipe]
+"""What is kept of attention over a group of heads."""
+
+
+def _normalize(norm: nn.Module, x_TE: Tensor, dtype: torch.dtype) -> Tensor:
+    normalized_TE: Tensor = norm(x_TE)
+    return normalized_TE.to(dtype)
+
+
+def _activate(mlp: Any, u_TO: Tensor) -> Tensor:
+    activated: Tensor = mlp.activate(u_TO)
+    return activated
+
+
+class Pieces(NamedTuple):
+    """What a block computes between its products, each a function that can be compiled."""
+
+    normalize: Callable[[nn.Module, Tensor, torch.dtype], Tensor] = _normalize
+    position: Callable[..., tuple[Tensor, Tensor]] = Attention.position
+    activate: Callable[[nn.Module, Tensor], Tensor] = _activate
+
+
+class Recomputed(Block):
+    """A block of which little is kept; `activations.apply` makes it of a plain one and sets these attributes."""
+
+    own: Attend
+    """The model's attention. With another one (generation) this is a plain block."""
+    store: Store
+    keeps_attention: bool
+    tile: int
+    head_groups: int
+    pieces: Pieces
+
+    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        if attend is not self.own:
+            return super().forward(x_BSE, attend, mask, rotation)
+        if not torch.is_grad_enabled():
+            y_BSE, _ = _Pass(self, x_BSE, attend, mask, rotation).forward(x_BSE)
+            return y_BSE
+        assert x_BSE.requires_grad, "the gradients of a block's weights are computed with the gradient of its input"
+        y_BSE = _Recompute.apply(x_BSE, self, attend, mask, rotation)
+        return y_BSE
+
+    def compiled(self, **options: Any) -> Callable[..., Tensor]:
+        # A second length, of the last tile or of a shorter row of validation, is compiled as any length.
+        options["dynamic"] = None
+        self.pieces = Pieces(*(torch.compile(piece, **options) for piece in Pieces()))
+        return self
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSE: Tensor, block: Recomputed, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        x_BSE = x_BSE.detach()
+        y_BSE, attended = _Pass(block, x_BSE, attend, mask, rotation).forward(x_BSE)
+        if not block.keeps_attention:
+            attended = []
+        ctx.ticket = block.store.keep([x_BSE, *(tensor for tensors, _ in attended for tensor in tensors)])
+        ctx.recipes = [recipe for _, recipe in attended]
+        ctx.arguments = block, attend, mask, rotation
+        device = x_BSE.device.type
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return y_BSE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSE: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSE, *tensors = ctx.ticket.take()
+        attended = []
+        for recipe in ctx.recipes:
+            attended.append((tensors[: recipe.count], recipe))
+            del tensors[: recipe.count]
+        block, attend, mask, rotation = ctx.arguments
+        dx_BSE = dy_BSE.contiguous()  # the gradient of a plain sum is one number, expanded: that is copied
+        with torch.autocast(*ctx.autocast):
+            _Pass(block, x_BSE, attend, mask, rotation).backward(x_BSE, dx_BSE, attended)
+        return dx_BSE, None, None, None, None
+
+
+class _Pass:
+    """One forward or backward pass over a block, for an input like `x_BSE`. No tensor of tokens is kept in it."""
+
+    def __init__(self, block: Recomputed, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> None:
+        self.block, self.pieces, self.attend, self.mask = block, block.pieces, attend, mask
+        device, (B, S, _) = x_BSE.device.type, x_BSE.shape
+        self.rows = B, S
+        self.tiles = _tiles(B * S, block.tile)
+        self.groups = _groups(block.attention.heads, block.head_groups)
+        self.angles_N1F = [angle_BS1F.expand(B, -1, -1, -1).flatten(0, 1) for angle_BS1F in rotation or ()]
+        dtype = self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSE.dtype
+        self.qkv, self.out = _Product(block.attention.qkv, dtype), _Product(block.attention.out, dtype)
+        self.up, self.down = _Product(block.mlp.first, dtype), _Product(block.mlp.down, dtype)
+
+    def forward(self, x_BSE: Tensor) -> tuple[Tensor, list[Attended]]:
+        x_NE = x_BSE.flatten(0, 1)
+        attended = self.attended(self.projected(x_NE))
+        y_NE, outs = torch.empty_like(x_NE), self.outs(attended)
+        for tile in self.tiles:
+            m_TE, _ = self.middle(x_NE, outs, tile)
+            u_TO = self.up(self.pieces.normalize(self.block.mlp_norm, m_TE, self.dtype))
+            torch.add(m_TE, self.down(self.pieces.activate(self.block.mlp, u_TO)), out=y_NE[tile])
+            del m_TE, u_TO
+        return y_NE.view_as(x_BSE), attended
+
+    def backward(self, x_BSE: Tensor, dx_BSE: Tensor, attended: list[Attended]) -> None:
+        """Write the gradient of the input over that of the output, which comes in `dx_BSE`. Empties `attended`."""
+        x_NE, dx_NE = x_BSE.flatten(0, 1), dx_BSE.flatten(0, 1)
+        qkv_NWD = None
+        if not attended:
+            qkv_NWD = self.projected(x_NE)
+            attended = self.attended(qkv_NWD)
+        outs = self.outs(attended)
+        for tile in self.tiles:
+            self.mlp_backward(x_NE, outs, dx_NE, tile)
+        del outs
+        if qkv_NWD is None:
+            qkv_NWD = self.projected(x_NE)
+        for group in self.groups:
+            self.heads_backward(qkv_NWD, group, *self.attention_backward(qkv_NWD, group, dx_NE, attended))
+        for tile in self.tiles:
+            self.projected_backward(x_NE, qkv_NWD, dx_NE, tile)
+
+    def projected(self, x_NE: Tensor) -> Tensor:
+        """Queries, keys and values of all heads (N, W, D), before their positions are in them."""
+        qkv_NO = x_NE.new_empty(len(x_NE), len(self.qkv.weight_OI), dtype=self.dtype)
+        for tile in self.tiles:
+            self.qkv(self.pieces.normalize(self.block.attention_norm, x_NE[tile], self.dtype), out=qkv_NO[tile])
+        return qkv_NO.unflatten(1, (-1, self.block.attention.head_dim))
+
+    def projected_backward(self, x_NE: Tensor, dqkv_NWD: Tensor, dx_NE: Tensor, tile: slice) -> None:
+        x_TE, dqkv_TO = _leaf(x_NE[tile]), dqkv_NWD[tile].flatten(1)
+        with torch.enable_grad():
+            n_TE = self.pieces.normalize(self.block.attention_norm, x_TE, self.dtype)
+        self.qkv.add_gradients(dqkv_TO, n_TE.detach())
+        torch.autograd.backward((x_TE, n_TE), (dx_NE[tile], self.qkv.input_gradient(dqkv_TO)))
+        dx_NE[tile] = x_TE.grad
+
+    def heads(self, qkv_NWD: Tensor, group: Group) -> list[Tensor]:
+        """A group's queries (B, S, H, D), keys and values (B, S, G, D), with positions; the values are a view."""
+        q_NHD, k_NGD = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in group.queries_and_keys(qkv_NWD))
+        for tile in self.tiles:
+            q_NHD[tile], k_NGD[tile] = self.positioned(*group.queries_and_keys(qkv_NWD[tile]), tile)
+        return [x.unflatten(0, self.rows) for x in (q_NHD, k_NGD, qkv_NWD[:, group.values])]
+
+    def heads_backward(
+        self, qkv_NWD: Tensor, group: Group, dq_BSHD: Tensor, dk_BSGD: Tensor, dv_BSGD: Tensor
+    ) -> None:
+        """Write the gradients over a group's queries, keys and values."""
+        dq_NHD, dk_NGD = dq_BSHD.flatten(0, 1), dk_BSGD.flatten(0, 1)
+        for tile in self.tiles:
+            leaves = [_leaf(x) for x in group.queries_and_keys(qkv_NWD[tile])]
+            with torch.enable_grad():
+                positioned = self.positioned(*leaves, tile)
+            torch.autograd.backward(positioned, (dq_NHD[tile], dk_NGD[tile]))
+            qkv_NWD[tile, group.queries], qkv_NWD[tile, group.keys] = leaves[0].grad, leaves[1].grad
+        qkv_NWD[:, group.values] = dv_BSGD.flatten(0, 1)
+
+    def positioned(self, q_THD: Tensor, k_TGD: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+        rotation = tuple(angle_N1F[tile] for angle_N1F in self.angles_N1F) or None
+        return self.pieces.position(self.block.attention, q_THD, k_TGD, rotation)
+
+    def attended(self, qkv_NWD: Tensor) -> list[Attended]:
+        """Attention's results, group by group."""
+        return [catch(self.attend, *self.heads(qkv_NWD, group), self.mask) for group in self.groups]
+
+    def outs(self, attended: list[Attended]) -> list[Tensor]:
+        """Attention's output (N, H, D) of each group."""
+        return [output(*results).flatten(0, 1) for results in attended]
+
+    def attention_backward(
+        self, qkv_NWD: Tensor, group: Group, dm_NE: Tensor, attended: list[Attended]
+    ) -> tuple[Tensor, ...]:
+        """Gradients of a group's queries, keys and values, whose results are the first of `attended` and leave it."""
+        leaves = [_leaf(x) for x in self.heads(qkv_NWD, group)]
+        with torch.enable_grad():
+            out_BSHD = replay(*attended.pop(0), self.attend, *leaves, self.mask)
+        dout_NHD = torch.empty_like(leaves[0]).flatten(0, 1)
+        H, D = dout_NHD.shape[1:]
+        columns = slice(group.queries.start * D, group.queries.stop * D)
+        for tile in self.tiles:
+            self.out.input_gradient(dm_NE[tile].to(self.dtype), columns, out=dout_NHD[tile].flatten(1))
+        return torch.autograd.grad(out_BSHD, leaves, dout_NHD.view(out_BSHD.shape))
+
+    def middle(self, x_NE: Tensor, outs: list[Tensor], tile: slice) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and the output of all heads that was added to it."""
+        out_TI = torch.cat([out_NHD[tile].flatten(1) for out_NHD in outs], dim=1)
+        return x_NE[tile] + self.out(out_TI), out_TI
+
+    def mlp_backward(self, x_NE: Tensor, outs: list[Tensor], dy_NE: Tensor, tile: slice) -> None:
+        """Write the gradient of the residual stream after attention over that of the block's output."""
+        m_TE, out_TI = self.middle(x_NE, outs, tile)
+        with torch.enable_grad():
+            n_TE = self.pieces.normalize(self.block.mlp_norm, m_TE.requires_grad_(), self.dtype)
+        u_TO = _leaf(self.up(n_TE.detach()))
+        with torch.enable_grad():
+            a_TI = self.pieces.activate(self.block.mlp, u_TO)
+        dy_TO = dy_NE[tile].to(self.dtype)
+        self.down.add_gradients(dy_TO, a_TI.detach())
+        a_TI.backward(self.down.input_gradient(dy_TO))
+        self.up.add_gradients(u_TO.grad, n_TE.detach())
+        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(u_TO.grad)))
+        dy_NE[tile] = m_TE.grad
+        self.out.add_gradients(dy_NE[tile].to(self.dtype), out_TI)
+
+
+class Group(NamedTuple):
+    """Of heads: where its queries, keys and values lie in qkv."""
+
+    queries: slice
+    keys: slice
+    values: slice
+
+    def queries_and_keys(self, qkv_TWD: Tensor) -> tuple[Tensor, Tensor]:
+        return qkv_TWD[:, self.queries], qkv_TWD[:, self.keys]
+
+
+def _groups(heads: tuple[int, int, int], count: int) -> list[Group]:
+    starts, parts = (0, heads[0], heads[0] + heads[1]), [number // count for number in heads]
+    return [
+        Group(*(slice(start + i * part, start + (i + 1) * part) for start, part in zip(starts, parts, strict=True)))
+        for i in range(count)
+    ]
+
+
+def _tiles(tokens: int, at_most: int) -> list[slice]:
+    """Tiles of one length, the last of which may be shorter."""
+    length = math.ceil(tokens / math.ceil(tokens / (at_most or tokens)))
+    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+
+
+class _Product:
+    """A linear layer during one pass: its weight is cast once, its gradients are added up in float32."""
+
+    def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
+        self.layer, self.weight_OI = layer, layer.operand(dtype).detach()
+        self.bias_O = None if layer.bias is None else layer.bias.detach().to(dtype)
+
+    def __call__(self, x_TI: Tensor, out: Tensor | None = None) -> Tensor:
+        if self.bias_O is None:
+            return torch.mm(x_TI, self.weight_OI.T, out=out)
+        return torch.addmm(self.bias_O, x_TI, self.weight_OI.T, out=out)
+
+    def input_gradient(self, dy_TO: Tensor, columns: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """Of some of the inputs (T, columns)."""
+        return torch.mm(dy_TO, self.weight_OI[:, columns], out=out)
+
+    def add_gradients(self, dy_TO: Tensor, x_TI: Tensor) -> None:
+        """Add the gradients of weight and bias to theirs."""
+        if self.layer.weight.requires_grad:
+            grad_OI = _gradient(self.layer.weight)
+            if dy_TO.is_cuda and dy_TO.dtype != grad_OI.dtype == torch.float32:
+                torch.addmm(grad_OI, dy_TO.T, x_TI, out_dtype=torch.float32, out=grad_OI)
+            else:
+                grad_OI += dy_TO.T @ x_TI
+        if self.layer.bias is not None and self.layer.bias.requires_grad:
+            grad_O = _gradient(self.layer.bias)
+            grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()

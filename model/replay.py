@@ -1,0 +1,131 @@
+"""Attention's backward pass without its forward pass: what its operator returned is kept and put back.
+
+An operator such as `flash_gpt::flash_attention` returns its output and the log-sum-exp of its scores, and its gradient
+reads q, k, v and these. `catch` records them, `replay` answers the operator's call with them, so that PyTorch builds
+the graph of the backward pass as usual and no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from kernels import FLASH_ATTENTION_OPS
+
+# By name: PyTorch defines some of them only when their module is imported. attention=math is not among them: it has no
+# operator whose result spares its backward pass the S × S scores.
+ATTENTION = {
+    *(op.name() for op in FLASH_ATTENTION_OPS),
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+    "flex_attention",
+}
+
+
+class _View(NamedTuple):
+    """A strided view of one of the kept tensors."""
+
+    base: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, x: Tensor, tensors: Sequence[Tensor]) -> _View | None:
+        for base, tensor in enumerate(tensors):
+            if tensor.untyped_storage()._cdata == x.untyped_storage()._cdata:
+                return cls(base, tuple(x.shape), x.stride(), x.storage_offset() - tensor.storage_offset())
+        return None
+
+    def on(self, tensors: Sequence[Tensor]) -> Tensor:
+        base = tensors[self.base]
+        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+
+
+class Recipe(NamedTuple):
+    """How attention's output and its operator's results are made of the tensors that are kept of them."""
+
+    count: int
+    """Of the tensors."""
+    out: _View
+    leaves: list[Any]
+    """The operators' results: an index stands for a kept tensor."""
+    spec: TreeSpec
+
+
+class _Index(int):
+    """Of a kept tensor."""
+
+
+def catch(attend: Callable[..., Tensor], *inputs: Any) -> tuple[list[Tensor], Recipe]:
+    """The tensors to keep of `attend(*inputs)`: its output, once, and what else its operator returned in floating point.
+
+    Where no operator is recognised (attention=math, FlexAttention's own compiled function on a GPU) that is the output
+    alone, and `replay` computes attention again.
+    """
+    with _Catch() as caught:
+        out = attend(*inputs)
+    leaves, spec = tree_flatten(caught.results)
+    tensors: list[Tensor] = []
+    for place, leaf in enumerate(leaves):
+        # Seeds and lengths are small integers, which stay where they are.
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            leaves[place] = _Index(len(tensors))
+            tensors.append(leaf)
+    view = _View.of(out, tensors)
+    if view is None:
+        tensors.append(out)
+        view = _View.of(out, tensors)
+        assert view is not None
+    return tensors, Recipe(len(tensors), view, leaves, spec)
+
+
+def output(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
+    """Attention's output, a view of what was kept."""
+    return recipe.out.on(tensors)
+
+
+def replay(tensors: Sequence[Tensor], recipe: Recipe, attend: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`attend(*inputs)` with a graph, its operators' results being those that were caught."""
+    leaves = [tensors[leaf] if isinstance(leaf, _Index) else leaf for leaf in recipe.leaves]
+    with _Replay(tree_unflatten(leaves, recipe.spec)):
+        return attend(*inputs)
+
+
+class _Mode(TorchDispatchMode):
+    supports_higher_order_operators = True  # FlexAttention is one
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True: what an attention backend has compiled runs compiled, unseen."""
+        return True
+
+
+class _Catch(_Mode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in ATTENTION:
+            self.results.append(result)
+        return result
+
+
+class _Replay(_Mode):
+    def __init__(self, results: list[Any]) -> None:
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ATTENTION and self.results:
+            return self.results.pop(0)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,67 @@
+"""scripts.plan says on one screen what a run will take, before torch loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.cards import CARDS
+
+ROOT = Path(__file__).parents[2]
+MILLION = ["model=llama-1b", "seq_len=1048576", "memory=auto", "precision=bf16-residual"]
+
+
+def plan(*settings: str) -> subprocess.CompletedProcess[str]:
+    """What is printed last is whether torch was imported."""
+    code = "import sys, runpy\n"
+    code += "try: runpy.run_module('scripts.plan', run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *settings]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_million_tokens_are_planned_on_one_screen_without_torch() -> None:
+    done = plan("gpu=h200", *MILLION)
+    assert done.returncode == 0, done.stderr
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "False"
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "llama-1b: 1,235.8M parameters" in text
+    policy = re.search(r"^policy  memory=(\w+).*, which memory=auto means here$", text, re.MULTILINE)
+    assert policy is not None
+    (chosen,) = (line.split() for line in lines if line.startswith("→ ") and not line.startswith("→ the"))
+    assert chosen[1] == policy[1]
+    peak = re.search(r"^peak    ([\d.]+) GiB, in .*: fits$", text, re.MULTILINE)
+    assert peak is not None
+    assert peak[1] in chosen
+    assert int(chosen[-1].replace(",", "")) >= 1048576
+    parts = re.findall(r"^ {8} +([\d.]+)  (?!beside)", text, re.MULTILINE)
+    assert sum(map(float, parts)) == pytest.approx(float(peak[1]), abs=0.1)
+    none, longest = re.search(r"^  none +([\d,.]+) +[\d,.]+ +([\d,]+)$", text, re.MULTILINE).groups()  # type: ignore[union-attr]
+    assert float(none.replace(",", "")) > 1000
+    assert int(longest.replace(",", "")) < 131072
+
+
+def test_a_policy_that_is_named_is_planned_as_it_is() -> None:
+    text = plan("gpu=rtx-4090", "model=llama-1b", "seq_len=16384", "memory=selective").stdout
+    assert "policy  memory=selective\n" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"peak    [\d.]+ GiB, in [\w ]+: does not fit", text)
+    assert "Times suppose that this card" in text
+
+
+def test_a_card_that_is_not_known_is_refused_with_those_that_are() -> None:
+    done = plan("gpu=h300", *MILLION)
+    assert done.returncode == 2
+    assert done.stderr == f"error: gpu=h300 is unknown; use {', '.join(CARDS)}\n"
+
+
+def test_without_a_gpu_one_must_be_named() -> None:
+    done = plan("device=cpu")
+    assert done.returncode == 2
+    assert done.stderr == f"error: there is no GPU here to plan for; name one: gpu={', '.join(CARDS)}\n"

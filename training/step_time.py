@@ -1,0 +1,80 @@
+"""How long a training step will take on a card, from what its parts reached where they were measured. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.activations_config import FullConfig, OffloadConfig, SelectiveConfig
+from model.arithmetic import causal_keys, parameter_count
+from model.memory import Workload, kept_bytes, matrix_sizes
+
+from .cards import peak_tflops
+from .machine import Gpu
+
+PRODUCTS = 0.54
+"""Fraction of the card's peak that a step reaches outside of attention: matrix products, with the elementwise work, the
+loss and the update in their time. llama-1b and a GPT of 1.3 B in rows of 16k to 64k on an H200; 0.40 for GPT-2 124M."""
+ATTENTION = {64: (0.59, 0.52), 128: (0.73, 0.63), 256: (0.85, 0.43)}
+"""The same of attention forward and backward, by head dimension: our kernels in causal rows of 16k, on an H200 (256: on
+an H100). Longer rows are a little faster."""
+ELEMENTWISE = 0.03
+"""What memory=selective computes again, as a fraction of the time outside of attention. An estimate, not measured."""
+HOST_BYTES_PER_SECOND = 50e9
+"""To pinned host memory or back, over PCIe 5. An assumption."""
+MEASURED_ON = ("H100", "H200")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step."""
+
+    products: float
+    attention: float
+    again: float
+    """What layers compute a second time."""
+    waiting: float
+    """For the host's memory, beyond what computing hides."""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.again + self.waiting
+
+
+def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -> StepTime | None:
+    """The time of a step, where attention sees whole rows; None without a card whose peak is known.
+
+    Documents and windows take less: what they mask is not computed.
+
+    Args:
+        dtype: of matrix products, as `cards.peak_tflops` takes it.
+    """
+    peak = peak_tflops(gpu.name, dtype, gpu.capability) if gpu else None
+    if peak is None:
+        return None
+    model, policy, tokens = work.model, work.memory, micro_batches * work.tokens
+    assert model.head_dim is not None
+    forward_rate, backward_rate = (peak * 1e12 * part for part in _attention(model.head_dim))
+    product_rate = peak * 1e12 * PRODUCTS
+    products = 6 * parameter_count(model).matmul * tokens / product_rate
+    forward = 4 * model.n_heads * model.head_dim * causal_keys(work.seq_len, model.window) * tokens / forward_rate
+    backward = 2.5 * forward * forward_rate / backward_rate
+    attention = model.n_layers * (forward + backward)
+
+    again = waiting = 0.0
+    if isinstance(policy, FullConfig):
+        layers = policy.of(model.n_layers)
+        attending = sum(not policy.keeps_attention(layer, model.n_layers) for layer in range(layers))
+        *computed_again, _ = matrix_sizes(model)  # all but the MLP's last product
+        again = layers * 2 * sum(computed_again) * tokens / product_rate + attending * forward
+    elif isinstance(policy, SelectiveConfig):
+        again = ELEMENTWISE * products * policy.of(model.n_layers) / model.n_layers
+    if isinstance(policy, OffloadConfig):
+        host = sum(kept_bytes(work, layer) for layer in range(policy.on_host(model.n_layers)))
+        hidden = (products / 3 + model.n_layers * forward) / micro_batches  # the shorter of the two passes
+        waiting = 2 * micro_batches * max(0.0, host / HOST_BYTES_PER_SECOND - hidden)
+    return StepTime(products, attention, again, waiting)
+
+
+def _attention(head_dim: int) -> tuple[float, float]:
+    """The fractions of the next larger head dimension that was measured; the largest beyond."""
+    return next((rates for known, rates in ATTENTION.items() if head_dim <= known), ATTENTION[256])
