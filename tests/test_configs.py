@@ -32,7 +32,7 @@ GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 
-SMALL = ["model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=null", "model.dim=32", "model.ffn_dim=64"]
+SMALL = ["model.n_layers=1", "model.n_heads=8", "model.n_kv_heads=null", "model.dim=64", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=64", "batch_size=2", "tokens_per_step=null", "max_steps=2"]
 SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none", "schedule.warmup_tokens=null"]
 

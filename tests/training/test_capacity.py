@@ -177,7 +177,7 @@ def refused(config: TrainConfig, runtime: Runtime) -> str:
         (139.8, ["seq_len=98304"], "memory=selective ("),
         (60, ["seq_len=131072"], "memory=full ("),
         (30, ["seq_len=8192", "batch_size=8"], "memory="),
-        (27, ["seq_len=16384", "batch_size=8"], "batch_size="),
+        (21.5, ["seq_len=16384", "batch_size=8"], "batch_size="),
         (30, ["seq_len=1048576", "memory=full"], "seq_len="),
     ],
 )
