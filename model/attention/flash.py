@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import flash_attention
+from kernels import flash_attention, flash_decode
 from kernels.flash_attention.config import choose_tiles
 
 from .base import AttentionBackend
@@ -46,7 +46,7 @@ class FlashAttention(AttentionBackend):
             described.append(f"{name} {tiles.m} × {tiles.n}")
         return f"tiles of queries × keys: {', '.join(described)}"
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor | None:
         return starts_BS
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
@@ -62,5 +62,16 @@ class FlashAttention(AttentionBackend):
             scale=spec.scale,
             implementation=self.implementation,
         )
+        assert isinstance(out, Tensor)
+        return out
+
+    decodes_with = "flash-gpt's decoding kernel"
+
+    def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Tensor:
+        return lengths_B
+
+    def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor) -> Tensor:
+        spec = self.spec
+        out = flash_decode(q_BSHD, k_BKGD, v_BKGD, mask, window=spec.window, softcap=spec.softcap, scale=spec.scale)
         assert isinstance(out, Tensor)
         return out

@@ -165,9 +165,7 @@ def test_the_grid_is_that_of_the_capacity_whatever_the_lengths(splits, monkeypat
     for lengths in ((1, 512), (512, 100), (0, 300)):
         case = Case(lengths)
         q, k, v, lengths_B, _ = make(case)
-        out, lse = decode_kernels.decode(
-            q, k, v, lengths_B, None, window=None, softcap=0.0, scale=0.125, splits=splits
-        )
+        out, lse = decode_kernels.decode(q, k, v, lengths_B, None, window=None, softcap=0.0, scale=0.125, splits=splits)
         assert not out.isnan().any()
         expected, expected_lse = definition(case, q, k, v, lengths_B, None)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
