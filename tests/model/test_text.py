@@ -17,8 +17,6 @@ from model.text import MOST_HELD, Continuation, encode, write
 TINY = ModelConfig(name="tiny", n_layers=2, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=257)
 BYTES = Tokenizer.of_bytes()
 WORDS = Tokenizer.train(["a café, ein Gespräch, 日本語のテキスト 👩‍👩‍👧 and more words"] * 4, vocab_size=300)
-    ["a café, ein Gespräch, 日本語のテキスト 👩‍👩‍👧 and more words, more words"] * 4, vocab_size=300
-)
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
