@@ -73,7 +73,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where something cannot be; 130 after Ctrl-C."""
-    secure()
     options = parse(arguments)
     try:
         sampling = check(options)
@@ -232,4 +231,5 @@ class Writer:
 
 
 if __name__ == "__main__":
+    secure()
     raise SystemExit(main())

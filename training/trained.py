@@ -79,6 +79,8 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
 def _checkpoint(place: Path) -> Found:
     try:
         manifest = checkpoints.verify(place, only=[WEIGHTS, checkpoints.CONFIG])
+    except KeyError as error:
+        raise DamagedCheckpoint(f"checkpoint {place} is not used: it has no {WEIGHTS}") from error
     except DamagedCheckpoint as damage:
         raise DamagedCheckpoint(f"checkpoint {place} is damaged and not used: {damage}") from damage
     settings = saved_settings(place)
