@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels.flash_attention.op import why_not_on
+from kernels.reference import attention as definition
 from model.attention import ATTENTIONS, build_attention
 from model.attention.cache import MOST_QUERIES, CachedAttention
 from model.config import ModelConfig, RotaryConfig
@@ -70,6 +71,17 @@ def test_tokens_with_our_kernels_and_a_cache_are_those_without(build_lively, nam
     truth, model = pair(build_lively, replace(MODELS[name], n_layers=1), "flash")
     expected = [read_again(truth, prompt, 5) for prompt in PROMPTS]
     assert generate(model, PROMPTS, 5, GREEDY, chunk=30) == expected
+
+
+@pytest.mark.parametrize("window", [None, 130])
+@pytest.mark.parametrize("backend", ["math", "sdpa", "flex", pytest.param("flash", marks=interpreted)])
+@torch.no_grad()
+def test_the_queries_are_the_last_positions_of_more_keys(build, backend, window):
+    """Rows of several blocks and tiles, at lengths that are multiples of none."""
+    attention = build(replace(LLAMA, window=window), backend).attention
+    q, k, v = torch.randn(2, 170, 4, 16), *torch.randn(2, 2, 433, 2, 16)
+    expected = definition(q, k, v, window=window)
+    torch.testing.assert_close(attention(q, k, v, attention.prepare(None, 170, 433)), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
