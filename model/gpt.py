@@ -230,7 +230,7 @@ class GPT(nn.Module):
                 documents. None: a row is one document.
             positions_BS: int64 (B, S), or (1, S) for all rows: each token's place in its document. None: rows are
                 whole, and places are counted from `starts_BS`.
-            attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
+            attention: another backend for this call only, uncompiled (such as a cache around one).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
         Returns:
             logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the

@@ -8,7 +8,7 @@ from threading import Thread
 import torch
 from torch import Tensor
 
-from kernels import flash_attention
+from kernels import flash_attention, flash_decode
 from kernels.flash_attention.config import choose_tiles
 
 from .base import AttentionBackend
@@ -71,7 +71,7 @@ class FlashAttention(AttentionBackend):
             q, k, v = qkv.split(heads, dim=2)
             self(q.contiguous(), k.contiguous(), v, starts).sum().backward()
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor | None:
         if self._compiling:
             self._compiling.join()
             self._compiling = None
@@ -90,5 +90,16 @@ class FlashAttention(AttentionBackend):
             scale=spec.scale,
             implementation=self.implementation,
         )
+        assert isinstance(out, Tensor)
+        return out
+
+    decodes_with = "flash-gpt's decoding kernel"
+
+    def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Tensor:
+        return lengths_B
+
+    def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor) -> Tensor:
+        spec = self.spec
+        out = flash_decode(q_BSHD, k_BKGD, v_BKGD, mask, window=spec.window, softcap=spec.softcap, scale=spec.scale)
         assert isinstance(out, Tensor)
         return out
