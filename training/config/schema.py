@@ -107,6 +107,7 @@ class TrainConfig:
         require(micro_batch < 2**31, "batch_size × seq_len", micro_batch, "use less than 2³¹ tokens at once")
         self.schedule.check_length(self.plan.max_steps, self.plan.tokens_per_step)
         self.model.check_seq_len(self.seq_len)
+        self.data.check_rows(self.seq_len, self.tokenizer)
         vocab_size = self.tokenizer.vocab_size  # None: a file's, which the trainer looks at
         if vocab_size is not None and vocab_size > self.model.vocab_size:
             raise ValueError(
