@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
+from .activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from .config import ModelConfig
 from .gpt import GPT, Attend, Block, Rotation
 from .kept import Store
+from .offload import HostStore
 from .recompute import Pieces, Recomputed
 from .replay import ATTENTION
 
@@ -38,11 +39,13 @@ def apply(model: GPT, policy: MemoryConfig) -> None:
 
 def _recompute(model: GPT, policy: FullConfig) -> None:
     policy.check_model(model.config)
-    n_layers, store = len(model.blocks), Store()
+    n_layers, store, host = len(model.blocks), Store(), HostStore()
+    # The host's store never copies what the last of its layers keeps: on_host layers leave the device.
+    on_host = policy.on_host(n_layers) if isinstance(policy, OffloadConfig) else -1
     for layer, block in enumerate(list(model.blocks)[: policy.of(n_layers)]):
         block.__class__ = Recomputed
         assert isinstance(block, Recomputed)
-        block.own, block.store, block.pieces = model.attention, store, Pieces()
+        block.own, block.store, block.pieces = model.attention, host if layer <= on_host else store, Pieces()
         block.tile, block.head_groups = policy.tile, policy.head_groups
         block.keeps_attention = policy.keeps_attention(layer, n_layers)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+TAKEN = "a second backward pass through the same layers, which keep their tensors for one"
+
 
 class Ticket:
     """What was kept of one layer in one forward pass. Dropped untaken, when no backward pass came, it frees it, too."""
@@ -20,7 +22,7 @@ class Ticket:
             RuntimeError: they were taken before.
         """
         if self._tensors is None:
-            raise RuntimeError("a second backward pass through the same layers, which keep their tensors for one")
+            raise RuntimeError(TAKEN)
         tensors, self._tensors = self._tensors, None
         return tensors
 

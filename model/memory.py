@@ -17,8 +17,6 @@ from .config import ModelConfig
 
 GIB = 2**30
 FLOAT32 = 4
-IN_FLIGHT = 2
-"""Layers whose kept tensors are on the device while they are copied to the host or back."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,12 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
     earlier = all_gradients if work.accumulates else 0
     layers = [kept_bytes(work, layer) for layer in range(L)]
     on_host = getattr(work.memory, "on_host", lambda n: 0)(L)
-    in_flight = sum(layers[:on_host][:IN_FLIGHT])
-    layers_on_device = [0] * on_host + layers[on_host:]
+
+    def kept(layer: int) -> int:
+        """On the device while this layer is the last whose backward pass is still to come: of those that keep on the
+        host the one in use and the one before it, which is copied or loaded."""
+        return sum(layers[max(0, min(on_host, layer) - 1) : layer + 1])
+
     resting = MemoryPlan(
         moment="",
         weights=weights,
@@ -131,7 +133,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
         resting,
         moment="the loss",
         copies=copies_bytes(work, L, head=True),
-        kept=sum(layers_on_device) + in_flight + last,
+        kept=kept(L - 1) + last,
         loss=loss_bytes(work),
     )
     new = head = FLOAT32 * work.model.vocab_size * work.model.dim
@@ -143,7 +145,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
             copies=copies_bytes(work, layer + 1),
             # One graph gives all gradients at its end; until then they are beside those of earlier micro-batches.
             gradients=earlier + new if whole else max(earlier, new),
-            kept=sum(layers_on_device[: layer + 1]) + in_flight,
+            kept=kept(layer),
             layer=layer_bytes(work, layer),
         )
     copies = copies_bytes(work, 0)

@@ -21,11 +21,13 @@ from itertools import count
 import torch
 from torch import Tensor
 
-GIB = 2**30
+from .kept import TAKEN, Store, Ticket
+from .memory import GIB
+
 PAGE = 4096
 
 
-class HostStore:
+class HostStore(Store):
     """Holds what layers keep: one for a model, whose tensors lie on one device.
 
     On a CPU, where there is nothing to save, it takes the same steps without streams.
@@ -61,10 +63,11 @@ class HostStore:
         return [ticket for _, ticket in sorted(self._kept.items(), reverse=True)]
 
     def remove(self, ticket: HostTicket) -> None:
-        del self._kept[ticket.number]
+        if self._kept.pop(ticket.number, None) is None:
+            raise RuntimeError(TAKEN)
 
 
-class HostTicket:
+class HostTicket(Ticket):
     """Tensors of a `HostStore`: on the device, on the host, or, while a copy is under way, on both.
 
     Dropped without `take`, it frees its memory.
@@ -75,11 +78,12 @@ class HostTicket:
         self.store, self.number, self.buffers = store, number, store.buffers
         self._device: list[Tensor] | None = [tensor.detach() for tensor in tensors]
         self._host: list[Tensor] | None = None
+        self._computed = self.buffers.now()
         self._wait = _nothing
         """Makes the compute stream wait until the last copy is over."""
 
     def take(self) -> list[Tensor]:
-        """The tensors, on the device; once. Tickets are taken in the reverse order of `keep`, to be loaded in time."""
+        """The tensors, on the device. Those of earlier tickets are loaded then."""
         self.store.remove(self)
         earlier = [ticket for ticket in self.store.latest() if ticket.number < self.number]
         for ticket in [self, *earlier[: self.store.ahead]]:
@@ -95,15 +99,15 @@ class HostTicket:
         if self._host is None:
             assert self._device is not None
             self._host = [self.buffers.like(tensor) for tensor in self._device]
-            self._wait = self.buffers.copy(self._host, self._device)
+            self._wait = self.buffers.copy(self._host, self._device, after=self._computed)
 
     def load(self) -> None:
         """Begin the copy to the device; nothing where the tensors are."""
         if self._device is None:
             assert self._host is not None
-            # Of the compute stream's memory, which it uses once it has waited.
+            # In memory of the compute stream, free once it has done what it was given so far.
             self._device = [torch.empty_like(tensor, device=self.buffers.device) for tensor in self._host]
-            self._wait = self.buffers.copy(self._device, self._host)
+            self._wait = self.buffers.copy(self._device, self._host, after=self.buffers.now())
 
     def free_device(self) -> None:
         """Of the two copies keep the host's; nothing where there is none."""
@@ -137,7 +141,7 @@ class HostBuffers:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._pinned: list[Tensor] = []
-            weakref.finalize(self, _unpin, self._pinned, self._stream).atexit = False
+            weakref.finalize(self, _unpin, self._pinned, self._stream).atexit = False  # the process's end does it, too
 
     def like(self, tensor: Tensor) -> Tensor:
         """An uninitialised tensor on the host, laid out as `tensor` is."""
@@ -152,32 +156,36 @@ class HostBuffers:
         buffer = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         self._unused[len(buffer)].append(buffer)
 
-    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin to copy all of them; returns what makes the compute stream wait until that is over."""
-        if self._stream is None:
+    def now(self) -> torch.cuda.Event | None:
+        """This point of the compute stream; None on a CPU."""
+        return None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def copy(
+        self, to: Sequence[Tensor], source: Sequence[Tensor], after: torch.cuda.Event | None
+    ) -> Callable[[], None]:
+        """Begin to copy all of them after that point; returns what makes the compute stream wait until it is done."""
+        if self._stream is None or after is None:
             for there, here in zip(to, source, strict=True):
                 there.copy_(here)
             return _nothing
         compute = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
             for there, here in zip(to, source, strict=True):
                 there.copy_(here, non_blocking=True)
             return partial(compute.wait_event, self._stream.record_event())
 
     def _new(self, nbytes: int) -> Tensor:
-        self.bytes += nbytes
-        if self._stream is None:
-            return torch.empty(nbytes, dtype=torch.uint8)
         try:
-            buffer = pinned(nbytes)
+            buffer = torch.empty(nbytes, dtype=torch.uint8) if self._stream is None else pinned(nbytes)
         except RuntimeError as error:
-            held = (self.bytes - nbytes) / GIB
             raise MemoryError(
-                f"memory.host: {held:.1f} GiB of host memory are pinned, and {nbytes / GIB:.1f} GiB more could not be "
-                f"({str(error).splitlines()[0]}); use a smaller memory.host, or memory.keep_attention=0"
+                f"memory.host: {self.bytes / GIB:.1f} GiB of host memory are pinned, and {nbytes / GIB:.1f} GiB more "
+                f"could not be ({str(error).splitlines()[0]}); use a smaller memory.host, or memory.keep_attention=0"
             ) from error
-        self._pinned.append(buffer)
+        if self._stream is not None:
+            self._pinned.append(buffer)
+        self.bytes += nbytes
         return buffer[:nbytes]
 
 

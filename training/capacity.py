@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from model.activations_config import AutoConfig, FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.arithmetic import parameter_count
@@ -21,7 +22,8 @@ from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+UNLIMITED = 2**60
+"""Bytes from which on the limit of a container is none: the kernel's largest number stands there."""
 
 AUTO_FILLS = 0.94
 """Fraction of a card that memory=auto fills by prediction. CUDA itself takes some of the rest, and so do the gaps
@@ -64,16 +66,32 @@ def writes_scores(config: TrainConfig) -> bool:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's; None where nobody knows."""
+    """Bytes of memory that this process may come to use: the machine's, or its container's.
+
+    None where nobody knows: the memory of some virtual machines starts small and grows while it is used.
+    """
     if machine.supposed is not None:
         return None  # nor is the host here
     known = []
-    with suppress(ValueError, OSError):
-        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    for limit in CGROUP_LIMITS:
+    if not any(Path("/sys/bus/virtio/drivers/virtio_mem").glob("virtio*")):
+        with suppress(ValueError, OSError):
+            known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in container_limits():
         with suppress(ValueError, OSError):  # "max" is no number
-            known.append(int(Path(limit).read_text()))
-    return min(known, default=None)
+            known.append(int(file.read_text()))
+    return min((limit for limit in known if limit < UNLIMITED), default=None)
+
+
+def container_limits(groups: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
+    """The files with the memory limits of the control group that this process is in, and of those around it."""
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for group in (PurePosixPath(path), *PurePosixPath(path).parents):
+                if not controllers:
+                    yield Path(f"/sys/fs/cgroup{group}/memory.max")
+                elif "memory" in controllers.split(","):
+                    yield Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes")
 
 
 # ---- memory=auto
@@ -107,11 +125,12 @@ def cheapest(
 def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfig | None:
     """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none."""
     assert work.model.n_kv_heads is not None
-    host = host_memory()
+    host, (_, saved) = host_memory(), host_bytes(work)
 
     def fits(policy: MemoryConfig) -> bool:
         plan = predict(replace(work, memory=policy))
-        return plan.total <= limit and (host is None or plan.host <= HOST_FILLS * host)
+        there = host is None or plan.host == 0 or plan.host + saved <= HOST_FILLS * host
+        return plan.total <= limit and there
 
     def seconds(policy: MemoryConfig) -> float | None:
         taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
@@ -184,6 +203,7 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
         return
     gpu, config = runtime.gpu, resolve_memory(config, runtime)
     work = workload(config, runtime)
+    check_host(work, runtime)
     there = host_memory() if gpu is None else gpu.memory
     if there is None:
         return
@@ -201,6 +221,38 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
         f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "
         f"(predicted, in {needed.moment}); {place}; use {remedy(config, runtime, AUTO_FILLS * there)}, "
         f"or check_memory=false to try it all the same"
+    )
+
+
+def host_bytes(work: Workload) -> tuple[int, int]:
+    """Bytes of the host's memory that layers keep their tensors in, and that a checkpoint is copied to."""
+    weights, _, moments = state_bytes(work)
+    return predict(work).host, weights + moments
+
+
+def check_host(work: Workload, runtime: Runtime) -> None:
+    """Refuse memory=offload where there is no GPU, and where the host's memory is too small for it.
+
+    Raises:
+        ValueError: names what is needed, what there is, and what to do instead.
+    """
+    if not isinstance(work.memory, OffloadConfig):
+        return
+    if runtime.gpu is None:
+        raise ValueError(
+            "memory=offload moves tensors from a GPU to the host, and this run has no GPU; use memory=full"
+        )
+    there, (pinned, saved) = host_memory(), host_bytes(work)
+    if there is None or pinned + saved <= there:
+        return
+    L = work.model.n_layers
+    fewer = (math.floor(100 * n / work.memory.of(L)) / 100 for n in range(work.memory.on_host(L) - 1, 0, -1))
+    policies = [replace(work.memory, host=fraction) for fraction in fewer if fraction > 0]
+    fits = [policy for policy in policies if sum(host_bytes(replace(work, memory=policy))) <= there]
+    raise ValueError(
+        f"memory=offload with memory.host={work.memory.host:g} keeps {pinned / GIB:,.1f} GiB in the host's memory, and "
+        f"checkpoints are copied to {saved / GIB:,.1f} GiB of it; there are {there / GIB:,.1f} GiB; use "
+        f"{f'memory.host={fits[0].host:g}' if fits else 'memory=full'}, or check_memory=false to try it anyway"
     )
 
 

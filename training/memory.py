@@ -52,6 +52,8 @@ def out_of_memory_explained(config: TrainConfig, runtime: Runtime) -> Iterator[N
         raise OutOfMemory(
             f"out of GPU memory: {held}, {wanted[1] if wanted else 'more'} wanted. {advice(config, runtime)}"
         ) from error
+    except MemoryError as error:
+        raise OutOfMemory(f"out of host memory: {error}") from error
     except RuntimeError as error:
         wanted = re.search(r"DefaultCPUAllocator.*?(\d+) bytes", str(error))
         if wanted is None:

@@ -8,7 +8,7 @@ import torch
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
-from scripts.bench_training import PlainGPT2, figures, markdown
+from scripts.bench_training.peers import PlainGPT2, figures, markdown
 
 CONFIG = ModelConfig(
     "small", 2, 4, 32, 128, 100, position="learned", n_positions=24, norm="layernorm", mlp="gelu", bias=True,

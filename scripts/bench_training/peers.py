@@ -5,7 +5,7 @@ peer is the GPT-2 a person writes by hand (below): torch.compile, SDPA, all logi
 karpathy/nanoGPT's own model.py. Every figure is a median over windows of ten steps after warm-up.
 
 No speed is printed for a wrong model: the peers must give our model's loss for the same weights and tokens, and our
-runs with the same data must end at the same loss.
+runs with the same data must end at the same loss. `--long` measures another thing: see `--long --help`.
 """
 
 from __future__ import annotations

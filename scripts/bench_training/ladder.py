@@ -1,0 +1,222 @@
+"""The ladder of `scripts.bench_training --long`: which models and rows fit, and how fast they train.
+
+    python -m scripts.bench_training --long --out long-context --rungs llama-1b-16k llama-1b-64k-full
+    python -m scripts.bench_training --long --out long-context --profile llama-1b-128k-full
+    python -m scripts.bench_training --long --rungs llama-1b-64k-full --set memory.tile=4096    # a try: no --out
+
+Each rung is a run of its own: the settings of a `train.py` command, the same model, data and loop, without evaluation,
+samples and checkpoints. The record is written after every rung, and keeps the rungs that it has: a ladder may be
+climbed in several calls. Out of memory is a result.
+
+No speed is recorded for a wrong model: with four layers and rows of 16,384 tokens at most, each policy's losses and
+gradient norms over three steps must be those of a run that is not compiled and keeps everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.record import ROOT, Panel, collect_facts, heading, line_chart, need_cuda, stop, write, write_json
+from training.config.numbers import whole_number
+
+from .profiled import profile_lines
+from .rungs import RUNGS, Rung
+
+Row = dict[str, Any]
+MOST_CHECKED = 16384
+CHECKED = ["model.n_layers=4", "max_steps=3", "log_every=1"]
+TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
+"""Relative: a compiled model rounds elsewhere."""
+POLICIES = ("none", "selective", "full", "offload")
+
+
+def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_training --long",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rungs", nargs="+", choices=rungs, metavar="NAME", help="which (default: all)")
+    parser.add_argument("--profile", nargs="+", choices=rungs, metavar="NAME", help="where a step of these spends time")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings beside those of the rungs")
+    parser.add_argument("--no-check", action="store_true", help="the policies were checked in another call")
+    parser.add_argument("--list", action="store_true", help="print the commands and end")
+    parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg, into the record that is there")
+    args = parser.parse_args(argv)
+    chosen = {name: rungs[name] for name in args.profile or args.rungs or rungs}
+    if args.list:
+        print("\n".join(f"{name:<30} {command(rung, args.set)}" for name, rung in chosen.items()))
+        return 0
+    if args.set and args.out:
+        parser.error("--set measures another rung than the record's: leave out --out, or write a rung into rungs.py")
+    device = need_cuda("bench_training")
+    words = ["--long", *(sys.argv[1:] if argv is None else argv)]
+    return climb(chosen, collect_facts("bench_training", words, device), args)
+
+
+def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Namespace) -> int:
+    """Measure these rungs; exit code 1 where one is wrong or failed."""
+    record = Record(args.out, facts)
+    complaints: dict[tuple[str, ...], str | None] = {}
+    code = 0
+    for name, rung in chosen.items():
+        words = [*rung.words, *args.set]
+        policy = tuple(word for word in words if not word.startswith("seq_len="))
+        has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
+        if has_policy and not args.no_check and policy not in complaints:
+            complaints[policy] = complaint(words)
+        wrong = complaints.get(policy)
+        steps = min(rung.steps, 2) if args.profile else rung.steps
+        timed = [*words, f"max_steps={steps}", f"log_every={rung.window}"]
+        found: Row = {"wrong": wrong} if wrong else run(timed, profile=bool(args.profile))
+        found |= {"command": command(rung, args.set), "checked": policy in complaints}
+        if "profile" in found:
+            print("\n".join([name, "", *profile_lines(found["profile"])]), flush=True)
+            record.add_profile(name, found["profile"])
+        else:
+            record.add(name, found)
+            print(cells({"rung": name, **found}), flush=True)
+        code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
+    return code
+
+
+def command(rung: Rung, more: Sequence[str] = ()) -> str:
+    return shlex.join(["python", "train.py", *rung.words, *more])
+
+
+def run(words: Sequence[str], profile: bool = False) -> Row:
+    """`measure.measured` in a process of its own."""
+    flags = ["--profile"] if profile else []
+    command = [sys.executable, "-m", "scripts.bench_training.measure", *flags, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:  # a bug, or the system took it for its memory: −9
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"failed": f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"}
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def complaint(words: Sequence[str]) -> str | None:
+    """What is wrong with the numbers of these settings, on a small model of the kind."""
+    (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
+    small = [*words, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}"]
+    plain = [word for word in small if not word.startswith(("memory=", "memory."))]
+    ours, theirs = run(small), run([*plain, "memory=none", "compile=false"])
+    for what, tolerance in TOLERANCES.items():
+        if what not in ours or what not in theirs:
+            return f"not checked: {reason(ours) or reason(theirs)}"
+        for step, (found, expected) in enumerate(zip(ours[what], theirs[what], strict=True), 1):
+            if not abs(found - expected) <= tolerance * abs(expected):
+                return f"{what} of step {step}: {found:.5f}, and {expected:.5f} where everything is kept"
+    return None
+
+
+def reason(row: Row) -> str | None:
+    """Why a row has no figures."""
+    kinds = ("wrong", "failed", "refused", "out_of_memory")
+    return next((f"{kind.replace('_', ' ')}: {row[kind]}" for kind in kinds if kind in row), None)
+
+
+class Record:
+    """The rungs measured so far, on one kind of GPU; on disk after each."""
+
+    def __init__(self, out: Path | None, facts: dict[str, Any]) -> None:
+        self.out, self.facts = out, facts
+        self.rows: dict[str, Row] = {}
+        if out is not None and (file := out.with_name(out.name + ".json")).exists():
+            before = json.loads(file.read_text("utf-8"))
+            if before["facts"]["device"]["name"] != facts["device"]["name"]:
+                stop(f"{file} is of another device, {before['facts']['device']['name']}; choose another --out")
+            self.rows = {row["rung"]: row for row in before["rows"]}
+
+    def add(self, name: str, found: Row) -> None:
+        """In place of what the rung has, but for its profile."""
+        profile = {"profile": self.rows[name]["profile"]} if "profile" in self.rows.get(name, {}) else {}
+        self.rows[name] = {"rung": name, **profile, **found, **self._stamp()}
+        self._write()
+
+    def add_profile(self, name: str, profile: dict[str, Any]) -> None:
+        """Beside the figures that the rung has."""
+        self.rows[name] = {"rung": name, **self.rows.get(name, {}), "profile": {**profile, **self._stamp()}}
+        self._write()
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"commit": self.facts["commit"], "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+
+    def _write(self) -> None:
+        if self.out is None:
+            return
+        order = list(RUNGS)
+        rows = sorted(self.rows.values(), key=lambda row: order.index(row["rung"]) if row["rung"] in order else -1)
+        write_json(self.out, self.facts, rows)
+        plot = f"{self.out.name}.svg"
+        if drawn := chart(rows):
+            write(self.out.with_name(plot), drawn)
+        write(self.out.with_name(f"{self.out.name}.md"), markdown(rows, self.facts, plot if drawn else None))
+
+
+EXPLANATION = """\
+Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
+over windows of steps. The first step, which compiles and pins memory, is in no window, unless it is the only one.
+TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run. Before it was timed,
+each policy's losses and gradient norms over three steps of four layers were compared with those of a run that is not
+compiled and keeps everything."""
+
+
+def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:
+    lines = [*heading("Long rows: what fits, and how fast it trains", facts), EXPLANATION, ""]
+    if plot:
+        lines += [f"![{plot}]({plot})", ""]
+    lines += [
+        "| | tokens/s | s per step | steps | TFLOP/s | MFU | peak GiB | predicted | reserved | on the host |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(cells(row) for row in rows if "command" in row),
+        "",
+        "## Commands",
+        "",
+    ]
+    for row in rows:
+        if "command" in row:
+            checked = "" if row["checked"] or row.get("policy") == "none" else "; numbers checked in another call"
+            lines.append(f"- {row['rung']}, {row['measured']}, commit {row['commit']}{checked}: `{row['command']}`")
+    for row in rows:
+        if found := row.get("profile"):
+            where = f"{found['measured']}, commit {found['commit']}"
+            lines += ["", f"## Where a step's time goes: {row['rung']}", "", where, "", *profile_lines(found)]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: Row) -> str:
+    if why := reason(row):
+        return f"| {row['rung']} | {why.replace('|', '/')} |{' |' * 8}"
+    only = " (the first)" if row["step_s"] == row["first_step_s"] else ""
+    mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+    memory = ("peak_allocated_gib", "predicted_gib", "peak_reserved_gib", "pinned_gib")
+    return (
+        f"| {row['rung']} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} | {row['steps']}{only} "
+        f"| {row['tflops']:.0f} | {mfu} | {' | '.join(f'{row[part]:.1f}' for part in memory)} |"
+    )
+
+
+def chart(rows: Sequence[Row], model: str = "llama-1b") -> str | None:
+    """How far each policy comes with this model, and how fast it is there."""
+    panels = []
+    figures = {"tokens/s": "tokens_per_second", "TFLOP/s": "tflops", "peak GiB": "peak_allocated_gib"}
+    for title, figure in figures.items():
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row.get("model") == model and figure in row:
+                series.setdefault(row["policy"], []).append((row["seq_len"], row[figure]))
+        panels.append(Panel(title, series))
+    if not panels[0].series:
+        return None
+    names = [policy for policy in POLICIES if policy in panels[0].series]
+    return line_chart(f"{model}, one row a step, against its tokens", model, [panels], names)

@@ -1,0 +1,150 @@
+"""One run, measured in a process of its own: what train.py does, without evaluation, samples and checkpoints.
+
+    python -m scripts.bench_training.measure model=tiny seq_len=64 max_steps=9 log_every=2
+
+`log_every` is the length of a window. The last line printed is the result, in JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from model.arithmetic import train_flops_per_token
+from model.memory import GIB, predict
+from scripts.record import ROOT
+from train import check
+from training import cli
+from training.capacity import workload
+from training.config import TrainConfig, load_config
+from training.errors import NonFiniteError, OutOfMemory
+from training.facts import matmul_peak
+from training.loggers.jsonl import read_metrics
+from training.memory import out_of_memory_explained
+from training.run import Run
+from training.services import Service
+from training.services.first_step import FirstStep
+from training.services.logging import Logging
+from training.trainer import Trainer
+
+from .profiled import ProfiledStep
+
+ALWAYS = ["logger=none", "sample_tokens=0", "check_memory=false"]  # what will not fit is tried
+Figures = dict[str, Any]
+
+
+class Clock(Service):
+    """When the run began and when each of its windows ended; comes after what waits for the device there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        """By the number of the window's last step."""
+
+    def begin(self, run: Run) -> None:
+        self.seconds[0] = time.perf_counter()
+
+    def after_step(self, run: Run) -> None:
+        if run.due(run.config.log_every, first=True):
+            self.seconds[run.progress.step] = time.perf_counter()
+
+    def step_seconds(self) -> tuple[float, int]:
+        """Median over windows of the seconds of a step, and how many steps those are. Where there are others, the first
+        step, in which all is compiled, is in no window."""
+        windows = list(pairwise(self.seconds.items()))
+        windows = windows[1:] or windows
+        found = [(end - begin) / (last - before) for (before, begin), (last, end) in windows]
+        return statistics.median(found), windows[-1][1][0] - windows[0][0][0]
+
+
+def measured(words: list[str], profile: bool = False) -> Figures:
+    """Train as these settings say; with `profile` one step more, of which a profiler then says where its time goes.
+
+    Returns:
+        the figures; or `out_of_memory`, `refused` or `failed` with a reason.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = settings([*words, f"run_dir={folder}/run"])
+            steps = config.plan.max_steps
+            if profile:
+                config = settings([*words, f"run_dir={folder}/run", f"max_steps={steps + 1}"])
+            runtime = check(config)
+            clock, profiled = Clock(), ProfiledStep(steps + 1)
+            with out_of_memory_explained(config, runtime):
+                trainer = Trainer(config, _say, runtime)
+                trainer.services = [FirstStep(), Logging(), clock, *([profiled] if profile else [])]
+                trainer.fit()
+        except (OutOfMemory, ValueError, NonFiniteError) as error:
+            kinds: dict[type[Exception], str] = {OutOfMemory: "out_of_memory", NonFiniteError: "failed"}
+            return {kinds.get(type(error), "refused"): str(error)}
+        rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if row["step"] <= steps]
+    if profile:
+        del clock.seconds[steps + 1]
+    config, facts = trainer.run.config, trainer.run.facts()
+    return {
+        **figures(config, *clock.step_seconds(), peak_flops=matmul_peak(runtime)),
+        "first_step_s": clock.seconds[1] - clock.seconds[0],
+        "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
+        "predicted_gib": predict(workload(config, runtime)).total / GIB,
+        "peak_reserved_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
+        "pinned_gib": pinned_bytes(trainer.run.model) / GIB,
+        "losses": [row["train/loss"] for row in rows],
+        "grad_norms": [row["train/grad_norm"] for row in rows],
+        "attention": facts["attention"],
+        "parameters": facts["parameters"],
+        **({"profile": profiled.found} if profile else {}),
+    }
+
+
+def figures(config: TrainConfig, step_s: float, steps: int, *, peak_flops: float | None) -> Figures:
+    """What follows from the seconds of a step."""
+    tokens_per_second = config.plan.tokens_per_step / step_s
+    flops = tokens_per_second * train_flops_per_token(config.model, config.seq_len / 2)
+    return {
+        "model": config.model.name,
+        "policy": config.memory.name,
+        "seq_len": config.seq_len,
+        "step_s": step_s,
+        "steps": steps,
+        "tokens_per_second": tokens_per_second,
+        "tflops": flops / 1e12,
+        "mfu": flops / peak_flops if peak_flops else None,
+    }
+
+
+def pinned_bytes(model: torch.nn.Module) -> int:
+    """Host memory that the blocks' stores hold."""
+    stores = {id(store): store for module in model.modules() if (store := getattr(module, "store", None)) is not None}
+    return sum(store.buffers.bytes for store in stores.values() if getattr(store, "buffers", None) is not None)
+
+
+def settings(words: list[str]) -> TrainConfig:
+    """What train.py would make of them."""
+    cli.register_resolvers()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return load_config(compose("train", [*ALWAYS, *words]))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="settings of train.py")
+    parser.add_argument("--profile", action="store_true", help="train one step more, under PyTorch's profiler")
+    args = parser.parse_args()
+    print(json.dumps(measured(args.words, args.profile)))
+
+
+if __name__ == "__main__":
+    main()
