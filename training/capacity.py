@@ -13,7 +13,8 @@ from model.activations_config import AutoConfig, FullConfig, MemoryConfig, Offlo
 from model.arithmetic import parameter_count
 from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
-from model.memory import GIB, Workload, predict, state_bytes
+from model.layer_memory import Workload
+from model.memory import GIB, predict, state_bytes
 
 from . import machine
 from .config import TrainConfig
