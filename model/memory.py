@@ -3,7 +3,7 @@
 A step has moments at which its memory may be highest: the loss, while all layers still hold what they keep; the
 backward pass of each layer, which frees what that layer keeps and makes gradients; and the update. `predict` adds up
 what is alive at each of them and returns the highest. What is predicted is PyTorch's `max_memory_allocated`; the
-measured peaks that it is held against are in tests/model/memory-h200.json.
+measured peaks that it is held against are in tests/training/memory-h200.json.
 """
 
 from __future__ import annotations
@@ -11,47 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
-from .arithmetic import parameter_count, score_bytes
-from .config import ModelConfig
+from .activations_config import FullConfig, SelectiveConfig
+from .arithmetic import parameter_count
+from .layer_memory import FLOAT32, Workload, kept_bytes, layer_bytes, matrix_sizes, policy_of
 
 GIB = 2**30
-FLOAT32 = 4
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What of a run decides the memory of its steps, in one process."""
-
-    model: ModelConfig
-    memory: MemoryConfig
-    batch_size: int
-    """Rows of a micro-batch."""
-    seq_len: int
-    accumulates: bool = False
-    """Whether a step has several micro-batches, so that gradients are there when one begins."""
-    optimizer: str = "adamw"
-    moment_bytes: int = 4
-    rounded_at_once: int = 0
-    """Numbers whose moments, where they are bf16, the update has in float32 at a time."""
-    product_bytes: int = 2
-    """Of a number in a matrix product: 2 with bf16, otherwise 4."""
-    residual_bytes: int = 4
-    """Of a number in the residual stream: 2 with precision=bf16-residual, otherwise 4."""
-    compiled: bool = True
-    writes_scores: bool = False
-    """Whether attention writes S × S scores to memory, as attention=math does."""
-    sums_queries: bool = True
-    """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.seq_len
-
-    @property
-    def keeps_copies(self) -> bool:
-        """Whether the weights' bf16 copies stay from step to step; see `Runtime.working_dtype`."""
-        return self.product_bytes < FLOAT32 and self.accumulates
 
 
 @dataclass(frozen=True)
@@ -159,95 +123,6 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
     yield replace(resting, moment="the update", copies=copies, gradients=all_gradients, layer=update_bytes(work))
 
 
-def kept_bytes(work: Workload, layer: int) -> int:
-    """What a layer (0, 1, …) keeps for its backward pass."""
-    config, sizes, policy = work.model, _Sizes.of(work), policy_of(work.memory, layer, work.model.n_layers)
-    if isinstance(policy, FullConfig):
-        attended = sizes.output if work.writes_scores else sizes.attended
-        return work.tokens * (sizes.residual + attended * policy.keeps_attention(layer, config.n_layers))
-    if isinstance(policy, SelectiveConfig):
-        attended = 0 if work.writes_scores else sizes.attended
-        return work.tokens * (sizes.residual + attended + sizes.qkv + sizes.product + sizes.up)
-    # Before and after attention: the residual stream, and its norm; q and k twice where they are rotated.
-    kept = 2 * (sizes.residual + sizes.product + sizes.statistics) + sizes.qkv + sizes.rotated
-    kept += sizes.attended + sizes.up + sizes.active
-    if config.mlp == "swiglu" and not work.compiled:
-        kept += sizes.active  # silu(gate), which a compiler computes again
-    scores = score_bytes(config, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
-    return work.tokens * kept + (scores if work.writes_scores else 0)
-
-
-def kept_by_layers(
-    config: ModelConfig,
-    policy: SelectiveConfig,
-    *,
-    tokens: int,
-    product_bytes: int,
-    residual_bytes: int = FLOAT32,
-    writes_scores: bool = False,
-) -> int:
-    """Bytes that the layers which a policy is about keep of a micro-batch until its backward pass.
-
-    Args:
-        tokens: of the micro-batch. product_bytes: of a number in a matrix product: 2 with bf16, otherwise 4.
-        residual_bytes: of a number in the residual stream.
-        writes_scores: whether attention writes S × S scores, so that memory=full keeps its output alone, and
-            memory=selective nothing of it.
-    """
-    work = Workload(
-        config, policy, 1, tokens, product_bytes=product_bytes, residual_bytes=residual_bytes,
-        writes_scores=writes_scores,
-    )  # fmt: skip
-    return sum(kept_bytes(work, layer) for layer in range(policy.of(config.n_layers)))
-
-
-def layer_bytes(work: Workload, layer: int) -> int:
-    """The most that exists at once while the backward pass of a layer runs, beside what the layer keeps."""
-    sizes, policy = _Sizes.of(work), policy_of(work.memory, layer, work.model.n_layers)
-    if isinstance(policy, FullConfig):
-        return recompute_bytes(work, sizes, policy, policy.keeps_attention(layer, work.model.n_layers))
-    # The gradients of the residual stream and of the MLP's first product.
-    live = sizes.residual + sizes.up
-    if isinstance(policy, SelectiveConfig):  # again: the stream between attention and MLP, its norm, the activation
-        live += sizes.residual + sizes.product + sizes.active
-    if (
-        work.model.mlp == "swiglu" and not work.compiled
-    ):  # gradients of both halves of that product, and of the activation
-        live += sizes.up + sizes.active
-    scores = 0
-    if work.writes_scores and isinstance(policy, SelectiveConfig):
-        scores = score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
-    # And the gradient of the largest matrix before it is cast.
-    return work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
-
-
-def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_attention: bool) -> int:
-    """The same of a layer that computes all again: the table of `model.recompute`."""
-    T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
-    live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
-    of_a_tile = 4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
-    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * of_a_tile
-    attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
-    if work.writes_scores:
-        attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups
-    return max(mlp, attention)
-
-
-def workspace_bytes(work: Workload, groups: int = 1) -> int:
-    """What attention's backward takes while it runs: row statistics, and with the Hopper kernels sums of dQ.
-
-    The sums are those of some 900 tiles of 128 keys, and of two key heads at least; see `hopper.backward`.
-    """
-    config = work.model
-    assert config.head_dim is not None
-    assert config.n_kv_heads is not None
-    statistics = work.tokens * config.n_heads // groups * 4 * FLOAT32
-    if not work.sums_queries or config.head_dim > 128:
-        return statistics
-    rows = min(2 * work.seq_len + 900 * 128, work.tokens * config.n_kv_heads // groups)
-    return statistics + rows * config.n_heads // config.n_kv_heads * config.head_dim * FLOAT32
-
-
 def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
     """The weights in the dtype of the matrix products, while the last of so many layers computes, or the head.
 
@@ -290,66 +165,5 @@ def update_bytes(work: Workload) -> int:
     return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
 
 
-def matrix_sizes(config: ModelConfig) -> list[int]:
-    """Numbers in each matrix of a layer: qkv, the projection after attention, the MLP's first and last."""
-    assert config.head_dim is not None
-    assert config.n_kv_heads is not None
-    up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
-    heads = config.n_heads + 2 * config.n_kv_heads
-    return [
-        config.dim * width
-        for width in (heads * config.head_dim, config.n_heads * config.head_dim, up_width, config.ffn_dim)
-    ]
-
-
-def policy_of(policy: MemoryConfig, layer: int, n_layers: int) -> MemoryConfig:
-    """The policy of one layer: a policy is about the first layers, the others keep everything."""
-    is_about = isinstance(policy, SelectiveConfig) and layer < policy.of(n_layers)
-    return policy if is_about else MemoryConfig()
-
-
 def _is_one_graph(work: Workload) -> bool:
     return work.compiled and not isinstance(work.memory, FullConfig)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes a token of one layer's tensors."""
-
-    residual: int
-    product: int
-    """A norm's result, or the product of the projection after attention."""
-    qkv: int
-    positioned: int
-    """q and k with their positions."""
-    rotated: int
-    """The same where the positions are rotary, and these are tensors of their own; otherwise 0."""
-    output: int
-    """Of attention."""
-    attended: int
-    """Attention's output and LSE."""
-    up: int
-    """The MLP's first product."""
-    active: int
-    """The result of its activation function."""
-    statistics: int
-    """Of a norm."""
-
-    @classmethod
-    def of(cls, work: Workload) -> _Sizes:
-        config, c = work.model, work.product_bytes
-        assert config.head_dim is not None
-        assert config.n_kv_heads is not None
-        H, G, D, E, F = config.n_heads, config.n_kv_heads, config.head_dim, config.dim, config.ffn_dim
-        return cls(
-            residual=work.residual_bytes * E,
-            product=c * E,
-            qkv=c * (H + 2 * G) * D,
-            positioned=c * (H + G) * D,
-            rotated=c * (H + G) * D if config.position == "rotary" else 0,
-            output=c * H * D,
-            attended=c * H * D + FLOAT32 * H,
-            up=c * F * (2 if config.mlp == "swiglu" else 1),
-            active=c * F,
-            statistics=FLOAT32,
-        )

@@ -13,7 +13,8 @@ from model.activations_config import AutoConfig, FullConfig, MemoryConfig, Offlo
 from model.arithmetic import parameter_count
 from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
-from model.memory import GIB, Workload, predict, state_bytes
+from model.layer_memory import Workload
+from model.memory import GIB, predict, state_bytes
 
 from . import machine
 from .config import TrainConfig
@@ -201,21 +202,20 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
     """
     if not config.check_memory:
         return
-    gpu, config = runtime.gpu, resolve_memory(config, runtime)
-    work = workload(config, runtime)
-    check_host(work, runtime)
+    gpu = runtime.gpu
     there = host_memory() if gpu is None else gpu.memory
-    if there is None:
-        return
-    place = f"{'this machine' if gpu is None else gpu.name} has {there / GIB:,.1f} GiB of memory"
-    if (state := sum(state_bytes(work))) > there:
+    place = f"{'this machine' if gpu is None else gpu.name} has {(there or 0) / GIB:,.1f} GiB of memory"
+    if there is not None and (state := sum(state_bytes(workload(config, runtime)))) > there:
         shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
         raise ValueError(
             f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
             f"weights, gradients and optimizer alone take {state / GIB:,.0f} GiB; {place}; "
             f"use a smaller one, such as model=tiny"
         )
-    if gpu is None or (needed := predict(work)).total <= REFUSED_ABOVE * there:
+    config = resolve_memory(config, runtime)
+    work = workload(config, runtime)
+    check_host(work, runtime)
+    if gpu is None or there is None or (needed := predict(work)).total <= REFUSED_ABOVE * there:
         return
     raise ValueError(
         f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "

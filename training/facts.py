@@ -13,7 +13,8 @@ from data.corpus import Corpus
 from model.activations_config import SelectiveConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
-from model.memory import GIB, kept_bytes, predict, state_bytes
+from model.layer_memory import kept_bytes
+from model.memory import GIB, predict, state_bytes
 
 from . import hardware
 from .capacity import workload

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model.activations_config import FullConfig, OffloadConfig, SelectiveConfig
 from model.arithmetic import causal_keys, parameter_count
-from model.memory import Workload, kept_bytes, matrix_sizes
+from model.layer_memory import Workload, kept_bytes, matrix_sizes
 
 from .cards import peak_tflops
 from .machine import Gpu

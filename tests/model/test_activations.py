@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 
-
 import pytest
 import torch
 from held import Held
@@ -17,7 +16,7 @@ from model import activations
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.memory import kept_by_layers
+from model.layer_memory import Workload, kept_bytes
 
 S, B = 48, 2
 LLAMA = ModelConfig(
@@ -140,7 +139,8 @@ def test_a_layer_keeps_what_its_policy_says_and_no_more(build_lively: Build, con
         "selective": r * E + c * H * D + 4 * H + c * (H + 2 * G) * D + c * E + c * U,
     }
     for name, per_token in expected.items():
-        predicted = kept_by_layers(config, POLICIES[name], tokens=B * S, product_bytes=c)
+        work = Workload(config, POLICIES[name], B, S, product_bytes=c)
+        predicted = sum(kept_bytes(work, layer) for layer in range(config.n_layers))
         assert predicted == config.n_layers * B * S * per_token, name
         deep, shallow = (pair(build_lively, POLICIES[name], replace(config, n_layers=n))[1] for n in (6, 2))
         assert held(deep, bf16) - held(shallow, bf16) == 4 * B * S * per_token, name
@@ -219,7 +219,8 @@ def test_flash_attention_is_recognised_in_a_compiled_model(
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_with_math_attention_what_is_kept_is_predicted_too(build_lively: Build, policy: str) -> None:
     deep, shallow = (pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=n), "math")[1] for n in (6, 2))
-    predicted = kept_by_layers(LLAMA, POLICIES[policy], tokens=B * S, product_bytes=4, writes_scores=True)
+    work = Workload(LLAMA, POLICIES[policy], B, S, product_bytes=4, writes_scores=True)
+    predicted = sum(kept_bytes(work, layer) for layer in range(LLAMA.n_layers))
     assert held(deep) - held(shallow) == predicted, "of 4 layers"
 
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.activations_config import MemoryConfig
 from model.arithmetic import causal_keys, parameter_count, score_bytes, train_flops_per_token
 from model.config import ModelConfig
-from model.memory import Workload, state_bytes
+from model.layer_memory import Workload
+from model.memory import state_bytes
 
 LLAMA = ModelConfig(name="llama", n_layers=3, n_heads=4, dim=32, ffn_dim=48, vocab_size=101)
 GPT2 = replace(LLAMA, name="gpt2", position="learned", n_positions=40, norm="layernorm", mlp="gelu", bias=True)

@@ -20,8 +20,9 @@ from model import activations
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.layer_memory import Workload, kept_bytes
 from model.linear import keep_working_copies, refresh
-from model.memory import Workload, kept_bytes, moments
+from model.memory import moments
 
 Build = Callable[..., GPT]
 B, S = 2, 48
