@@ -201,7 +201,8 @@ class GPT(nn.Module):
         if unit == "model":
             self._compiled = torch.compile(self.steps, **options)
         else:
-            self._compiled_blocks = [block.compiled(**options) for block in self.blocks]
+            blocks: Iterable[Any] = self.blocks
+            self._compiled_blocks = [block.compiled(**options) for block in blocks]
             self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 
-
 import pytest
 import torch
 from held import Held
