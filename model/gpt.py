@@ -209,8 +209,9 @@ class GPT(nn.Module):
         """
         # Not for any length: rows of validation, which come first, may be shorter than those of training.
         options = {"dynamic": False, **options}
+        blocks: Iterable[Any] = self.blocks
         self._compiled = torch.compile(self.steps, **options) if unit == "model" else None
-        self._compiled_blocks = [block.compiled(**options) for block in self.blocks]
+        self._compiled_blocks = [block.compiled(**options) for block in blocks]
         self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(

@@ -22,8 +22,7 @@ others have the dtype of the products:
     backward    x E, dy E, dqkv (H + 2G)D  and the last group's out, q, k, dout, dq, dk, dv (4H + 3G)D/g, LSE H/g
                 beside what attention's kernel needs for that group (flash: dq once more in float32, HD/g)
 
-For the tokens of one tile: at most 4E in float32 and 3U in the dtype of the products, U being the width of the MLP's
-first product.
+For the tokens of one tile, uncompiled, there are at most 4U + 4E besides, U being the width of the MLP's first product.
 
 Shape suffixes: B batch, S sequence, N = B · S tokens, T tokens of a tile, E width, H and G query and key/value heads of
 a group, W query, key and value heads of all groups, D head dimension, I and O inputs and outputs of a product.
@@ -33,7 +32,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +89,8 @@ class Recomputed(Block):
     def compiled(self, **options: Any) -> Callable[..., Tensor]:
         # A second length, of the last tile or of a shorter row of validation, is compiled as any length.
         options["dynamic"] = None
-        self.pieces = Pieces(*(torch.compile(piece, **options) for piece in Pieces()))
+        pieces: list[Any] = [torch.compile(piece, **options) for piece in Pieces()]
+        self.pieces = Pieces(*pieces)
         return self
 
 
@@ -115,8 +114,8 @@ class _Recompute(torch.autograd.Function):
         x_BSE, *tensors = ctx.ticket.take()
         attended = []
         for recipe in ctx.recipes:
-            attended.append((tensors[: recipe.count], recipe))
-            del tensors[: recipe.count]
+            attended.append((tensors[: recipe.size], recipe))
+            del tensors[: recipe.size]
         block, attend, mask, rotation = ctx.arguments
         dx_BSE = dy_BSE.contiguous()  # the gradient of a plain sum is one number, expanded: that is copied
         with torch.autocast(*ctx.autocast):
@@ -182,7 +181,7 @@ class _Pass:
             n_TE = self.pieces.normalize(self.block.attention_norm, x_TE, self.dtype)
         self.qkv.add_gradients(dqkv_TO, n_TE.detach())
         torch.autograd.backward((x_TE, n_TE), (dx_NE[tile], self.qkv.input_gradient(dqkv_TO)))
-        dx_NE[tile] = x_TE.grad
+        dx_NE[tile] = _grad(x_TE)
 
     def positioned(self, q_THD: Tensor, k_TGD: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         rotation = tuple(angle_N1F[tile] for angle_N1F in self.angles_N1F) or None
@@ -217,7 +216,7 @@ class _Pass:
             with torch.enable_grad():
                 positioned = self.positioned(q_THD, k_TGD, tile)
             torch.autograd.backward(positioned, (dq_NHD[tile], dk_NGD[tile]))
-            q_NHD[tile], k_NGD[tile] = q_THD.grad, k_TGD.grad
+            q_NHD[tile], k_NGD[tile] = _grad(q_THD), _grad(k_TGD)
         v_NGD.copy_(dv_NGD)
         return qkv_NWD
 
@@ -253,9 +252,10 @@ class _Pass:
         dy_TO = dy_NE[tile].to(self.dtype)
         self.down.add_gradients(dy_TO, a_TI.detach())
         a_TI.backward(self.down.input_gradient(dy_TO))
-        self.up.add_gradients(u_TO.grad, n_TE.detach())
-        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(u_TO.grad)))
-        dy_NE[tile] = m_TE.grad
+        du_TO = _grad(u_TO)
+        self.up.add_gradients(du_TO, n_TE.detach())
+        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(du_TO)))
+        dy_NE[tile] = _grad(m_TE)
         self.out.add_gradients(dy_NE[tile].to(self.dtype), out_TI)
 
 
@@ -266,7 +266,7 @@ def _tiles(tokens: int, at_most: int) -> list[slice]:
 
 
 class _Product(NamedTuple):
-    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients are added up in float32."""
+    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients add up in float32."""
 
     layer: Linear
     weight_OI: Tensor
@@ -301,20 +301,27 @@ class _Product(NamedTuple):
     def add_gradients(self, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Add the gradients of weight and bias to theirs."""
         if self.layer.weight.requires_grad:
-            grad_OI = _gradient(self.layer.weight)
-            if dy_TO.is_cuda and dy_TO.dtype != grad_OI.dtype == torch.float32:
-                torch.addmm(grad_OI, dy_TO.T, x_TI, out_dtype=torch.float32, out=grad_OI)
-            else:
+            grad_OI = _begun(self.layer.weight)
+            if dy_TO.is_cuda:
+                wider: dict[str, Any] = {} if grad_OI.dtype == dy_TO.dtype else {"out_dtype": grad_OI.dtype}
+                torch.addmm(grad_OI, dy_TO.T, x_TI, out=grad_OI, **wider)
+            else:  # a CPU cannot add up in a wider dtype than that of the factors
                 grad_OI += dy_TO.T @ x_TI
         if self.layer.bias is not None and self.layer.bias.requires_grad:
-            grad_O = _gradient(self.layer.bias)
+            grad_O = _begun(self.layer.bias)
             grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _begun(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, to add to."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _grad(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def _leaf(x: Tensor) -> Tensor:

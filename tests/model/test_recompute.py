@@ -12,8 +12,8 @@ import pytest
 import torch
 from held import Held
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import activations
