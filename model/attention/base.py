@@ -47,6 +47,9 @@ class AttentionBackend(ABC):
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Any) -> Tensor:
         """out (B, S, H, D) from q (B, S, H, D), k and v (B, S, G, D) and what `prepare` returned."""
 
+    def compile_ahead(self) -> None:  # noqa: B027 (most backends have no kernels to compile)
+        """Begin to compile this backend's kernels, on a thread; `prepare` waits for it."""
+
     def bound_documents(self, max_documents: int | None) -> None:
         """Tell the backend, once the text is known, how many documents a row holds at most."""
         self.spec = replace(self.spec, max_documents=max_documents)
