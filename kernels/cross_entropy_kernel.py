@@ -103,7 +103,8 @@ def cross_entropy_(
     C, V = logits_CV.shape
     with torch.cuda.device_of(logits_CV):
         cross_entropy_kernel[(C,)](
-            logits_CV, targets_C.contiguous(), losses_C, V, logits_CV.stride(0), ignore_index, softcap, z_loss, label_smoothing,
+            logits_CV, targets_C.contiguous(), losses_C, V, logits_CV.stride(0),
+            ignore_index, softcap, z_loss, label_smoothing,
             SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0, GRAD=with_gradient, BLOCK=BLOCK, STAGES=NUM_STAGES,
             num_warps=NUM_WARPS,
         )  # fmt: skip
