@@ -98,12 +98,13 @@ def cross_entropy_(
     Args:
         logits_CV: bf16, fp16 or float32; columns side by side. What lies between a row's end and the next row is
             overwritten.
-        targets_C: int64. losses_C: float32.
+        targets_C: int64. losses_C: float32, contiguous.
     """
     C, V = logits_CV.shape
     with torch.cuda.device_of(logits_CV):
         cross_entropy_kernel[(C,)](
-            logits_CV, targets_C, losses_C, V, logits_CV.stride(0), ignore_index, softcap, z_loss, label_smoothing,
+            logits_CV, targets_C.contiguous(), losses_C, V, logits_CV.stride(0),
+            ignore_index, softcap, z_loss, label_smoothing,
             SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0, GRAD=with_gradient, BLOCK=BLOCK, STAGES=NUM_STAGES,
             num_warps=NUM_WARPS,
         )  # fmt: skip

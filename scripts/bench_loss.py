@@ -62,7 +62,7 @@ def peers() -> Iterator[tuple[str, Peer]]:
     yield "plain", Peer(torch.compile(plain, dynamic=False), torch.float32)
     yield "ours", Peer(linear_cross_entropy, torch.float32)
     yield "ours, bf16 weight", Peer(linear_cross_entropy, torch.bfloat16)
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         pytorchs = partial(F.linear_cross_entropy, reduction="sum", options=options)
         yield "F.linear_cross_entropy", Peer(pytorchs, torch.bfloat16)
