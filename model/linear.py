@@ -23,15 +23,15 @@ class Linear(nn.Linear):
         self.register_buffer("working", None, persistent=False)
 
     def operand(self, dtype: torch.dtype | None = None) -> Tensor:
-        """What to multiply with in place of the weight; its gradient, cast to the weight's dtype, is the weight's.
+        """What to multiply with in place of the weight; its gradient, cast to float32, is the weight's.
 
         Args:
             dtype: of the result; None: the working copy's, and without one the weight itself, for autocast to cast.
         """
-        if self.working is not None and dtype in (None, self.working.dtype):
-            working: Tensor = _Working.apply(self.weight, self.working)
-            return working
-        return self.weight if dtype is None else self.weight.to(dtype)
+        if self.working is None or (dtype is not None and dtype != self.working.dtype):
+            return self.weight if dtype is None else self.weight.to(dtype)
+        working: Tensor = _Working.apply(self.weight, self.working)
+        return working
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.operand(), self.bias)
@@ -42,12 +42,11 @@ class _Working(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, working: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
         return working.view_as(working)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].to(ctx.dtype), None
+        return grads[0].float(), None
 
 
 def keep_working_copies(model: nn.Module, dtype: torch.dtype) -> None:
@@ -62,10 +61,9 @@ def refresh(model: nn.Module) -> None:
 
     The weights' version counters do not tell: the fused AdamW of PyTorch leaves them as they are.
     """
-    layers = [layer for layer in _linears(model) if layer.working is not None]
-    if layers:
-        copies = [layer.working for layer in layers if layer.working is not None]
-        torch._foreach_copy_(copies, [layer.weight for layer in layers])
+    pairs = [(layer.working, layer.weight) for layer in _linears(model) if layer.working is not None]
+    if pairs:
+        torch._foreach_copy_([working for working, _ in pairs], [weight for _, weight in pairs])
 
 
 def _linears(model: nn.Module) -> list[Linear]:
