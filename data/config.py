@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.files import expand, find_root, listed
+from data.recall import KEYS
 
 PACKINGS = ("end_to_end", "best_fit")
 BAD_RECORDS = ("stop", "skip")
-TASKS = ("copy", "needle")
+TASKS = ("copy", "needle", "recall")
 
 
 @dataclass
@@ -124,6 +125,14 @@ class DataConfig:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1, for example 0.05")
         if not self.cache_dir:
             raise ValueError("data.cache_dir is empty: set it to a folder you can write")
+
+    @property
+    def is_recall(self) -> bool:
+        """Whether only answers are targets, see `data.recall`."""
+        return False
+
+    def check_rows(self, seq_len: int, tokenizer: TokenizerConfig) -> None:
+        """Raises ValueError where rows of this length, or of this tokenizer's tokens, cannot hold what it makes."""
 
     def check(self) -> None:
         """Look for what it names on this machine, before anything slow begins.
@@ -262,20 +271,40 @@ class SyntheticData(DataConfig):
 
     name: str = "synthetic"
     task: str = "needle"
-    """"copy": random letters, then the same again. "needle": facts, filler, then questions about the facts."""
+    """"copy": random letters, then the same again. "needle": facts, filler, then questions about the facts. "recall":
+    keys with their values in filler, then the keys again; only the values that follow are targets."""
     documents: int = 1000
     length: int = 4096
-    """Characters of a document."""
+    """Characters of a document; with "recall" tokens of the longest, the separator among them."""
+    pairs: int = 32
+    """With "recall": the most keys with values in a document."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task not in TASKS:
-            raise ValueError(f"data.task={self.task} is unknown; use {' or '.join(TASKS)}")
+            raise ValueError(f"data.task={self.task} is unknown; use {', '.join(TASKS)}")
         if self.documents < 2:
             raise ValueError(f"data.documents={self.documents} is too few: one to train on and one held out")
         if self.length < 256:
             raise ValueError(f"data.length={self.length} is too short for a task; use 256 or more")
+        if not 1 <= self.pairs <= len(KEYS):
+            raise ValueError(
+                f"data.pairs={self.pairs} is not possible; use 1 to {len(KEYS)}, as many as there are keys"
+            )
+
+    @property
+    def is_recall(self) -> bool:
+        return self.task == "recall"
+
+    def check_rows(self, seq_len: int, tokenizer: TokenizerConfig) -> None:
+        if self.is_recall and tokenizer.name != "bytes":
+            raise ValueError(f"data.task=recall asks for single bytes: set tokenizer=bytes, not {tokenizer.name}")
+        if self.is_recall and seq_len % self.length:
+            raise ValueError(
+                f"data.length={self.length} does not divide seq_len={seq_len}: a row would ask for keys of another "
+                f"one; set data.length={seq_len}"
+            )
 
 
 @dataclass
@@ -327,6 +356,8 @@ class MixData(DataConfig):
             assert isinstance(source, DataConfig)
             if isinstance(source, HubData) and not source.prepare:
                 raise ValueError(f"{where}.prepare=false is not possible in a mixture: leave it out")
+            if source.is_recall:
+                raise ValueError(f"{where}.task=recall is not possible in a mixture: its targets are answers only")
             result[key] = float(weight), source
         return result
 

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import Row, Rows, TrainRows
+from data.packing import IGNORE_INDEX, Row, Rows, TrainRows
 
 PREFETCHED_BATCHES = 4
-IGNORE_INDEX = -100
-"""As a target: no token, which the loss leaves out."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class Batch:
     tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
     positions_BS: int64, each token's place in its document; (1, S) where it is the same in every row.
     visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
-    num_tokens: targets that are tokens: B · S, but for the last batch of an evaluation.
+    num_tokens: B · S, but for the last batch of an evaluation.
+    num_targets: targets that are not IGNORE_INDEX.
     """
 
     tokens_BS: Tensor
@@ -35,6 +34,7 @@ class Batch:
     positions_BS: Tensor
     visible_pairs: int
     num_tokens: int
+    num_targets: int
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy overlaps with computation."""
@@ -64,18 +64,19 @@ class Batch:
 def collate(rows: Iterable[Row], window: int | None = None) -> Batch:
     """Stack rows of one length into a batch on the host; the model's sliding window counts in `visible_pairs`."""
     tokens, targets, starts = zip(*rows, strict=True)
-    tokens_BS = np.stack(tokens)
+    tokens_BS, targets_BS = np.stack(tokens), np.stack(targets)
     B, S = tokens_BS.shape
     starts_BS = None if starts[0] is None else np.stack(starts)
     positions_BS = np.arange(S)[None] - (0 if starts_BS is None else starts_BS)
     keys_BS = np.broadcast_to(positions_BS + 1, (B, S))
     return Batch(
         tokens_BS=torch.from_numpy(tokens_BS),
-        targets_BS=torch.from_numpy(np.stack(targets)),
+        targets_BS=torch.from_numpy(targets_BS),
         starts_BS=None if starts_BS is None else torch.from_numpy(starts_BS),
         positions_BS=torch.from_numpy(positions_BS),
         visible_pairs=int(np.minimum(keys_BS, window or S).sum()),
         num_tokens=B * S,
+        num_targets=int((targets_BS != IGNORE_INDEX).sum()),
     )
 
 
@@ -176,4 +177,5 @@ def eval_batches(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch
         taken = range(first, min(first + batch_size, count))
         batch = collate(rows[index] for index in [*taken, *[first] * (batch_size - len(taken))])
         batch.targets_BS[len(taken) :] = IGNORE_INDEX
-        yield replace(batch, num_tokens=len(taken) * rows.seq_len)
+        num_targets = int((batch.targets_BS != IGNORE_INDEX).sum())
+        yield replace(batch, num_tokens=len(taken) * rows.seq_len, num_targets=num_targets)

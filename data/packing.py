@@ -15,6 +15,8 @@ from data.corpus import Corpus, TokenStream, Unprepared
 from data.prepare import Progressed, batches, tokenize
 
 STREAMED_CHARS = 2**20  # tokenized at once of what was not prepared: a fraction of a second
+IGNORE_INDEX = -100
+"""As a target: no token, which the loss leaves out."""
 
 
 class Row(NamedTuple):

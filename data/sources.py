@@ -19,6 +19,7 @@ from data.config import DataConfig, HubData, StdlibData, SyntheticData, TextData
 from data.files import Found, Paths, expand, files_below, find_files, find_root, listed, relative_name
 from data.hashes import Hashed, hash_tree
 from data.readers import BadRecords, read_bytes, read_file
+from data.recall import write_recall
 
 # Tests are not on every machine, site-packages are the user's, and encodings are tables of numbers.
 STDLIB_SKIPPED = frozenset(
@@ -213,16 +214,20 @@ def _as_documents(read: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[Doc
 
 def _open_synthetic(config: SyntheticData, notify: Notify) -> Source:
     settings = (config.task, config.documents, config.length, config.seed)
-    write = {"copy": write_copy, "needle": write_needle}[config.task]
+    held_out = max(1, round(config.documents * config.val_fraction))
 
     def read() -> Iterator[Document]:
         for number in range(config.documents):
-            # A string seeds by its hash, the same in every Python.
-            yield Document(
-                f"{config.task}:{number:08d}", write(random.Random(f"{config.seed}:{number}"), config.length)
-            )
+            name = f"{config.task}:{number:08d}"
+            rng = random.Random(f"{config.seed}:{number}")  # a string seeds by its hash, the same in every Python
+            if config.is_recall:
+                side = "val" if number < held_out else "train"  # not by a hash: what fills a row stays together
+                texts = write_recall(rng, config.length, config.pairs, number)
+                yield from (Document(name, text, side=side) for text in texts)
+            else:
+                yield Document(name, {"copy": write_copy, "needle": write_needle}[config.task](rng, config.length))
 
-    fingerprint = disk.sha256(repr(settings))
+    fingerprint = disk.sha256(repr((*settings, config.pairs) if config.is_recall else settings))
     return Source("data=synthetic", fingerprint, [read], config.documents * config.length)
 
 

@@ -232,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None, None]
         if grad_loss is not None:
-            # Two dimensions, because PyTorch would round a factor without any to bf16 first.
+            # Two dimensions: a GPU would round a factor without any to bf16 first.
             factor_11 = grad_loss.reshape(1, 1)
             is_kept = torch._C._autograd._get_current_graph_task_keep_graph()  # for another backward pass
             for i, grad in enumerate(ctx.saved_tensors):

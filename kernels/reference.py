@@ -145,6 +145,24 @@ def visible_pairs(
     return visible & (s >= starts[:, :, None])
 
 
+def cached_pairs(lengths_B: Tensor, num_queries: int, capacity: int, window: int | None = None) -> Tensor:
+    """Which query sees which slot of a cache of keys, in which the key of position s lies in slot s mod capacity.
+
+    A row has `lengths` tokens; its queries are the last of them. Slot j holds the latest position that it can.
+
+    Args:
+        lengths_B: (B,) integers: tokens of each row, the queries included. num_queries: S.
+        window: how many recent keys a query sees, itself included; None for all that the cache holds.
+    Returns:
+        bool (B, S, capacity), causal.
+    """
+    last_B11 = (lengths_B.long() - 1)[:, None, None]
+    t_BS1 = last_B11 + torch.arange(1 - num_queries, 1, device=lengths_B.device)[:, None]
+    s_B1K = last_B11 - (last_B11 - torch.arange(capacity, device=lengths_B.device)) % capacity
+    visible_BSK = (s_B1K >= 0) & (s_B1K <= t_BS1)
+    return visible_BSK if window is None else visible_BSK & (s_B1K > t_BS1 - window)
+
+
 def attend(
     q_BSHD: Tensor,
     k_BKGD: Tensor,

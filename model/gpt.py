@@ -203,16 +203,16 @@ class GPT(nn.Module):
         """Compile for each shape by itself; the mask is still prepared eagerly, once per batch.
 
         Args:
-            unit: "model", one graph; or "block", one graph that all blocks share, and one for the loss.
+            unit: what training sees at a time: "model", one graph; or "block", one graph that all blocks share, and
+                one for the loss. Without gradients it is always "block", which compiles sooner.
             options: of torch.compile.
         """
         # Not for any length: rows of validation, which come first, may be shorter than those of training.
         options = {"dynamic": False, **options}
-        if unit == "model":
-            self._compiled = torch.compile(self.steps, **options)
-        else:
-            self._compiled_blocks = [block.compiled(**options) for block in self.blocks]
-            self._compiled_loss = torch.compile(self.loss, **options)
+        blocks: Iterable[Any] = self.blocks
+        self._compiled = torch.compile(self.steps, **options) if unit == "model" else None
+        self._compiled_blocks = [block.compiled(**options) for block in blocks]
+        self._compiled_loss = torch.compile(self.loss, **options)
 
     def forward(
         self,
@@ -231,7 +231,7 @@ class GPT(nn.Module):
                 documents. None: a row is one document.
             positions_BS: int64 (B, S), or (1, S) for all rows: each token's place in its document. None: rows are
                 whole, and places are counted from `starts_BS`.
-            attention: another backend for this call only, uncompiled (generation uses one that fits its short rows).
+            attention: another backend for this call only, uncompiled (such as a cache around one).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
         Returns:
             logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the
@@ -242,7 +242,8 @@ class GPT(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(S, device=tokens_BS.device)[None]
             positions_BS = positions_BS if starts_BS is None else positions_BS - starts_BS
-        steps = self._compiled if attention is None and self._compiled else self.steps
+        is_whole = attention is None and torch.is_grad_enabled()
+        steps = self._compiled if is_whole and self._compiled else self.steps
         attention = attention or self.attention
         return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S), per_token)
 
@@ -259,8 +260,8 @@ class GPT(nn.Module):
         x_BSE = self.hidden(tokens_BS, positions_BS, attention, mask)
         if targets_BS is None:
             return self.logits(x_BSE)
-        loss = self._compiled_loss if attention is self.attention and self._compiled_loss else self.loss
-        return loss(x_BSE, targets_BS, per_token)
+        compiled = self._compiled_loss if self._is_by_block(attention) else None
+        return (compiled or self.loss)(x_BSE, targets_BS, per_token)
 
     def hidden(self, tokens_BS: Tensor, positions_BS: Tensor, attention: AttentionBackend, mask: Any) -> Tensor:
         """The residual stream after the last block (B, S, E), before the final norm; in `residual_dtype`."""
@@ -273,11 +274,15 @@ class GPT(nn.Module):
             rotation = angles_BS1F.cos() * stretch, angles_BS1F.sin() * stretch
         if self.residual_dtype is not None:
             x_BSE = x_BSE.to(self.residual_dtype)
-        is_own = attention is self.attention
-        blocks: Iterable[Any] = self._compiled_blocks if is_own and self._compiled_blocks else self.blocks
+        compiled = self._compiled_blocks if self._is_by_block(attention) else None
+        blocks: Iterable[Any] = compiled or self.blocks
         for layer, block in enumerate(blocks):
             x_BSE = block(x_BSE, attention.for_layer(layer), mask, rotation)
         return x_BSE
+
+    def _is_by_block(self, attention: AttentionBackend) -> bool:
+        """Whether the compiled blocks may serve: not inside the graph of the whole model, nor for another backend."""
+        return attention is self.attention and not torch.compiler.is_compiling()
 
     def loss(self, x_BSE: Tensor, targets_BS: Tensor, per_token: bool = False) -> Tensor:
         """Σ −log p(target) in nats, a float32 scalar, from `hidden`'s states; per_token: each, (B, S)."""

@@ -3,15 +3,14 @@
 Only attention needs whole rows. All else in a block belongs to a token and exists for one tile of tokens at a time;
 attention runs for one group of heads at a time. The two passes, m being the residual stream between attention and MLP:
 
-    forward     by tiles    qkv = product(norm(x))
-                by groups   out = attention(q, k, v)
+    forward     by groups   qkv = product(norm(x)), out = attention(q, k, v)
                 by tiles    m = x + product(out), y = m + mlp(norm(m))
     backward    by tiles    m and the MLP up to its activation again; the MLP's gradients, dy → dm
-                by tiles    qkv again
-                by groups   attention's gradients, which are written over q, k and v
+                by groups   qkv again; attention's gradients, which are written over q, k and v
                 by tiles    the gradients of qkv's product and of the norm, dm → dx
 
-So the MLP's last product is computed once, the other products twice, and attention once where its result is kept.
+So the MLP's last product is computed once, the other products twice, and attention once where its result is kept;
+where it is not, twice, and qkv three times.
 Gradients of weights are added up in float32, in `.grad`. The gradient of y is written over until it is that of x: what
 a block returns has one reader, the next block or the loss.
 
@@ -19,12 +18,11 @@ What exists for all tokens, in numbers a token: E is the width, H, G and D are q
 dimension, g is the number of groups. x, y and their gradients have the residual stream's dtype, LSE is float32, the
 others have the dtype of the products:
 
-    forward     x E, out HD, LSE H     and then qkv (H + 2G)D with one group's q and k (H + G)D/g, or y E
-    backward    x E, dy E, out HD, LSE H, qkv (H + 2G)D, and one group's q, k, dout, dq, dk, dv (3H + 3G)D/g
+    forward     x E, out HD, LSE H         and one group's qkv, q, k (2H + 3G)D/g, or y E
+    backward    x E, dy E, dqkv (H + 2G)D  and the last group's out, q, k, dout, dq, dk, dv (4H + 3G)D/g, LSE H/g
                 beside what attention's kernel needs for that group (flash: dq once more in float32, HD/g)
 
-For the tokens of one tile: at most 4E in float32 and 3U in the dtype of the products, U being the width of the MLP's
-first product.
+For the tokens of one tile, uncompiled, there are at most 4U + 4E besides, U being the width of the MLP's first product.
 
 Shape suffixes: B batch, S sequence, N = B · S tokens, T tokens of a tile, E width, H and G query and key/value heads of
 a group, W query, key and value heads of all groups, D head dimension, I and O inputs and outputs of a product.
@@ -34,7 +32,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +89,8 @@ class Recomputed(Block):
     def compiled(self, **options: Any) -> Callable[..., Tensor]:
         # A second length, of the last tile or of a shorter row of validation, is compiled as any length.
         options["dynamic"] = None
-        self.pieces = Pieces(*(torch.compile(piece, **options) for piece in Pieces()))
+        pieces: list[Any] = [torch.compile(piece, **options) for piece in Pieces()]
+        self.pieces = Pieces(*pieces)
         return self
 
 
@@ -116,8 +114,8 @@ class _Recompute(torch.autograd.Function):
         x_BSE, *tensors = ctx.ticket.take()
         attended = []
         for recipe in ctx.recipes:
-            attended.append((tensors[: recipe.count], recipe))
-            del tensors[: recipe.count]
+            attended.append((tensors[: recipe.size], recipe))
+            del tensors[: recipe.size]
         block, attend, mask, rotation = ctx.arguments
         dx_BSE = dy_BSE.contiguous()  # the gradient of a plain sum is one number, expanded: that is copied
         with torch.autocast(*ctx.autocast):
@@ -133,15 +131,18 @@ class _Pass:
         device, (B, S, _) = x_BSE.device.type, x_BSE.shape
         self.rows = B, S
         self.tiles = _tiles(B * S, block.tile)
-        self.groups = _groups(block.attention.heads, block.head_groups)
         self.angles_N1F = [angle_BS1F.expand(B, -1, -1, -1).flatten(0, 1) for angle_BS1F in rotation or ()]
         dtype = self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSE.dtype
-        self.qkv, self.out = _Product(block.attention.qkv, dtype), _Product(block.attention.out, dtype)
-        self.up, self.down = _Product(block.mlp.first, dtype), _Product(block.mlp.down, dtype)
+        attention, mlp = block.attention, block.mlp
+        self.qkv, self.out = _Product.of(attention.qkv, dtype), _Product.of(attention.out, dtype)
+        self.up, self.down = _Product.of(mlp.first, dtype), _Product.of(mlp.down, dtype)
+        self.heads = [count // block.head_groups for count in attention.heads]  # of a group
+        self.groups = self.qkv.by_heads(attention.heads, block.head_groups)
 
     def forward(self, x_BSE: Tensor) -> tuple[Tensor, list[Attended]]:
+        """The block's output, and what may be kept of attention."""
         x_NE = x_BSE.flatten(0, 1)
-        attended = self.attended(self.projected(x_NE))
+        attended = self.attended(x_NE)
         y_NE, outs = torch.empty_like(x_NE), self.outs(attended)
         for tile in self.tiles:
             m_TE, _ = self.middle(x_NE, outs, tile)
@@ -153,81 +154,87 @@ class _Pass:
     def backward(self, x_BSE: Tensor, dx_BSE: Tensor, attended: list[Attended]) -> None:
         """Write the gradient of the input over that of the output, which comes in `dx_BSE`. Empties `attended`."""
         x_NE, dx_NE = x_BSE.flatten(0, 1), dx_BSE.flatten(0, 1)
-        qkv_NWD = None
-        if not attended:
-            qkv_NWD = self.projected(x_NE)
-            attended = self.attended(qkv_NWD)
+        attended = attended or self.attended(x_NE)
         outs = self.outs(attended)
         for tile in self.tiles:
             self.mlp_backward(x_NE, outs, dx_NE, tile)
         del outs
-        if qkv_NWD is None:
-            qkv_NWD = self.projected(x_NE)
-        for group in self.groups:
-            self.heads_backward(qkv_NWD, group, *self.attention_backward(qkv_NWD, group, dx_NE, attended))
+        dqkvs = [self.attention_backward(x_NE, group, dx_NE, attended) for group in range(len(self.groups))]
         for tile in self.tiles:
-            self.projected_backward(x_NE, qkv_NWD, dx_NE, tile)
+            self.qkv_backward(x_NE, dqkvs, dx_NE, tile)
 
-    def projected(self, x_NE: Tensor) -> Tensor:
-        """Queries, keys and values of all heads (N, W, D), before their positions are in them."""
-        qkv_NO = x_NE.new_empty(len(x_NE), len(self.qkv.weight_OI), dtype=self.dtype)
+    # Queries, keys and values
+
+    def projected(self, x_NE: Tensor, group: int) -> Tensor:
+        """Queries, keys and values (N, W, D) of a group of heads, before their positions are in them."""
+        product = self.groups[group]
+        qkv_NO = x_NE.new_empty(len(x_NE), len(product.weight_OI), dtype=self.dtype)
         for tile in self.tiles:
-            self.qkv(self.pieces.normalize(self.block.attention_norm, x_NE[tile], self.dtype), out=qkv_NO[tile])
-        return qkv_NO.unflatten(1, (-1, self.block.attention.head_dim))
+            product(self.pieces.normalize(self.block.attention_norm, x_NE[tile], self.dtype), out=qkv_NO[tile])
+        return qkv_NO.unflatten(1, (sum(self.heads), -1))
 
-    def projected_backward(self, x_NE: Tensor, dqkv_NWD: Tensor, dx_NE: Tensor, tile: slice) -> None:
-        x_TE, dqkv_TO = _leaf(x_NE[tile]), dqkv_NWD[tile].flatten(1)
+    def qkv_backward(self, x_NE: Tensor, dqkvs: list[Tensor], dx_NE: Tensor, tile: slice) -> None:
+        parts = zip(*(dqkv_NWD[tile].split(self.heads, dim=1) for dqkv_NWD in dqkvs), strict=True)
+        dqkv_TO = torch.cat([part for groups in parts for part in groups], dim=1).flatten(1)
+        x_TE = _leaf(x_NE[tile])
         with torch.enable_grad():
             n_TE = self.pieces.normalize(self.block.attention_norm, x_TE, self.dtype)
         self.qkv.add_gradients(dqkv_TO, n_TE.detach())
         torch.autograd.backward((x_TE, n_TE), (dx_NE[tile], self.qkv.input_gradient(dqkv_TO)))
-        dx_NE[tile] = x_TE.grad
-
-    def heads(self, qkv_NWD: Tensor, group: Group) -> list[Tensor]:
-        """A group's queries (B, S, H, D), keys and values (B, S, G, D), with positions; the values are a view."""
-        q_NHD, k_NGD = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in group.queries_and_keys(qkv_NWD))
-        for tile in self.tiles:
-            q_NHD[tile], k_NGD[tile] = self.positioned(*group.queries_and_keys(qkv_NWD[tile]), tile)
-        return [x.unflatten(0, self.rows) for x in (q_NHD, k_NGD, qkv_NWD[:, group.values])]
-
-    def heads_backward(
-        self, qkv_NWD: Tensor, group: Group, dq_BSHD: Tensor, dk_BSGD: Tensor, dv_BSGD: Tensor
-    ) -> None:
-        """Write the gradients over a group's queries, keys and values."""
-        dq_NHD, dk_NGD = dq_BSHD.flatten(0, 1), dk_BSGD.flatten(0, 1)
-        for tile in self.tiles:
-            leaves = [_leaf(x) for x in group.queries_and_keys(qkv_NWD[tile])]
-            with torch.enable_grad():
-                positioned = self.positioned(*leaves, tile)
-            torch.autograd.backward(positioned, (dq_NHD[tile], dk_NGD[tile]))
-            qkv_NWD[tile, group.queries], qkv_NWD[tile, group.keys] = leaves[0].grad, leaves[1].grad
-        qkv_NWD[:, group.values] = dv_BSGD.flatten(0, 1)
+        dx_NE[tile] = _grad(x_TE)
 
     def positioned(self, q_THD: Tensor, k_TGD: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
         rotation = tuple(angle_N1F[tile] for angle_N1F in self.angles_N1F) or None
         return self.pieces.position(self.block.attention, q_THD, k_TGD, rotation)
 
-    def attended(self, qkv_NWD: Tensor) -> list[Attended]:
+    # Attention
+
+    def attended(self, x_NE: Tensor) -> list[Attended]:
         """Attention's results, group by group."""
-        return [catch(self.attend, *self.heads(qkv_NWD, group), self.mask) for group in self.groups]
+        groups = range(len(self.groups))
+        return [catch(self.attend, *self.inputs(self.projected(x_NE, group)), self.mask) for group in groups]
 
     def outs(self, attended: list[Attended]) -> list[Tensor]:
         """Attention's output (N, H, D) of each group."""
         return [output(*results).flatten(0, 1) for results in attended]
 
-    def attention_backward(
-        self, qkv_NWD: Tensor, group: Group, dm_NE: Tensor, attended: list[Attended]
+    def inputs(self, qkv_NWD: Tensor) -> list[Tensor]:
+        """A group's queries (B, S, H, D), keys and values (B, S, G, D), with positions; the values are a view."""
+        q_NHD, k_NGD, v_NGD = qkv_NWD.split(self.heads, dim=1)
+        placed_NHD, placed_NGD = (x.new_empty(x.shape) for x in (q_NHD, k_NGD))
+        for tile in self.tiles:
+            placed_NHD[tile], placed_NGD[tile] = self.positioned(q_NHD[tile], k_NGD[tile], tile)
+        return [x.unflatten(0, self.rows) for x in (placed_NHD, placed_NGD, v_NGD)]
+
+    def attention_backward(self, x_NE: Tensor, group: int, dm_NE: Tensor, attended: list[Attended]) -> Tensor:
+        """The gradient (N, W, D) of what `projected` gives. The first of `attended` is this group's, and leaves it."""
+        qkv_NWD = self.projected(x_NE, group)
+        dq_NHD, dk_NGD, dv_NGD = self.input_gradients(qkv_NWD, group, dm_NE, attended)
+        q_NHD, k_NGD, v_NGD = qkv_NWD.split(self.heads, dim=1)
+        for tile in self.tiles:
+            q_THD, k_TGD = _leaf(q_NHD[tile]), _leaf(k_NGD[tile])
+            with torch.enable_grad():
+                positioned = self.positioned(q_THD, k_TGD, tile)
+            torch.autograd.backward(positioned, (dq_NHD[tile], dk_NGD[tile]))
+            q_NHD[tile], k_NGD[tile] = _grad(q_THD), _grad(k_TGD)
+        v_NGD.copy_(dv_NGD)
+        return qkv_NWD
+
+    def input_gradients(
+        self, qkv_NWD: Tensor, group: int, dm_NE: Tensor, attended: list[Attended]
     ) -> tuple[Tensor, ...]:
-        """Gradients of a group's queries, keys and values, whose results are the first of `attended` and leave it."""
-        leaves = [_leaf(x) for x in self.heads(qkv_NWD, group)]
+        """Gradients of a group's `inputs`, (N, H, D) and (N, G, D)."""
+        leaves = [_leaf(x) for x in self.inputs(qkv_NWD)]
         with torch.enable_grad():
             out_BSHD = replay(*attended.pop(0), self.attend, *leaves, self.mask)
-        dout_NHD = torch.empty_like(leaves[0]).flatten(0, 1)
-        H, D = dout_NHD.shape[1:]
-        columns = slice(group.queries.start * D, group.queries.stop * D)
+        dout_NI = out_BSHD.new_empty(len(dm_NE), out_BSHD[0, 0].numel())
+        columns = slice(group * dout_NI.shape[1], (group + 1) * dout_NI.shape[1])
         for tile in self.tiles:
-            self.out.input_gradient(dm_NE[tile].to(self.dtype), columns, out=dout_NHD[tile].flatten(1))
-        return torch.autograd.grad(out_BSHD, leaves, dout_NHD.view(out_BSHD.shape))
+            self.out.input_gradient(dm_NE[tile].to(self.dtype), columns, out=dout_NI[tile])
+        gradients = torch.autograd.grad(out_BSHD, leaves, dout_NI.view(out_BSHD.shape))
+        return tuple(gradient.flatten(0, 1) for gradient in gradients)
+
+    # After attention
 
     def middle(self, x_NE: Tensor, outs: list[Tensor], tile: slice) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and the output of all heads that was added to it."""
@@ -245,29 +252,11 @@ class _Pass:
         dy_TO = dy_NE[tile].to(self.dtype)
         self.down.add_gradients(dy_TO, a_TI.detach())
         a_TI.backward(self.down.input_gradient(dy_TO))
-        self.up.add_gradients(u_TO.grad, n_TE.detach())
-        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(u_TO.grad)))
-        dy_NE[tile] = m_TE.grad
+        du_TO = _grad(u_TO)
+        self.up.add_gradients(du_TO, n_TE.detach())
+        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(du_TO)))
+        dy_NE[tile] = _grad(m_TE)
         self.out.add_gradients(dy_NE[tile].to(self.dtype), out_TI)
-
-
-class Group(NamedTuple):
-    """Of heads: where its queries, keys and values lie in qkv."""
-
-    queries: slice
-    keys: slice
-    values: slice
-
-    def queries_and_keys(self, qkv_TWD: Tensor) -> tuple[Tensor, Tensor]:
-        return qkv_TWD[:, self.queries], qkv_TWD[:, self.keys]
-
-
-def _groups(heads: tuple[int, int, int], count: int) -> list[Group]:
-    starts, parts = (0, heads[0], heads[0] + heads[1]), [number // count for number in heads]
-    return [
-        Group(*(slice(start + i * part, start + (i + 1) * part) for start, part in zip(starts, parts, strict=True)))
-        for i in range(count)
-    ]
 
 
 def _tiles(tokens: int, at_most: int) -> list[slice]:
@@ -276,12 +265,29 @@ def _tiles(tokens: int, at_most: int) -> list[slice]:
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
-class _Product:
-    """A linear layer during one pass: its weight is cast once, its gradients are added up in float32."""
+class _Product(NamedTuple):
+    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients add up in float32."""
 
-    def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
-        self.layer, self.weight_OI = layer, layer.operand(dtype).detach()
-        self.bias_O = None if layer.bias is None else layer.bias.detach().to(dtype)
+    layer: Linear
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Linear, dtype: torch.dtype) -> _Product:
+        bias_O = None if layer.bias is None else layer.bias.detach().to(dtype)
+        return cls(layer, layer.operand(dtype).detach(), bias_O)
+
+    def by_heads(self, heads: Sequence[int], groups: int) -> list[_Product]:
+        """Of the product for queries, keys and values that of each group: the same part of each of the three."""
+        if groups == 1:
+            return [self]
+        rows_O = torch.arange(len(self.weight_OI), device=self.weight_OI.device)
+        of_each = [part.flatten().chunk(groups) for part in rows_O.view(sum(heads), -1).split(list(heads))]
+        rows = [torch.cat(parts) for parts in zip(*of_each, strict=True)]
+        return [
+            self._replace(weight_OI=self.weight_OI[r], bias_O=None if self.bias_O is None else self.bias_O[r])
+            for r in rows
+        ]
 
     def __call__(self, x_TI: Tensor, out: Tensor | None = None) -> Tensor:
         if self.bias_O is None:
@@ -295,20 +301,27 @@ class _Product:
     def add_gradients(self, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Add the gradients of weight and bias to theirs."""
         if self.layer.weight.requires_grad:
-            grad_OI = _gradient(self.layer.weight)
-            if dy_TO.is_cuda and dy_TO.dtype != grad_OI.dtype == torch.float32:
-                torch.addmm(grad_OI, dy_TO.T, x_TI, out_dtype=torch.float32, out=grad_OI)
-            else:
+            grad_OI = _begun(self.layer.weight)
+            if dy_TO.is_cuda:
+                wider: dict[str, Any] = {} if grad_OI.dtype == dy_TO.dtype else {"out_dtype": grad_OI.dtype}
+                torch.addmm(grad_OI, dy_TO.T, x_TI, out=grad_OI, **wider)
+            else:  # a CPU cannot add up in a wider dtype than that of the factors
                 grad_OI += dy_TO.T @ x_TI
         if self.layer.bias is not None and self.layer.bias.requires_grad:
-            grad_O = _gradient(self.layer.bias)
+            grad_O = _begun(self.layer.bias)
             grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def _begun(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, to add to."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _grad(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def _leaf(x: Tensor) -> Tensor:

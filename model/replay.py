@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from kernels import FLASH_ATTENTION_OPS
 
@@ -39,24 +39,30 @@ class _View(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, tensors: Sequence[Tensor]) -> _View | None:
+        """None where it is a view of none."""
         for base, tensor in enumerate(tensors):
-            if tensor.untyped_storage()._cdata == x.untyped_storage()._cdata:
-                return cls(base, tuple(x.shape), x.stride(), x.storage_offset() - tensor.storage_offset())
+            if tensor.untyped_storage()._cdata == x.untyped_storage()._cdata and not _has_gaps(tensor):
+                return cls(base, tuple(x.shape), x.stride(), int(x.storage_offset()) - int(tensor.storage_offset()))
         return None
 
     def on(self, tensors: Sequence[Tensor]) -> Tensor:
         base = tensors[self.base]
-        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+        return base.as_strided(self.size, self.stride, int(base.storage_offset()) + self.offset)
+
+
+def _has_gaps(x: Tensor) -> bool:
+    """Whether memory that is not the tensor's lies within it, which a copy to the host and back would not carry."""
+    return 1 + sum((length - 1) * step for length, step in zip(x.shape, x.stride(), strict=True)) > x.numel()
 
 
 class Recipe(NamedTuple):
     """How attention's output and its operator's results are made of the tensors that are kept of them."""
 
-    count: int
-    """Of the tensors."""
+    size: int
+    """Number of those tensors."""
     out: _View
     leaves: list[Any]
-    """The operators' results: an index stands for a kept tensor."""
+    """The operators' results: an `_Index` stands for a kept tensor."""
     spec: TreeSpec
 
 
@@ -65,7 +71,7 @@ class _Index(int):
 
 
 def catch(attend: Callable[..., Tensor], *inputs: Any) -> tuple[list[Tensor], Recipe]:
-    """The tensors to keep of `attend(*inputs)`: its output, once, and what else its operator returned in floating point.
+    """The tensors to keep of `attend(*inputs)`: its output, and what else its operator returned in floating point.
 
     Where no operator is recognised (attention=math, FlexAttention's own compiled function on a GPU) that is the output
     alone, and `replay` computes attention again.
@@ -81,9 +87,9 @@ def catch(attend: Callable[..., Tensor], *inputs: Any) -> tuple[list[Tensor], Re
             tensors.append(leaf)
     view = _View.of(out, tensors)
     if view is None:
+        out = out.clone() if _has_gaps(out) else out
+        view = _View(len(tensors), tuple(out.shape), out.stride(), 0)
         tensors.append(out)
-        view = _View.of(out, tensors)
-        assert view is not None
     return tensors, Recipe(len(tensors), view, leaves, spec)
 
 
@@ -94,6 +100,8 @@ def output(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
 
 def replay(tensors: Sequence[Tensor], recipe: Recipe, attend: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`attend(*inputs)` with a graph, its operators' results being those that were caught."""
+    if not recipe.leaves:
+        return attend(*inputs)
     leaves = [tensors[leaf] if isinstance(leaf, _Index) else leaf for leaf in recipe.leaves]
     with _Replay(tree_unflatten(leaves, recipe.spec)):
         return attend(*inputs)
@@ -115,7 +123,8 @@ class _Catch(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.name() in ATTENTION:
+        # While FlexAttention is compiled, its operator is called with tensors that have no data, of a class of theirs.
+        if func.name() in ATTENTION and all(type(x) is Tensor for x in tree_leaves(result) if isinstance(x, Tensor)):
             self.results.append(result)
         return result
 
@@ -126,6 +135,6 @@ class _Replay(_Mode):
         self.results = results
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ATTENTION and self.results:
+        if func.name() in ATTENTION:
             return self.results.pop(0)
         return func(*args, **(kwargs or {}))

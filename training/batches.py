@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from data.answers import AnswersOnly
 from data.corpus import Corpus
 from data.loader import Batch, Loader, eval_batches
 from data.packing import pack, training_rows
+from data.recall import MARKER
 
 from .config import TrainConfig
 from .parallel.world import World
@@ -32,6 +34,10 @@ class Batches:
         if available < seq_len:
             notify(f"validation rows have {available:,} tokens, all the held-out text there is, not seq_len")
         val_rows = pack(corpus, "val", min(available, seq_len), mask)
+        if config.data.is_recall:
+            (marker_id,) = corpus.tokenizer.encode(MARKER)
+            train_rows = pack(corpus, "train", seq_len, mask, config.data.packing)
+            self.train_rows, val_rows = (AnswersOnly(rows, marker_id) for rows in (train_rows, val_rows))
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
         """Most documents in a row; None where rows are read as one."""

@@ -54,12 +54,23 @@ class Metric:
 
 def loss_at(tokens_read: int) -> str:
     """The metric of the predictions made from more than half of so many tokens, a power of 2, up to that many."""
-    unit = next(place for place in (3, 2, 1, 0) if tokens_read >= 1024**place)
-    return f"val/loss_at_{tokens_read // 1024**unit}{'kmg'[unit - 1] if unit else ''}"
+    return f"val/loss_at_{_binary(tokens_read)}"
 
 
-TOKENS_READ = tuple(2**power for power in range(8, 32))
-"""Upper ends of the ranges by which the loss is reported; the first begins at 1. No row is longer than the last."""
+def recall_at(distance: int) -> str:
+    """The metric of the answers to keys that stand more than half of so many tokens back, a power of 2, up to that."""
+    return f"val/recall_at_{_binary(distance)}"
+
+
+def _binary(tokens: int) -> str:
+    """A power of 2 in at most four characters: 512, 1k, 256k, 1m."""
+    unit = next(place for place in (3, 2, 1, 0) if tokens >= 1024**place)
+    return f"{tokens // 1024**unit}{'kmg'[unit - 1] if unit else ''}"
+
+
+RANGE_ENDS = tuple(2**power for power in range(8, 32))
+"""Upper ends of the ranges of tokens read, by which the loss is reported, and of distances, by which recall is; the
+first begins at 1. No row is longer than the last."""
 LOSS_FORM = {"form": ".4f", "line_form": "7.4f"}
 PERCENT = {"form": ".1%", "line_form": "5.1%"}
 METRICS: dict[str, Metric] = {
@@ -68,8 +79,8 @@ METRICS: dict[str, Metric] = {
         Metric(
             "train/loss",
             "nats per token",
-            "mean over the steps since the last line; every token of a step weighs the same, whatever micro-batch it "
-            "was in; with what `z_loss` and `label_smoothing` add",
+            "mean over the steps since the last line; every target of a step weighs the same, whatever micro-batch "
+            "it was in; with what `z_loss` and `label_smoothing` add",
             "lower", label="loss", title="loss", **LOSS_FORM,
         ),
         Metric("train/learning_rate", "", "of the last step", form=".2e", label="lr", line_form="8.2e"),
@@ -106,7 +117,23 @@ METRICS: dict[str, Metric] = {
                 "predictions are of one such range",
                 "lower", form=".4f",
             )
-            for end in TOKENS_READ
+            for end in RANGE_ENDS
+        ),
+        Metric(
+            "val/recall",
+            "fraction",
+            "of the answers that are the most likely token (`data.task=recall` only)",
+            "higher", label="recall", title="val recall", **PERCENT,
+        ),
+        *(
+            Metric(
+                recall_at(end),
+                "fraction",
+                "the same where the key stands so many tokens before its question or fewer, down to half as many: "
+                "`…_1k` is 513 to 1,024, the first 1 to 256",
+                "higher", form=".1%",
+            )
+            for end in RANGE_ENDS
         ),
         Metric(
             "throughput/tokens_per_second",

@@ -53,6 +53,7 @@ class Run:
         check_run_folder(config)
         self.folder = Path(config.run_dir)
         self.world = world = World.start(runtime.device)
+        self.attention.compile_ahead()
 
         with self.startup.timed("data"):
             corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)

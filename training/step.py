@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.loader import Batch
+from data.loader import IGNORE_INDEX, Batch
 from model.gpt import GPT
 from model.linear import refresh
 
@@ -23,7 +23,7 @@ class StepResult(NamedTuple):
     """What a step did. The tensors are scalars on the device: reading one waits for it."""
 
     loss: Tensor
-    """Mean over the step's tokens on all ranks, in nats."""
+    """Mean over the step's targets on all ranks, in nats."""
     grad_norm: Tensor
     """Global, before clipping."""
     good: Tensor
@@ -64,6 +64,16 @@ class TrainStep:
         """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient."""
         return self._loss(batch, per_token=True)
 
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> Tensor:
+        """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
+        these places only; nothing is compiled."""
+        batch, model = batch.to(self.world.device), self.model
+        with self.autocast():
+            mask = model.attention.prepare(batch.starts_BS, batch.tokens_BS.shape[1])
+            x_BSE = model.hidden(batch.tokens_BS, batch.positions_BS, model.attention, mask)
+            return model.logits(x_BSE[batch.targets_BS != IGNORE_INDEX]).argmax(-1)
+
     def _loss(self, batch: Batch, per_token: bool) -> Tensor:
         batch = batch.to(self.world.device)
         with self.autocast():
@@ -73,11 +83,14 @@ class TrainStep:
             return loss
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
-        num_tokens = self.world.count(sum(batch.num_tokens for batch in micro_batches))
+        num_tokens, num_targets, pairs = (
+            self.world.count(sum(getattr(batch, name) for batch in micro_batches))
+            for name in ("num_tokens", "num_targets", "visible_pairs")
+        )
         loss = torch.zeros((), device=self.world.device)
         for batch in micro_batches:
-            # Divided by the whole step's tokens, not averaged per micro-batch: every token weighs the same.
-            micro_loss = self.loss(batch) / num_tokens
+            # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
+            micro_loss = self.loss(batch) / num_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         loss = self.world.sum(loss)
@@ -85,5 +98,4 @@ class TrainStep:
         good = self.guard.check(step, loss, grad_norm)
         self.optimizer.step(learning_rate, good)
         refresh(self.model)
-        pairs = self.world.count(sum(batch.visible_pairs for batch in micro_batches))
         return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)

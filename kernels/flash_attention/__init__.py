@@ -1,5 +1,6 @@
 """Flash attention: the public functions (interface), the PyTorch operators (op), and the kernels below them."""
 
+from .decode import flash_decode
 from .documents import starts_from_cu_seqlens, starts_from_separators
 from .interface import flash_attention, flash_attention_varlen
 from .op import FLASH_ATTENTION_OPS
@@ -8,6 +9,7 @@ __all__ = [
     "FLASH_ATTENTION_OPS",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_decode",
     "starts_from_cu_seqlens",
     "starts_from_separators",
 ]

@@ -134,3 +134,36 @@ def choose_tiles(
         if applies and key in tiles:
             return tiles[key]
     return HOPPER[key]
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How the decoding kernel cuts its work: see `decode_kernels`."""
+
+    m: int
+    """Rows in a tile: queries times query heads of a key/value head."""
+    n: int
+    """Keys in a tile."""
+    least: int
+    """Tiles of keys that a split has at least: below that, a merge costs more than it gains."""
+    num_warps: int
+    num_stages: int
+
+
+def choose_decode_tiles(
+    head_dim: int, rows: int, element_size: int, capability: tuple[int, int] | None = None
+) -> DecodeTiles:
+    """The tiles for so many rows: 16 KiB of K and of V at a time. Compiled for every GPU, untimed.
+
+    Args:
+        head_dim: up to 256. rows: queries times query heads of a key/value head. element_size: bytes, 2 or 4.
+        capability: as for `choose_tiles`.
+    """
+    padded = max(64, 1 << (head_dim - 1).bit_length())
+    # IEEE products have no matrix unit: with more rows their operands spill. At 256 more rows do not fit into 99 KiB.
+    most = 16 if element_size == 4 else 32 if padded == 256 else 64
+    m = min(most, max(16, 1 << (rows - 1).bit_length()))
+    n = min(16384 // (padded * element_size), 128 if m == 16 else 64)  # 64 × 128 scores would spill on sm_120
+    warps = 8 if element_size == 4 else 4
+    stages = 2 if capability == (0, 0) else 3  # 64 KiB of shared memory on AMD's
+    return DecodeTiles(m=m, n=n, least=2, num_warps=warps, num_stages=stages)

@@ -6,10 +6,13 @@ Shape suffixes, here and in the backends: B batch, S sequence, H query heads, G 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from kernels.reference import attend, cached_pairs
 
 from .config import AttentionConfig
 from .spec import AttentionSpec
@@ -33,7 +36,7 @@ class AttentionBackend(ABC):
         """Which kernel really runs and why, for the start-up line."""
 
     @abstractmethod
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Any:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Any:
         """Turn a batch's document starts into the mask this backend reads: once per batch, shared by all layers.
 
         Runs eagerly, outside the compiled model, and returns tensors (or a BlockMask) of shapes that never change.
@@ -41,17 +44,42 @@ class AttentionBackend(ABC):
         Args:
             starts_BS: int32, index in its row of the first token of each token's document; None without documents.
             seq_len: S, which is the spec's except where validation text is shorter than a row.
+            num_keys: where there are more keys than queries, which are then the last S positions; None for S.
         """
 
     @abstractmethod
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Any) -> Tensor:
         """out (B, S, H, D) from q (B, S, H, D), k and v (B, S, G, D) and what `prepare` returned."""
 
+    def compile_ahead(self) -> None:  # noqa: B027 (most backends have no kernels to compile)
+        """Begin to compile this backend's kernels, on a thread; `prepare` waits for it."""
+
     def bound_documents(self, max_documents: int | None) -> None:
         """Tell the backend, once the text is known, how many documents a row holds at most."""
         self.spec = replace(self.spec, max_documents=max_documents)
 
-    def for_layer(self, layer: int) -> AttentionBackend:
+    # ---- a few new tokens over a cache of keys: `model.attention.cache`
+
+    decodes_with: ClassVar[str] = "plain PyTorch"
+    """What `decode` runs."""
+
+    def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Any:
+        """What `decode` reads beside the cache: once per step, shared by all layers, without waiting for the device.
+
+        Args:
+            lengths_B: int32, tokens of each row, its `seq_len` new ones included.
+            capacity: slots of the cache; the key of position s lies in slot s mod capacity.
+        """
+        return cached_pairs(lengths_B, seq_len, capacity, self.spec.window)
+
+    def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Any) -> Tensor:
+        """out (B, S, H, D) of the last S tokens of each row, over caches (B, capacity, G, D): by the definition, unless
+        a backend has something faster."""
+        out = attend(q_BSHD, k_BKGD, v_BKGD, mask, scale=self.spec.scale, softcap=self.spec.softcap)
+        assert isinstance(out, Tensor)
+        return out
+
+    def for_layer(self, layer: int) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
         """What layer 0, 1, … attends with: the same object for all, so that one compiled block serves every layer.
 
         A cache returns that layer's part. An index among the arguments of a compiled block would compile it per layer.

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from threading import Thread
+
+import torch
 from torch import Tensor
 
-from kernels import flash_attention
+from kernels import flash_attention, flash_decode
 from kernels.flash_attention.config import choose_tiles
 
 from .base import AttentionBackend
 from .config import AttentionConfig, FlashConfig, has_hopper_kernels
 from .spec import AttentionSpec
+
+SHORT_ROW = 4096
+"""Tokens of a row for which the kernels are those of all longer rows."""
 
 
 class FlashAttention(AttentionBackend):
@@ -19,6 +26,7 @@ class FlashAttention(AttentionBackend):
         super().__init__(spec, config)
         assert isinstance(config, FlashConfig)
         self.implementation = config.implementation
+        self._compiling: Thread | None = None
 
     def describe(self) -> str:
         spec = self.spec
@@ -46,7 +54,27 @@ class FlashAttention(AttentionBackend):
             described.append(f"{name} {tiles.m} × {tiles.n}")
         return f"tiles of queries × keys: {', '.join(described)}"
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
+    def compile_ahead(self) -> None:
+        if self.spec.capability is not None:
+            self._compiling = Thread(target=self._compile, daemon=True)
+            self._compiling.start()
+
+    def _compile(self) -> None:
+        """Call the kernels once with a row that is short and in all else like the run's, so that Triton has them."""
+        spec = self.spec
+        S = min(spec.seq_len, SHORT_ROW + spec.seq_len % 16)  # as divisible by 16 as the run's
+        heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads)
+        options = {"dtype": getattr(torch, spec.dtype), "device": spec.device, "requires_grad": True}
+        starts = torch.zeros(1, S, dtype=torch.int32, device=spec.device) if spec.masks_documents else None
+        with suppress(Exception):  # whatever is wrong is said where the run itself calls them
+            qkv = torch.zeros(1, S, sum(heads), spec.head_dim, **options)
+            q, k, v = qkv.split(heads, dim=2)
+            self(q.contiguous(), k.contiguous(), v, starts).sum().backward()
+
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor | None:
+        if self._compiling:
+            self._compiling.join()
+            self._compiling = None
         return starts_BS
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
@@ -62,5 +90,16 @@ class FlashAttention(AttentionBackend):
             scale=spec.scale,
             implementation=self.implementation,
         )
+        assert isinstance(out, Tensor)
+        return out
+
+    decodes_with = "flash-gpt's decoding kernel"
+
+    def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Tensor:
+        return lengths_B
+
+    def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor) -> Tensor:
+        spec = self.spec
+        out = flash_decode(q_BSHD, k_BKGD, v_BKGD, mask, window=spec.window, softcap=spec.softcap, scale=spec.scale)
         assert isinstance(out, Tensor)
         return out

@@ -34,10 +34,12 @@ class FlexAttention(AttentionBackend):
             return f"compiled FlexAttention, {BLOCK} × {BLOCK} block mask"
         return "FlexAttention forward, gradients from the specification (PyTorch has no flex backward on a CPU)"
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> BlockMask | None:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> BlockMask | None:
         spec = self.spec
+        if starts_BS is None and num_keys is not None:
+            starts_BS = torch.zeros(1, seq_len, dtype=torch.int32, device=spec.device)
         if starts_BS is not None:
-            return interval_block_mask(starts_BS, spec.window, spec.causal)
+            return interval_block_mask(starts_BS, spec.window, spec.causal, num_keys)
         if not spec.causal and spec.window is None:
             return None
         if seq_len not in self._without_documents:
@@ -104,7 +106,9 @@ def _soft_cap(c: float) -> Any:
     return score_mod
 
 
-def interval_block_mask(starts_BS: Tensor, window: int | None, causal: bool = True) -> BlockMask:
+def interval_block_mask(
+    starts_BS: Tensor, window: int | None, causal: bool = True, num_keys: int | None = None
+) -> BlockMask:
     """The block mask of rows in which query t sees keys [first[t], t], straight from the interval ends.
 
     `create_block_mask` evaluates all S² pairs. Because first[t] never decreases, a block's corners decide: block
@@ -114,34 +118,35 @@ def interval_block_mask(starts_BS: Tensor, window: int | None, causal: bool = Tr
     Args:
         starts_BS: int32, nondecreasing along S; B = 1 gives a mask for any batch size.
         window: keys a query sees, itself included; None for all.
+        num_keys: K ≥ S, of whose positions the queries are the last; None for S.
     """
     B, S = starts_BS.shape
-    device = starts_BS.device
-    t_S = torch.arange(S, device=device, dtype=torch.int32)
+    K, device = num_keys or S, starts_BS.device
+    t_S = torch.arange(K - S, K, device=device, dtype=torch.int32)
     first_BS = starts_BS if window is None else torch.maximum(starts_BS, t_S - window + 1)
-    last_S = t_S if causal else (torch.full_like(t_S, S - 1) if window is None else (t_S + window - 1).clamp_max(S - 1))
+    last_S = t_S if causal else (torch.full_like(t_S, K - 1) if window is None else (t_S + window - 1).clamp_max(K - 1))
 
-    head_N = torch.arange(0, S, BLOCK, device=device)  # first position of each block
-    tail_N = (head_N + BLOCK - 1).clamp_max(S - 1)  # its last position
-    some_BNN = (head_N[None, None, :] <= last_S[tail_N][None, :, None]) & (
-        tail_N[None, None, :] >= first_BS[:, head_N][:, :, None]
+    # First and last query of each block of them, and key.
+    head_M, head_N = (torch.arange(0, length, BLOCK, device=device) for length in (S, K))
+    tail_M, tail_N = (head_M + BLOCK - 1).clamp_max(S - 1), (head_N + BLOCK - 1).clamp_max(K - 1)
+    some_BMN = (head_N[None, None, :] <= last_S[tail_M][None, :, None]) & (
+        tail_N[None, None, :] >= first_BS[:, head_M][:, :, None]
     )
-    full_BNN = (tail_N[None, None, :] <= last_S[head_N][None, :, None]) & (
-        head_N[None, None, :] >= first_BS[:, tail_N][:, :, None]
+    full_BMN = (tail_N[None, None, :] <= last_S[head_M][None, :, None]) & (
+        head_N[None, None, :] >= first_BS[:, tail_M][:, :, None]
     )
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         first = first_BS[0, q] if B == 1 else first_BS[b, q]
         return (k >= first) & (k <= last_S[q])
 
-    def blocks(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
-        count_B1N = chosen_BNN.sum(-1, dtype=torch.int32)[:, None]
-        order_B1NN = chosen_BNN.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
-        return count_B1N.contiguous(), order_B1NN.contiguous()
+    def blocks(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
+        count_B1M = chosen_BMN.sum(-1, dtype=torch.int32)[:, None]
+        order_B1MN = chosen_BMN.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)[:, None]
+        return count_B1M.contiguous(), order_B1MN.contiguous()
 
-    # A row of the last, ragged block reaches past S: never full, so that the kernel checks every position there.
-    ragged_N = head_N + BLOCK > S
-    full_BNN = full_BNN & ~ragged_N[None, None, :] & ~ragged_N[None, :, None]
+    # The last, ragged blocks reach past S or K: never full, so that the kernel checks every position there.
+    full_BMN = full_BMN & (head_N + BLOCK <= K)[None, None, :] & (head_M + BLOCK <= S)[None, :, None]
     return BlockMask.from_kv_blocks(
-        *blocks(some_BNN & ~full_BNN), *blocks(full_BNN), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(S, S)
+        *blocks(some_BMN & ~full_BMN), *blocks(full_BMN), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(S, K)
     )

@@ -19,10 +19,10 @@ class MathAttention(AttentionBackend):
     def describe(self) -> str:
         return "plain PyTorch, float32 softmax, S × S scores in memory (the specification)"
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor:
         spec = self.spec
         options: dict[str, Any] = {"causal": spec.causal, "window": spec.window, "starts": starts_BS}
-        return visible_pairs(seq_len, seq_len, device=spec.device, **options)
+        return visible_pairs(seq_len, num_keys or seq_len, device=spec.device, **options)
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor) -> Tensor:
         spec = self.spec

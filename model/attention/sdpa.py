@@ -46,8 +46,11 @@ class SdpaAttention(AttentionBackend):
     def describe(self) -> str:
         return f"PyTorch's {self.kernel} kernel ({self.reason})"
 
-    def prepare(self, starts_BS: Tensor | None, seq_len: int) -> Tensor | None:
+    def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor | None:
         spec = self.spec
+        if num_keys is not None:
+            # Without a mask, PyTorch's causal queries are the first of the keys' positions.
+            return visible_pairs(seq_len, num_keys, causal=spec.causal, window=spec.window, device=spec.device)[:, None]
         if self.kernel == VARLEN and starts_BS is not None:
             assert spec.max_documents is not None
             return cumulative_lengths(starts_BS, spec.max_documents)
@@ -57,13 +60,15 @@ class SdpaAttention(AttentionBackend):
         return visible_pairs(seq_len, seq_len, device=spec.device, **options)[:, None]
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
-        spec, H = self.spec, q_BSHD.shape[2]
-        if self.kernel == VARLEN:
+        spec, H, kernel = self.spec, q_BSHD.shape[2], self.kernel
+        if k_BSGD.shape[1] > q_BSHD.shape[1] and spec.device == "cuda" and kernel != "math":
+            kernel = "efficient"  # the one of PyTorch's fused kernels that takes the mask of fewer queries than keys
+        if kernel == VARLEN:
             return self._varlen(q_BSHD, k_BSGD, v_BSGD, mask)
-        if self.kernel not in ("flash", "math") and k_BSGD.shape[2] != H:
+        if kernel not in ("flash", "math") and k_BSGD.shape[2] != H:
             # Only these two read grouped heads in place; the others get the same numbers, repeated.
             k_BSGD, v_BSGD = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k_BSGD, v_BSGD))
-        with sdpa_kernel(KERNELS[self.kernel]):
+        with sdpa_kernel(KERNELS[kernel]):
             out_BHSD = F.scaled_dot_product_attention(
                 q_BSHD.transpose(1, 2),
                 k_BSGD.transpose(1, 2),
@@ -74,6 +79,20 @@ class SdpaAttention(AttentionBackend):
                 enable_gqa=k_BSGD.shape[2] != H,
             )
         return out_BHSD.transpose(1, 2)
+
+    decodes_with = "scaled_dot_product_attention"
+
+    def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor) -> Tensor:
+        """The heads of a group become queries of one head: grouped keys and values are read where they are."""
+        G = k_BKGD.shape[2]
+        q_BGMD = q_BSHD.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mask_B1MK = mask.repeat(1, q_BSHD.shape[2] // G, 1)[:, None]
+        kernel = "efficient" if self.spec.device == "cuda" and self.kernel != "math" else self.kernel
+        with sdpa_kernel(KERNELS[kernel]):
+            out_BGMD = F.scaled_dot_product_attention(
+                q_BGMD, k_BKGD.transpose(1, 2), v_BKGD.transpose(1, 2), attn_mask=mask_B1MK, scale=self.spec.scale
+            )
+        return out_BGMD.unflatten(2, (-1, q_BSHD.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _varlen(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, lengths: Tensor | None) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

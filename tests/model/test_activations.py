@@ -74,7 +74,9 @@ def test_loss_and_gradients_are_the_same_bits(
 ) -> None:
     """Of memory=full in one tile and one group."""
     if isinstance(policy, FullConfig) and backend != "sdpa":
-        config = replace(config, qk_norm=False)  # the gradient of k, of another layout there, is summed in another order
+        config = replace(
+            config, qk_norm=False
+        )  # the gradient of k, of another layout there, is summed in another order
     assert_same_bits(*pair(build_lively, policy, config, backend))
 
 

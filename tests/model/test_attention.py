@@ -374,3 +374,22 @@ def test_backend_on_the_gpu_is_within_twice_the_error_of_standard_attention(conf
         # Where a query sees one key, the gradients of q and k are differences of equal numbers: 0 but for rounding.
         floor = 2**-7 * truth[-1].norm() if exact.norm() == 0 else 0.0
         assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + floor
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "auto"])
+@pytest.mark.parametrize("max_documents", [None, 8])
+def test_a_run_compiles_no_kernels_but_those_compiled_ahead(max_documents, implementation, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    spec = replace(HOPPER, n_heads=4, n_kv_heads=2, head_dim=80, seq_len=16_384, max_documents=max_documents)
+    backend = build_attention(FlashConfig(implementation=implementation), spec)
+    backend.compile_ahead()
+    S = spec.seq_len
+    starts = torch.arange(S, device="cuda", dtype=torch.int32)[None] // 4096 * 4096 if max_documents else None
+    mask = backend.prepare(starts, S)
+    ahead = {folder.name for folder in tmp_path.iterdir()}
+    assert ahead
+    qkv = torch.randn(1, S, 8, 80, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = qkv.split((4, 2, 2), dim=2)
+    backend(q.contiguous(), k.contiguous(), v, mask).sum().backward()
+    assert {folder.name for folder in tmp_path.iterdir()} == ahead

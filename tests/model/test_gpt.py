@@ -158,7 +158,7 @@ def test_the_losses_of_the_tokens_sum_to_the_loss(build_lively, config, unit):
     expected = -log_probs.gather(2, targets.clamp_min(0)[..., None])[..., 0] * (targets != -100)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(losses.sum(), model(tokens, targets, starts))
-    assert counter.frame_count == {None: 0, "model": 2, "block": 3}[unit]
+    assert counter.frame_count == (3 if unit else 0), "one for the blocks, and one for each kind of loss"
 
 
 @pytest.mark.parametrize("chunk_size", [0, 40])
@@ -320,7 +320,7 @@ def test_compiled_by_blocks_one_graph_serves_every_layer_and_one_the_loss(build_
         for expected, got in zip(model.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(got.grad, expected.grad)
     assert counter.frame_count == 2
-    generate(compiled, [1, 2, 3], 2)
+    generate(compiled, [[1, 2, 3]], 2)
     assert counter.frame_count == 2, "generation is not compiled"
 
 
@@ -348,75 +348,5 @@ def test_another_backend_for_one_call_compiles_nothing(build_lively):
     other = build_lively(LLAMA, "sdpa").attention
     model.compile(backend=counter)
     model(random_tokens(), attention=other)
-    generate(model, [1, 2, 3], 2)
+    generate(model, [[1, 2, 3]], 2)
     assert counter.frame_count == 0
-
-
-# Sampling
-
-
-@FAMILIES
-def test_a_sample_is_its_seeds_and_begins_with_the_prompt(build_lively, config):
-    model = build_lively(config, seq_len=S)
-    prompt = [5, 6, 7]
-    samples = [generate(model, prompt, 12, seed=seed) for seed in (0, 0, 1)]
-    assert samples[0] == samples[1]
-    assert samples[0] != samples[2]
-    assert all(sample[:3] == prompt and len(sample) == 15 for sample in samples)
-    assert prompt == [5, 6, 7]
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}])
-@torch.no_grad()
-def test_temperature_0_and_top_1_take_the_most_probable_token(build_lively, options):
-    model = build_lively(LLAMA, "sdpa")
-    expected = [5, 6, 7]
-    for _ in range(8):
-        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    assert generate(model, [5, 6, 7], 8, **options) == expected
-
-
-@torch.no_grad()
-def test_only_the_top_k_are_sampled(build_lively):
-    model = build_lively(LLAMA)
-    top_3 = set(model(torch.tensor([[5, 6, 7]]))[0, -1].topk(3).indices.tolist())
-    sampled = {generate(model, [5, 6, 7], 1, top_k=3, temperature=5.0, seed=seed)[-1] for seed in range(40)}
-    assert sampled == top_3
-
-
-def test_temperature_makes_samples_more_or_less_alike(build_lively):
-    model = build_lively(LLAMA)
-
-    def kinds(temperature: float) -> int:
-        return len({generate(model, [5, 6, 7], 1, temperature=temperature, seed=seed)[-1] for seed in range(40)})
-
-    assert kinds(0.05) < 5 < 15 < kinds(100.0)
-
-
-def test_sampling_ends_before_the_stop_token(build_lively):
-    model = build_lively(LLAMA)
-    whole = generate(model, [5, 6, 7], 10, temperature=0)
-    stop = whole[6]
-    assert generate(model, [5, 6, 7], 10, temperature=0, stop_id=stop) == whole[: whole.index(stop, 3)]
-
-
-def test_only_the_last_tokens_of_the_context_are_read(build_lively):
-    model = build_lively(LLAMA)
-    tail = [9, 8, 7, 6]
-    options = {"num_tokens": 6, "temperature": 0}
-    one, other = [generate(model, [*head, *tail], **options, max_context=4)[-6:] for head in ([1, 2], [3, 4])]
-    assert one == other
-    one, other = [generate(model, [*head, *tail], **options, max_context=6)[-6:] for head in ([1, 2], [3, 4])]
-    assert one != other
-
-
-def test_a_prompt_longer_than_the_learned_positions_is_cut(build_lively):
-    model = build_lively(replace(GPT2, n_positions=16), seq_len=16)
-    prompt = list(range(30))
-    assert generate(model, prompt, 3, temperature=0) == prompt + generate(model, prompt[-16:], 3, temperature=0)[-3:]
-
-
-def test_sampling_works_for_a_model_trained_on_packed_documents(build_lively):
-    packed, plain = build_lively(LLAMA, "sdpa", documents=True), build_lively(LLAMA)
-    plain.load_state_dict(packed.state_dict())
-    assert generate(packed, [1, 2, 3], 5) == generate(plain, [1, 2, 3], 5)

@@ -67,7 +67,8 @@ def test_on_a_gpu_policies_train_alike_in_ever_less_memory(config: MakeConfig, t
     options = [f"attention={attention}", "device=cuda", "compile=true", "max_steps=6", "seq_len=1024"]
     options += ["model.n_layers=8", "model.n_heads=4", "model.dim=256", "model.ffn_dim=1024"]
     losses, peaks = [], []
-    for policy in [*POLICIES, "memory=full memory.keep_attention=0"]:
+    tiles = "memory.tile=1024 memory.head_groups=2"
+    for policy in [*POLICIES[:2], f"memory=full {tiles}", f"memory=full memory.keep_attention=0 {tiles}"]:
         folder = tmp_path / str(len(peaks))
         fit(config(*options, *policy.split(), f"run_dir={folder}"))
         records = [record for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]
@@ -80,12 +81,13 @@ def test_on_a_gpu_policies_train_alike_in_ever_less_memory(config: MakeConfig, t
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["flash", "sdpa", "flex", "math"])
-def test_on_a_gpu_uncompiled_every_policy_ends_with_the_same_bits(
+def test_on_a_gpu_uncompiled_selective_ends_with_the_same_bits(
     config: MakeConfig, tmp_path: Path, attention: str
 ) -> None:
+    """memory=full does not: it adds up weight gradients in float32, which otherwise are bf16."""
     options = [*OPTIONS, f"attention={attention}", "device=cuda", "compile=false"]
     results = []
-    for policy in POLICIES:
+    for policy in POLICIES[:2]:
         folder = tmp_path / str(len(results))
         fit(config(*options, policy, f"run_dir={folder}"))
         results.append(trained(folder))

@@ -32,7 +32,7 @@ class Model(nn.Module):
 def set_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
@@ -135,21 +135,23 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config: OptimizerConfig, step
         assert not torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("at_once", [2**26, 40])
 @pytest.mark.parametrize("kind", [OptimizerConfig, MuonConfig])
 def test_bf16_moments_are_those_of_float32_rounded_after_each_step(
-    kind: type[OptimizerConfig], at_once: int, monkeypatch: pytest.MonkeyPatch
+    kind: type[OptimizerConfig], at_once: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizer_module, "ROUNDED_AT_ONCE", at_once)
-    ours, theirs = Model(), Model()
+    ours, theirs = Model().to(device), Model().to(device)
     theirs.load_state_dict(ours.state_dict())
-    optimizer, plain = Optimizer(ours, kind(moments="bfloat16"), CPU), Optimizer(theirs, kind(), CPU)
+    optimizer = Optimizer(ours, kind(moments="bfloat16"), torch.device(device))
+    plain = Optimizer(theirs, kind(), torch.device(device))
     assert (len(optimizer.adamws) > 1) == (at_once == 40)
     for step, rate in enumerate([1e-2, 3e-2, 1e-3], start=1):
         for model in (ours, theirs):
             set_gradients(model, seed=step)
-        optimizer.step(rate, FINITE)
-        plain.step(rate, FINITE)
+        optimizer.step(rate, FINITE.to(device))
+        plain.step(rate, FINITE.to(device))
         rounded = {
             name: tensor if name.endswith("/step") else tensor.bfloat16() for name, tensor in plain.tensors().items()
         }

@@ -53,6 +53,24 @@ def test_a_run_ends_with_the_bits_of_one_whose_micro_batches_cast_for_themselves
     assert trained(tmp_path / "once") == trained(tmp_path / "each")
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_copies_change_no_loss_and_need_no_memory(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With memory=none autocast's own casts are held, too, from the forward pass to the backward pass."""
+    options = ["device=cuda", "compile=true", "attention=flash", "model.n_layers=8", "model.n_heads=8", "model.dim=512"]
+    options += ["model.ffn_dim=2048", "seq_len=1024", "tokens_per_step=8192", "max_steps=6", "sample_tokens=0"]
+    results = {}
+    for name in ("once", "each"):
+        trainer = fit(config(*OPTIONS, *options, f"run_dir={tmp_path / name}"))
+        assert len(copies(trainer)) == (4 * 8 + 1 if name == "once" else 0)
+        records = [x for x in read_metrics(tmp_path / name / "metrics.jsonl") if "train/loss" in x]
+        results[name] = [x["train/loss"] for x in records], max(x["memory/peak_allocated_gib"] for x in records)
+        monkeypatch.setattr(Runtime, "working_dtype", lambda runtime, config: None)
+    assert results["once"][0] == pytest.approx(results["each"][0], rel=1e-3)
+    assert results["once"][1] < 1.02 * results["each"][1]
+
+
 def test_a_run_that_goes_on_or_begins_with_weights_multiplies_with_those(config: MakeConfig, tmp_path: Path) -> None:
     whole, branch = tmp_path / "whole", tmp_path / "branch"
     fit(config(*OPTIONS, f"run_dir={whole}"))

@@ -112,6 +112,7 @@ class TrainConfig:
         self.schedule.check_length(self.plan.max_steps, self.plan.tokens_per_step)
         self.model.check_seq_len(self.seq_len)
         self.memory.check_model(self.model)
+        self.data.check_rows(self.seq_len, self.tokenizer)
         vocab_size = self.tokenizer.vocab_size  # None: a file's, which the trainer looks at
         if vocab_size is not None and vocab_size > self.model.vocab_size:
             raise ValueError(

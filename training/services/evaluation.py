@@ -1,4 +1,5 @@
-"""The loss over held-out text, the same tokens each time: as a whole, and by how many tokens were read before."""
+"""The loss over held-out text, the same tokens each time: as a whole, and by how many tokens were read before. Where
+there are questions, the share of right answers: as a whole, and by how far back it was told."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import math
 
 import numpy as np
 
+from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
-from training.metrics import TOKENS_READ, loss_at
+from training.metrics import RANGE_ENDS, loss_at, recall_at
 from training.run import Run
 
 from .base import Service
@@ -26,13 +28,14 @@ class Evaluation(Service):
             self.evaluate(run)
 
     def evaluate(self, run: Run) -> None:
-        """Log the loss per token and per byte of text, and per token by the tokens read before it.
+        """Log the loss per token and per byte of text, per token by the tokens read before it, and the recall.
 
         A request to stop cuts it, and the resumed run does it again.
         """
         run.progress.unfinished.add(self.name)
         batches = run.batches.val_batches
-        nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
+        nats, tokens = (np.zeros(len(RANGE_ENDS)) for _ in range(2))  # by range of tokens read
+        right, asked = (np.zeros(len(RANGE_ENDS)) for _ in range(2))  # by range of distances
         with run.throughput.paused():
             for batch in batches:
                 if run.stop_reason():
@@ -40,22 +43,45 @@ class Evaluation(Service):
                 losses_BS = run.train_step.losses(batch).double().cpu().numpy()
                 nats += sum_by_tokens_read(batch, losses_BS)
                 tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
+                if run.config.data.is_recall:
+                    counted = count_right(batch, run.train_step.predictions(batch).cpu().numpy())
+                    right, asked = right + counted[0], asked + counted[1]
         loss = nats.sum() / tokens.sum()
         count_bytes = run.batches.corpus.tokenizer.count_bytes
         num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
         run.progress.val_loss = run.progress.step, float(loss)
         metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}
         if np.count_nonzero(tokens) > 1:  # else it would be val/loss again
-            metrics |= {loss_at(TOKENS_READ[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
+            metrics |= {loss_at(RANGE_ENDS[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
+        if run.config.data.is_recall:
+            metrics |= {"val/recall": float(right.sum() / asked.sum())}
+            metrics |= {recall_at(RANGE_ENDS[i]): float(right[i] / asked[i]) for i in np.flatnonzero(asked)}
         run.log(metrics)
         run.progress.unfinished.remove(self.name)
 
 
 def sum_by_tokens_read(batch: Batch, values_BS: np.ndarray) -> np.ndarray:
-    """Sums of a value of each token of a batch, float64, one for each of TOKENS_READ.
+    """Sums of a value of each token of a batch, float64, one for each of RANGE_ENDS.
 
     A prediction is made from the tokens of its document up to its own place: the first from 1.
     """
     read_BS = np.broadcast_to(batch.positions_BS.numpy() + 1, values_BS.shape)
-    ranges_BS = np.searchsorted(TOKENS_READ, read_BS)  # the first end that is not below
-    return np.bincount(ranges_BS.ravel(), values_BS.ravel(), minlength=len(TOKENS_READ))
+    return _sum_by_range(read_BS, values_BS)
+
+
+def count_right(batch: Batch, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Right answers and questions of a batch, float64, one for each of RANGE_ENDS, by the distance of the key.
+
+    Args:
+        predicted: (targets,) the token that a model takes for each, in the order of rows and places.
+    """
+    targets_BS = batch.targets_BS.numpy()
+    is_right = predicted == targets_BS[targets_BS != IGNORE_INDEX]
+    away = distances(batch.tokens_BS.numpy(), targets_BS)
+    return _sum_by_range(away, is_right), _sum_by_range(away, np.ones_like(away))
+
+
+def _sum_by_range(tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums of values by which of RANGE_ENDS is the first that their number of tokens is not above."""
+    ranges = np.searchsorted(RANGE_ENDS, tokens)
+    return np.bincount(ranges.ravel(), values.ravel(), minlength=len(RANGE_ENDS))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from model.generate import generate
+from model.attention.config import AttentionConfig
+from model.attention.math import MathAttention
+from model.generate import Generator
+from model.generate_config import SamplingConfig
+from model.text import encode, write
 from training.run import Run
 
 from .base import Service
@@ -26,7 +30,13 @@ class Sampling(Service):
 
     def sample(self, run: Run) -> None:
         config, tokenizer = run.config, run.batches.corpus.tokenizer
-        prompt = [tokenizer.separator_id, *tokenizer.encode(config.sample_prompt)]
-        with run.throughput.paused(), run.runtime.autocast():
-            ids = generate(run.model, prompt, config.sample_tokens, seed=config.seed, stop_id=tokenizer.separator_id)
-        run.log_sample(tokenizer.decode(ids[1:]))
+        # A row of training is as long as the model is known to work, and as a table of learned positions reaches.
+        num_tokens = min(config.sample_tokens, config.seq_len - 1)
+        prompt = encode(tokenizer, config.sample_prompt)[-(config.seq_len - num_tokens) :]
+        # Rows of any length are read by the definition of attention, which compiles nothing for them.
+        attention = MathAttention(run.model.attention.spec, AttentionConfig(name="math"))
+        with run.throughput.paused():
+            generator = Generator(run.model, 1, len(prompt) + num_tokens, SamplingConfig(), attention=attention)
+            pieces = write(generator, tokenizer, [prompt], num_tokens, seed=config.seed)
+            continuation = "".join(piece.text for piece in pieces)
+        run.log_sample(config.sample_prompt + continuation)

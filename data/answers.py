@@ -1,0 +1,48 @@
+"""Rows in which only answers are targets, and how far each answer lies from where it was told: see `data.recall`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.packing import IGNORE_INDEX, Row, Rows
+
+
+class AnswersOnly:
+    """Rows whose targets are IGNORE_INDEX but after a marker and a key.
+
+    Args:
+        marker_id: the token that stands before each key that is asked for.
+    """
+
+    def __init__(self, rows: Rows, marker_id: int) -> None:
+        self.rows, self.seq_len, self.marker_id = rows, rows.seq_len, marker_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._answers(self.rows[index])
+
+    def at(self, seed: int, position: int) -> Row:
+        return self._answers(self.rows.at(seed, position))
+
+    @property
+    def max_documents(self) -> int:
+        return self.rows.max_documents
+
+    def _answers(self, row: Row) -> Row:
+        keys = np.flatnonzero(row.tokens[:-1] == self.marker_id) + 1
+        targets = np.full_like(row.targets, IGNORE_INDEX)
+        targets[keys] = row.targets[keys]
+        return row._replace(targets=targets)
+
+
+def distances(tokens_BS: np.ndarray, targets_BS: np.ndarray) -> np.ndarray:
+    """Tokens from the last earlier place of each key that is asked for to its question: int64, one for each target in
+    the order of rows and places.
+
+    Raises:
+        IndexError: a key was not there before.
+    """
+    keys = zip(*np.nonzero(targets_BS != IGNORE_INDEX), strict=True)
+    return np.array([key - np.flatnonzero(tokens_BS[row, :key] == tokens_BS[row, key])[-1] for row, key in keys], int)

@@ -1,0 +1,104 @@
+"""Attention of a few queries over a cache of keys and values: the public function, and its PyTorch operator.
+
+Another function than `flash_attention`, because it promises other things: rows of different lengths, which only the
+device knows; a cache that is a ring; and no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import op
+from .interface import _autocast, _check_qkv, _check_sinks
+
+
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of the last S tokens of each row over the keys and values that the row has so far.
+
+    The method is flash-decoding (Dao et al. 2023): keys are split over the GPU, partial outputs are merged by their
+    LSE. `reference.attend` under `reference.cached_pairs` is the same function in plain PyTorch.
+
+    Nothing waits for the GPU and the grid follows from shapes alone: a CUDA graph that was captured at one length
+    serves all.
+
+    Args:
+        q: (B, S, H, D) in float16, bfloat16 or float32: the tokens at positions lengths − S to lengths − 1. Made for
+            few, 1 to 16. D a multiple of 8 from 16 to 256; a contiguous last dimension.
+        k_cache, v_cache: (B, capacity, G, D), dtype and device of q; H divisible by G; keys and values of the S tokens
+            are in it. That of position s lies in slot s mod capacity: with lengths above the capacity the cache is a
+            ring, in which `window` + S − 1 slots are needed. Unused slots are not read.
+        lengths: int32 (B,), on the device of q: tokens that each row has, the S new ones included. Not checked; queries
+            at negative positions see nothing.
+        window: how many of the most recent keys a query sees, itself included; None for all.
+        softcap, scale, sinks, return_lse: as in `flash_attention`.
+    Returns:
+        out (B, S, H, D), contiguous, in q's dtype. With return_lse (out, lse): lse (B, H, S) float32, natural log. A
+        query that sees no key gives out 0, lse −inf (or its sink).
+    Raises:
+        ValueError: inputs that do not fit together or are not supported, a device that cannot run the kernels, or
+            gradients are asked for.
+    """
+    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    _check_qkv(q, k_cache, v_cache)
+    B, _S, _H, D = q.shape
+    if lengths.shape != (B,) or lengths.dtype != torch.int32 or lengths.device != q.device:
+        found = f"{tuple(lengths.shape)}, {lengths.dtype} on {lengths.device}"
+        raise ValueError(f"lengths is {found}; pass ({B},), int32 on {q.device}: the tokens that each row has")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: use a cap above 0, or 0 for none")
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: use a number above 0 (to flip the scores' sign, pass -q)")
+    if sinks is not None:
+        _check_sinks(sinks, q)
+        sinks = sinks.contiguous()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)):
+        raise ValueError("flash_decode has no gradient; call it under torch.no_grad(), or train with flash_attention")
+    out, lse = torch.ops.flash_gpt.flash_decode.default(
+        q, k_cache, v_cache, lengths.contiguous(), sinks, window, softcap, scale
+    )
+    return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def _decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, sinks: Tensor | None, window: int | None,
+    softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reason = op.why_not_on(q.device)
+    if reason is not None:
+        raise ValueError(reason.replace("flash_attention", "flash_decode"))
+    from .decode_kernels import decode
+
+    return decode(q, k_cache, v_cache, lengths, sinks, window=window, softcap=softcap, scale=scale)
+
+
+def _decode_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_library = torch.library.Library("flash_gpt", "FRAGMENT")
+if not hasattr(torch.ops.flash_gpt, "flash_decode"):  # imported as kernels and as flash_gpt: the first one's serve
+    _library.define(
+        "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, SymInt? window, "
+        "float softcap, float scale) -> (Tensor, Tensor)",
+        tags=[torch.Tag.pt2_compliant_tag],
+    )
+    _library.impl("flash_decode", _decode, "CompositeExplicitAutograd")
+    torch.library.register_fake("flash_gpt::flash_decode", _decode_fake, lib=_library)

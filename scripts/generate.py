@@ -1,0 +1,235 @@
+"""Continue prompts with a trained model.
+
+python -m scripts.generate RUN "Once upon a time"          streamed to the terminal
+python -m scripts.generate RUN                             asks for prompts, one line each
+python -m scripts.generate RUN < book.txt                  standard input is the prompt
+python -m scripts.generate RUN --prompts FILE --json       one prompt a line; one JSON object a line comes out
+RUN is a run folder, or a checkpoint in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from model.generate_config import SamplingConfig
+from training.terminal import plain, say_error, secure
+from training.trained import load_model
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+    from model.generate import Generator
+    from model.gpt import GPT
+
+LEAST_CAPACITY = 1024
+"""Tokens that a cache holds at least, so that the next prompt at the terminal finds one that fits."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        say_error(f"{message}; python -m scripts.generate --help shows what there is")
+        raise SystemExit(2)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    usage = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="python -m scripts.generate",
+        description=usage[0],
+        epilog=usage[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder or a checkpoint")
+    add("prompt", nargs="*", metavar="PROMPT", help="text to continue; several are continued at once")
+    add("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
+    add("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default 200)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)")
+    add("--top-k", type=int, default=50, metavar="K", help="only the K most probable; 0: all (default 50)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="only those that together have P (default 1)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only those of P times the highest (default 0)",
+    )
+    add("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--batch-size", type=int, default=8, metavar="B", help="prompts continued at once (default 8)")
+    add("--chunk", type=int, default=8192, metavar="N", help="tokens of a prompt read at once (default 8192)")
+    add("--json", action="store_true", help="one JSON object a prompt: prompt, text, tokens, finish")
+    add("--tokens-per-second", action="store_true", help="say how fast it was, on standard error")
+    add("--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)")
+    add("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
+    add("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 where something cannot be; 130 after Ctrl-C."""
+    options = parse(arguments)
+    try:
+        sampling = check(options)
+        prompts = prompts_of(options)
+        model, tokenizer = load_model(
+            options.run,
+            attention=options.attention,
+            device=options.device,
+            precision=options.precision,
+            notify=note,
+        )
+        writer = Writer(model, tokenizer, options, sampling)
+        if prompts is None:
+            converse(writer)
+        else:
+            for begin in range(0, len(prompts), options.batch_size):
+                writer.write(prompts[begin : begin + options.batch_size])
+    except ValueError as error:
+        say_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def check(options: argparse.Namespace) -> SamplingConfig:
+    """Raises ValueError for numbers that cannot be."""
+    for name in ("max_tokens", "batch_size", "chunk"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2⁶³ − 1")
+    return SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
+
+
+def prompts_of(options: argparse.Namespace) -> list[str] | None:
+    """What was given; None: ask for it.
+
+    Raises:
+        ValueError: a file cannot be read, or holds nothing.
+    """
+    prompts = list(options.prompt)
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text("utf-8").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--prompts {options.prompts} cannot be read: {' '.join(str(error).split())}") from error
+        prompts += [line for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts {options.prompts} holds no prompt; write one a line")
+    if prompts:
+        return prompts
+    if sys.stdin is not None and sys.stdin.isatty():
+        return None
+    text = sys.stdin.read() if sys.stdin is not None else ""
+    if not text:
+        raise ValueError('no prompt: write one after RUN, such as "Once upon a time"; "" begins with nothing')
+    return [text]
+
+
+def note(line: str) -> None:
+    """Standard output is for the text alone."""
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+def converse(writer: Writer) -> None:
+    note("a line is a prompt; Ctrl-C ends its continuation, Ctrl-D ends this")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            writer.write([prompt])
+        except KeyboardInterrupt:
+            print(flush=True)
+        except ValueError as error:  # it is too long
+            say_error(str(error))
+
+
+@dataclass
+class Writer:
+    """Continues batches of prompts, and prints what comes."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    options: argparse.Namespace
+    sampling: SamplingConfig
+    generator: Generator | None = None
+
+    def write(self, prompts: list[str]) -> None:
+        """Raises ValueError where they are too long."""
+        from model.text import encode, write
+
+        options = self.options
+        ids = [encode(self.tokenizer, prompt) for prompt in prompts]
+        generator = self._generator(len(prompts), max(map(len, ids)) + options.max_tokens)
+        streams = len(prompts) == 1 and not options.json
+        if streams:
+            print(plain(prompts[0]), end="", flush=True)
+        began, first, count = time.perf_counter(), 0.0, 0
+        texts = [""] * len(prompts)
+        for piece in write(generator, self.tokenizer, ids, options.max_tokens, seed=options.seed, stops=options.stop):
+            first = first or time.perf_counter()
+            texts[piece.row] += piece.text
+            if streams:
+                print(plain(piece.text), end="\n" if piece.finish else "", flush=True)
+            elif piece.finish:
+                self._print(prompts[piece.row], texts[piece.row], piece.num_tokens, piece.finish)
+            count += piece.num_tokens if piece.finish else 0
+        if options.tokens_per_second:
+            self._say_speed(generator, ids, count, first - began, time.perf_counter() - first)
+
+    def _print(self, prompt: str, text: str, num_tokens: int, finish: str) -> None:
+        if self.options.json:
+            result = {"prompt": prompt, "text": text, "tokens": num_tokens, "finish": finish}
+            print(json.dumps(result), flush=True)
+        else:
+            print(f"{plain(prompt + text)}\n", flush=True)
+
+    def _say_speed(self, generator: Generator, ids: list[list[int]], count: int, reading: float, adding: float) -> None:
+        read = sum(map(len, ids))
+        speed = f"{(count - len(ids)) / adding:,.1f} tokens/s" if count > len(ids) else "no more than the first token"
+        note(
+            f"speed      {read:,} tokens read and the first {'one' if len(ids) == 1 else 'ones'} chosen in "
+            f"{reading:.2f} s; {count:,} tokens, {speed}; cache {generator.cache.num_bytes / 2**20:,.1f} MiB"
+        )
+
+    def _generator(self, rows: int, tokens: int) -> Generator:
+        """One that has room; the last one, with what was captured for it, where that has."""
+        from model.generate import Generator
+
+        options, config = self.options, self.model.config
+        now = self.generator
+        if now is not None and now.batch_size >= rows and now.cache.capacity >= tokens:
+            return now
+        trained = self.model.attention.spec.seq_len
+        if tokens > trained:
+            note(f"note       {tokens:,} tokens are more than the {trained:,} of a row that the model was trained on")
+        capacity = max(tokens, LEAST_CAPACITY)
+        if config.position == "learned":
+            capacity = max(tokens, min(capacity, config.n_positions))
+        self.generator = None  # its memory first
+        self.generator = Generator(
+            self.model,
+            max(rows, now.batch_size if now else 1),
+            capacity,
+            self.sampling,
+            chunk=options.chunk,
+            cuda_graph=self.model.attention.spec.device == "cuda",
+        )
+        if now is None:
+            note(f"attention  {self.generator.cache.describe()}")
+        return self.generator
+
+
+if __name__ == "__main__":
+    secure()
+    raise SystemExit(main())

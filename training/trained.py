@@ -1,0 +1,234 @@
+"""A trained model and its tokenizer, from a run folder or a checkpoint, to be used.
+
+What can be refused is refused before torch loads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.tokenizer import Tokenizer
+from model.attention import ATTENTIONS, AttentionConfig, AttentionSpec, build_attention, choose_attention
+from model.config import ModelConfig
+
+from .checkpoint import folder as checkpoints
+from .checkpoint.folder import DamagedCheckpoint
+from .config.saved import saved_settings
+from .machine import find_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.gpt import GPT
+
+PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a trained model lies."""
+
+    weights: Path
+    settings: dict[str, Any]
+    """Of the run that trained it."""
+    tokenizer: Path
+    what: str
+    """For a line on the screen."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Raises ValueError where another version wrote it."""
+        try:
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), self.settings["model"]))
+        except (KeyError, OmegaConfBaseException) as error:
+            raise ValueError(f"{self.what} has no model that this version knows: {error}") from error
+        assert isinstance(config, ModelConfig)
+        return config
+
+
+def find(path: str, notify: Callable[[str], None]) -> Found:
+    """The newest good checkpoint of a run, its model.safetensors if there is none, or the checkpoint that is named.
+
+    Raises:
+        ValueError: there is nothing to load, or it is damaged.
+    """
+    place = Path(path)
+    if not os.path.isdir(place):
+        raise ValueError(f"{path} is no folder; name a run folder, or a checkpoint in one")
+    if checkpoints.is_checkpoint(place):
+        return _checkpoint(place)
+    for candidate in checkpoints.candidates(place):
+        try:
+            return _checkpoint(candidate)
+        except DamagedCheckpoint as damage:
+            notify(str(damage))
+    settings = saved_settings(place)
+    if settings is None or not (place / WEIGHTS).is_file():
+        raise ValueError(f"{path} holds no trained model; name a run folder, or a checkpoint in one")
+    return Found(place / WEIGHTS, settings, place / TOKENIZER, str(place / WEIGHTS))
+
+
+def _checkpoint(place: Path) -> Found:
+    try:
+        manifest = checkpoints.verify(place, only=[WEIGHTS, checkpoints.CONFIG])
+    except KeyError as error:
+        raise DamagedCheckpoint(f"checkpoint {place} is not used: it has no {WEIGHTS}") from error
+    except DamagedCheckpoint as damage:
+        raise DamagedCheckpoint(f"checkpoint {place} is damaged and not used: {damage}") from damage
+    settings = saved_settings(place)
+    assert settings is not None
+    tokenizer = place.resolve().parent.parent / TOKENIZER
+    return Found(place / WEIGHTS, settings, tokenizer, f"{place} (step {manifest.step:,})")
+
+
+def load_model(
+    path: str,
+    *,
+    attention: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    notify: Callable[[str], None] = lambda line: None,
+) -> tuple[GPT, Tokenizer]:
+    """A trained model, ready to generate or to be evaluated, and its tokenizer.
+
+    In bf16 the weights of linear layers are kept in bf16: what autocast, under which the model is to be called, would
+    make of them at each call. All else stays float32.
+
+    Args:
+        path: a run folder or a checkpoint.
+        attention: auto, math, sdpa, flex or flash. device: auto, cuda or cpu.
+        precision: auto (bf16 on a GPU from the A100 on, else fp32), bf16, tf32 or fp32.
+        notify: takes one line on what was loaded, and one for each checkpoint that is damaged.
+    Raises:
+        ValueError: one line: nothing there, damaged, or impossible on this machine.
+    """
+    found = find(path, notify)
+    config = found.model
+    seq_len = found.settings.get("seq_len")
+    if type(seq_len) is not int:
+        raise ValueError(f"{found.what} was saved without its seq_len: this version cannot use it")
+    separator = (found.settings.get("tokenizer") or {}).get("separator")
+    tokenizer = Tokenizer.load(found.tokenizer, separator)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{found.tokenizer} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: not its own"
+        )
+    spec, precision = _spec(config, seq_len, device, precision)
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention={attention} is unknown; use {', '.join(ATTENTIONS)}")
+    chosen = choose_attention(ATTENTIONS[attention](name=attention), spec)
+    return _load(found.weights, config, chosen, spec, precision, found.what, notify), tokenizer
+
+
+def _spec(config: ModelConfig, seq_len: int, device: str, precision: str) -> tuple[AttentionSpec, str]:
+    for name, value, allowed in (
+        ("device", device, ("auto", "cuda", "cpu")),
+        ("precision", precision, PRECISIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value} is unknown; use {', '.join(allowed)}")
+    gpu = None if device == "cpu" else find_gpu()
+    if device == "cuda" and gpu is None:
+        raise ValueError("device=cuda, but PyTorch sees no CUDA GPU here; use cpu or install a CUDA build of torch")
+    has_bf16 = gpu is not None and gpu.capability >= (8, 0)
+    if precision == "auto":
+        precision = "bf16" if has_bf16 else "fp32"
+    if (precision == "tf32" and not has_bf16) or (precision == "bf16" and gpu is not None and not has_bf16):
+        raise ValueError(f"precision={precision} needs an NVIDIA GPU from the A100 on; use fp32")
+    assert config.n_kv_heads is not None
+    assert config.head_dim is not None
+    spec = AttentionSpec(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        seq_len=seq_len,
+        dtype="bfloat16" if precision == "bf16" else "float32",
+        capability=gpu.capability if gpu else None,
+        window=config.window,
+        softcap=config.attention_softcap,
+        scale=config.attention_scale,
+    )
+    return spec, precision
+
+
+def _load(
+    file: Path,
+    config: ModelConfig,
+    attention: AttentionConfig,
+    spec: AttentionSpec,
+    precision: str,
+    what: str,
+    notify: Callable[[str], None],
+) -> GPT:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from model.gpt import GPT
+
+    device = torch.device(spec.device)
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    with device:
+        backend = build_attention(attention, spec)
+
+    class WithoutInitialization(TorchFunctionMode):
+        """Memory that nobody touches costs nothing; the meta device would, with 2 s for PyTorch's compiler."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with WithoutInitialization():
+        model = GPT(config, backend)
+    _read_weights(model, file, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    notify(f"model      {what}: {config.name}, {count:,} parameters, {precision} on {device.type}")
+    return model.eval()
+
+
+def _read_weights(model: GPT, file: Path, device: torch.device, linear_dtype: torch.dtype) -> None:
+    """Put the weights of a file in the place of a model's own, one at a time."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from torch import nn
+
+    from model.rotary import inverse_frequencies
+
+    names = {name for name, _ in model.named_parameters()}
+    is_linear = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        for part in ("weight", "bias")
+    }
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            if odd := names ^ set(opened.keys()):
+                raise ValueError(
+                    f"{file} does not fit: {min(odd)} is {'not there' if min(odd) in names else 'too many'}"
+                )
+            for name, parameter in list(model.named_parameters()):
+                tensor = opened.get_tensor(name)
+                if tensor.shape != parameter.shape:
+                    raise ValueError(f"{file} does not fit: {name} is {(*tensor.shape,)}, not {(*parameter.shape,)}")
+                tensor = tensor.to(device, linear_dtype if name in is_linear else torch.float32)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
+    if model.config.tie_head:  # the table that is looked up stays float32; that of the output is as a linear layer's
+        table = model.embedding.weight.detach()
+        model.head.weight = nn.Parameter(table.to(linear_dtype), requires_grad=False)
+    if model.config.position == "rotary":
+        assert model.config.head_dim is not None
+        with device:
+            model.frequencies = inverse_frequencies(model.config.rotary, model.config.head_dim)
