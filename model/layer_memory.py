@@ -86,13 +86,15 @@ def layer_bytes(work: Workload, layer: int) -> int:
 
 def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_attention: bool) -> int:
     """The same of a layer that computes all again: the table of `model.recompute`."""
-    T, tile, groups = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
-    live = sizes.residual + (0 if keeps_attention else sizes.attended)  # the gradient of its output; attention again
-    of_a_tile = 4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active)
-    mlp = T * (live + (0 if keeps_attention else sizes.qkv)) + tile * of_a_tile
-    attention = T * (live + sizes.qkv + 3 * sizes.positioned // groups) + workspace_bytes(work, groups)
+    T, tile, g = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
+    kept = sizes.attended if keeps_attention else 0  # of attention; it leaves group by group
+    mlp = T * (sizes.residual + sizes.attended - kept)
+    mlp += tile * (4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active))
+    # At the first group all results of attention are there, at the last one all gradients of qkv.
+    ends = max(sizes.attended + sizes.qkv // g, sizes.attended // g + sizes.qkv)
+    attention = T * (sizes.residual + ends - kept + 3 * sizes.positioned // g) + workspace_bytes(work, g)
     if work.writes_scores:
-        attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // groups
+        attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // g
     return max(mlp, attention)
 
 

@@ -17,11 +17,20 @@ from model.activations_config import AutoConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.memory import GIB, predict
 from training import cli, machine
-from training.capacity import AUTO_FILLS, as_typed, candidates, choose_policy, longest_row, resolve_memory, workload
+from training.capacity import (
+    AUTO_FILLS,
+    as_typed,
+    candidates,
+    choose_policy,
+    longest_row,
+    resolve_memory,
+    rows,
+    workload,
+)
 from training.cards import CARDS
 from training.config import TrainConfig, load_config
 from training.runtime import Runtime, resolve_runtime
-from training.step_time import MEASURED_ON, StepTime, step_time
+from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
 
 PARTS = {
     "weights": "weights",
@@ -62,8 +71,8 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     flops = train_flops_per_token(model, config.seq_len / 2) * steps.tokens_per_step
     yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision}"
     yield f"model   {model.name}: {parameter_count(model).total / 1e6:,.1f}M parameters"
-    rows = f"{steps.accumulation} × {config.batch_size} rows of {config.seq_len:,}"
-    yield f"step    {steps.tokens_per_step:,} tokens ({rows}), {flops / 1e12:,.0f} TFLOP"
+    micro_batches = f"{steps.accumulation} × {rows(config)}"
+    yield f"step    {steps.tokens_per_step:,} tokens ({micro_batches}), {flops / 1e12:,.0f} TFLOP"
     yield f"policy  {as_typed(config.memory)}{', which memory=auto means here' if is_auto else ''}"
     verdict = (
         "fits"
@@ -110,8 +119,10 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
         if chosen
         else "None fits."
     )
-    if not any(name in runtime.gpu.name for name in MEASURED_ON):
-        yield "Times suppose that this card reaches as much of its peak as an H200 does."
+    if any(name in runtime.gpu.name for name in MEASURED_ON):
+        yield f"Times: products at {PRODUCTS:.0%} of this card's peak, attention as measured; whole rows."
+    else:
+        yield "Times: not measured on this card; for as much of its peak as an H200 reaches."
 
 
 def take_card(words: list[str]) -> None:

@@ -124,20 +124,23 @@ def cheapest(
 
 
 def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfig | None:
-    """The fastest policy whose predicted peak is at most `limit` bytes; None where there is none."""
+    """The fastest policy that fits into `limit` bytes of the device; None where there is none."""
     assert work.model.n_kv_heads is not None
-    host, (_, saved) = host_memory(), host_bytes(work)
-
-    def fits(policy: MemoryConfig) -> bool:
-        plan = predict(replace(work, memory=policy))
-        there = host is None or plan.host == 0 or plan.host + saved <= HOST_FILLS * host
-        return plan.total <= limit and there
 
     def seconds(policy: MemoryConfig) -> float | None:
         taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
         return None if taken is None else taken.total
 
-    return cheapest(candidates(work.model.n_kv_heads), fits, seconds)
+    policies = candidates(work.model.n_kv_heads)
+    return cheapest(policies, lambda policy: fits(replace(work, memory=policy), limit), seconds)
+
+
+def fits(work: Workload, limit: float) -> bool:
+    """Whether the predicted peak is at most `limit` bytes, and what goes to the host has room there."""
+    plan = predict(work)
+    if plan.host == 0 or (host := host_memory()) is None:
+        return plan.total <= limit
+    return plan.total <= limit and sum(host_bytes(work)) <= HOST_FILLS * host
 
 
 def leanest(work: Workload) -> MemoryConfig:
@@ -172,13 +175,11 @@ def as_typed(policy: MemoryConfig) -> str:
 
 
 def longest_row(work: Workload, limit: float) -> int:
-    """Tokens of the longest row, alone in its micro-batch, whose predicted peak is at most `limit` bytes: a multiple of
-    1,024, or 0."""
+    """Tokens of the longest row, alone in its micro-batch, that fits into `limit` bytes: a multiple of 1,024, or 0."""
     low, high = 0, 2**31 // ROW_STEP
     while high - low > 1:
         middle = (low + high) // 2
-        fits = predict(one_row(work, middle * ROW_STEP)).total <= limit
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(one_row(work, middle * ROW_STEP), limit) else (low, middle)
     return low * ROW_STEP
 
 

@@ -64,8 +64,9 @@ def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -
     if isinstance(policy, FullConfig):
         layers = policy.of(model.n_layers)
         attending = sum(not policy.keeps_attention(layer, model.n_layers) for layer in range(layers))
-        *computed_again, _ = matrix_sizes(model)  # all but the MLP's last product
-        again = layers * 2 * sum(computed_again) * tokens / product_rate + attending * forward
+        qkv, *computed_again, _ = matrix_sizes(model)  # all but the MLP's last product; qkv before attention, too
+        weights = layers * (qkv + sum(computed_again)) + attending * qkv
+        again = 2 * weights * tokens / product_rate + attending * forward
     elif isinstance(policy, SelectiveConfig):
         again = ELEMENTWISE * products * policy.of(model.n_layers) / model.n_layers
     if isinstance(policy, OffloadConfig):

@@ -29,7 +29,6 @@ B, S = 2, 48
 # Widths in the proportions of real models, which decide what a partition keeps.
 LLAMA = ModelConfig("llama", 2, 4, 64, 256, 101, n_kv_heads=1, loss_chunk_size=0)
 GPT2 = replace(LLAMA, n_kv_heads=4, position="learned", n_positions=S, norm="layernorm", mlp="gelu", bias=True)
-MODELS = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 
 
 def kept_by_a_compiled(model: GPT) -> int:
@@ -59,7 +58,9 @@ def kept_by_a_compiled(model: GPT) -> int:
     return sum(storages.values())
 
 
-@MODELS
+@pytest.mark.parametrize(
+    "config", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=lambda config: f"{config.norm}, {config.mlp}"
+)
 def test_without_a_policy_a_layer_keeps_what_the_partition_of_a_compiled_model_does(
     build: Build, config: ModelConfig
 ) -> None:
@@ -75,7 +76,7 @@ class Peak(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.peak, self._seen = 0, 0, set()
+        self.bytes, self.peak, self._seen = 0, 0, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -94,16 +95,15 @@ class Peak(TorchDispatchMode):
         self._seen.discard(storage)
 
 
-@pytest.mark.parametrize("residual", [torch.bfloat16, torch.float32], ids=["bf16-residual", "bf16"])
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "residual"),
     [
-        SelectiveConfig(),
-        FullConfig(tile=64),
-        FullConfig(tile=64, keep_attention=0.0),
-        FullConfig(tile=64, keep_attention=0.5, head_groups=2),
+        (SelectiveConfig(), torch.float32),
+        (FullConfig(tile=64), torch.bfloat16),
+        (FullConfig(tile=64, keep_attention=0.0), torch.bfloat16),
+        (FullConfig(tile=64, keep_attention=0.5, head_groups=2), torch.float32),
     ],
-    ids=lambda policy: f"{policy.name} {getattr(policy, 'keep_attention', '')}",
+    ids=["selective", "full", "attention again", "half of attention again, in groups"],
 )
 def test_the_peak_of_an_uncompiled_models_layers_is_as_predicted(
     build: Build, policy: SelectiveConfig, residual: torch.dtype

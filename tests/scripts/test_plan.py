@@ -52,7 +52,7 @@ def test_a_policy_that_is_named_is_planned_as_it_is() -> None:
     assert "policy  memory=selective\n" in text
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"peak    [\d.]+ GiB, in [\w ]+: does not fit", text)
-    assert "Times suppose that this card" in text
+    assert "not measured on this card" in text
 
 
 def test_a_card_that_is_not_known_is_refused_with_those_that_are() -> None:

@@ -33,6 +33,7 @@ from training.capacity import (
 )
 from training.cards import CARDS
 from training.config import TrainConfig, load_config
+from training.facts import memory_lines
 from training.machine import Gpu
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import step_time
@@ -145,6 +146,17 @@ def test_on_a_cpu_auto_is_none_and_config_yaml_says_so(config: MakeConfig, tmp_p
     Trainer(config("memory=auto", "max_steps=1", f"run_dir={tmp_path / 'run'}"), lines.append).fit()
     assert any(line.startswith("memory     auto is memory=none") for line in lines)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["memory"] == {"name": "none"}
+
+
+def test_the_peak_that_is_predicted_is_said_at_the_start(on_card: Callable[..., Any]) -> None:
+    config, runtime = on_card(LLAMA_1B, "memory=offload", "seq_len=131072", gib=80)
+    plan = predict(workload(config, runtime))
+    (line,) = memory_lines(config, runtime)
+    assert line.startswith("memory     offload: 16 of 16 layers keep ")
+    assert line.endswith(
+        f"; {plan.total / GIB:.1f} of 80.0 GiB and {plan.host / GIB:.1f} GiB of the host by prediction"
+    )
+    assert memory_lines(config, CPU)[0].endswith("compute the rest again")
 
 
 def test_a_policy_that_was_named_stays(config: MakeConfig) -> None:
