@@ -52,6 +52,7 @@ class Generator:
         batch_size: rows. capacity: most tokens of a row, prompt and continuation.
         attention: what prompts are read with, and whose `decode` the steps run; None: the model's own.
         chunk: tokens of each row that are read at once: what a long prompt takes of memory, beside the cache.
+        compile: compile the step, which makes fewer, larger kernels of it, and takes half a minute or more.
         cuda_graph: launch a step as one CUDA graph, captured here; for a model on a GPU.
     Raises:
         ValueError: the capacity is beyond the model's learned positions.
@@ -66,6 +67,7 @@ class Generator:
         *,
         attention: AttentionBackend | None = None,
         chunk: int = 8192,
+        compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
         config = model.config
@@ -82,9 +84,11 @@ class Generator:
         self._tokens_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         candidates = num_candidates(sampling, config.vocab_size)
         self._noise_BK = torch.ones(batch_size, candidates, device=self.device)
-        self._run_step = self._step
+        self._run_step: Callable[[], None] = self._step
+        if compile:  # one graph for all lengths: none of them is known to Python
+            self._run_step = torch.compile(self._step, dynamic=False)
         if cuda_graph:
-            self._run_step = self._captured()
+            self._run_step = _captured(self._run_step)
 
     @property
     def batch_size(self) -> int:
@@ -159,18 +163,19 @@ class Generator:
         logits_BV = self.model.logits(x_B1E)[:, 0].float()
         self._tokens_B1.copy_(choose(logits_BV, self.sampling, self._noise_BK)[:, None])
 
-    def _captured(self) -> Callable[[], None]:
-        """A step as a CUDA graph. It reads and writes the same memory at each replay, at whatever length rows are."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels, and makes libraries allocate what they keep
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
-        return graph.replay
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as a CUDA graph. It reads and writes the same memory at each replay, at whatever length rows are."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels, and makes libraries allocate what they keep
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
 
 
 def _on_its_way(tokens_B1: Tensor) -> Callable[[], list[int]]:

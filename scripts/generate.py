@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--tokens-per-second", action="store_true", help="say how fast it was, on standard error")
     add("--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)")
     add("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
+    add("--compile", action="store_true", help="compile the step first: for long texts on a GPU")
     add("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
     return parser.parse_args(arguments)
 
@@ -223,6 +224,7 @@ class Writer:
             capacity,
             self.sampling,
             chunk=options.chunk,
+            compile=options.compile,
             cuda_graph=self.model.attention.spec.device == "cuda",
         )
         if now is None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from kernels.flash_attention.op import why_not_on
 from kernels.reference import attention as definition
@@ -137,6 +138,18 @@ def test_another_backend_can_read_the_prompts(build_lively):
     model = build_lively(LLAMA)
     other = build_attention(ATTENTIONS["sdpa"](name="sdpa"), model.attention.spec)
     assert generate(model, PROMPTS, 6, GREEDY, attention=other) == generate(model, PROMPTS, 6, GREEDY)
+
+
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_a_step_is_one_graph_that_serves_every_length(build_lively, backend):
+    torch.compiler.reset()
+    generator = Generator(build_lively(replace(LLAMA, window=9), backend), 2, 40, GREEDY)
+    expected = list(generator.stream([[1, 2, 3], [4]], 20))
+    counter = CompileCounter()
+    generator._run_step = torch.compile(generator._step, backend=counter, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        assert list(generator.stream([[1, 2, 3], [4]], 20)) == expected
+    assert counter.frame_count == 1
 
 
 # Rows
@@ -288,5 +301,8 @@ def test_a_cuda_graph_gives_the_tokens_of_separate_kernels(build_lively, backend
     for cuda_graph in (False, True):
         options = {"attention": attention, "chunk": 16, "cuda_graph": cuda_graph}
         assert generate(truth, PROMPTS, 20, GREEDY, **options) == expected
+    if name == "window":
+        generator = Generator(truth, 3, 60, GREEDY, attention=attention, compile=True, cuda_graph=True)
+        assert list(map(list, zip(*generator.stream(PROMPTS, 20), strict=True))) == expected
     sampled = [generate(truth, PROMPTS, 20, seed=5, attention=attention, cuda_graph=graph) for graph in (False, True)]
     assert sampled[0] == sampled[1]
