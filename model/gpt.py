@@ -31,7 +31,7 @@ class Attention(nn.Module):
         assert config.n_kv_heads is not None
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias or config.qkv_bias)
         self.out = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
         self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
