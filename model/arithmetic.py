@@ -32,7 +32,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
 
     layer_matmul = E * qkv_width + out_width * E + E * up_width + F * E
     norm = E * (2 if config.norm == "layernorm" and config.bias else 1)
-    layer_biases = (qkv_width + E + up_width + E) if config.bias else 0
+    layer_biases = (qkv_width + E + up_width + E) if config.bias else qkv_width if config.qkv_bias else 0
     layer = layer_matmul + layer_biases + 2 * norm + (2 * D if config.qk_norm else 0)
 
     embeddings = V * E + (config.n_positions * E if config.position == "learned" else 0)

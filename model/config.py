@@ -72,6 +72,8 @@ class ModelConfig:
     """swiglu (Llama) or gelu (GPT-2, the tanh form)."""
     bias: bool = False
     """Biases in the linear layers and, with layernorm, in the norms."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections, where the others have none (Qwen 2)."""
     tie_head: bool = False
     """The output head is the embedding table."""
     qk_norm: bool = False

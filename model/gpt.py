@@ -39,7 +39,7 @@ class Attention(nn.Module):
         assert config.n_kv_heads is not None
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias)
+        self.qkv = Linear(config.dim, sum(self.heads) * self.head_dim, bias=config.bias or config.qkv_bias)
         self.out = Linear(config.n_heads * self.head_dim, config.dim, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -130,8 +130,9 @@ class Head(Linear):
         if targets_BS is not None:
             loss = linear_cross_entropy(
                 x_BSE.flatten(0, 1),
-                self.operand(),
+                self.weight,
                 targets_BS.flatten(),
+                operand_VE=self.working,
                 softcap=self.softcap,
                 z_loss=0.0 if per_token else self.z_loss,
                 label_smoothing=0.0 if per_token else self.label_smoothing,

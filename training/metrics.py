@@ -68,9 +68,10 @@ def _binary(tokens: int) -> str:
     return f"{tokens // 1024**unit}{'kmg'[unit - 1] if unit else ''}"
 
 
-RANGE_ENDS = tuple(2**power for power in range(8, 32))
-"""Upper ends of the ranges of tokens read, by which the loss is reported, and of distances, by which recall is; the
-first begins at 1. No row is longer than the last."""
+TOKENS_READ = tuple(2**power for power in range(8, 32))
+"""Upper ends of the ranges by which the loss is reported; the first begins at 1. No row is longer than the last."""
+DISTANCES = tuple(2**power for power in range(4, 32))
+"""The same of the ranges by which recall is reported."""
 LOSS_FORM = {"form": ".4f", "line_form": "7.4f"}
 PERCENT = {"form": ".1%", "line_form": "5.1%"}
 METRICS: dict[str, Metric] = {
@@ -117,7 +118,7 @@ METRICS: dict[str, Metric] = {
                 "predictions are of one such range",
                 "lower", form=".4f",
             )
-            for end in RANGE_ENDS
+            for end in TOKENS_READ
         ),
         Metric(
             "val/recall",
@@ -130,10 +131,10 @@ METRICS: dict[str, Metric] = {
                 recall_at(end),
                 "fraction",
                 "the same where the key stands so many tokens before its question or fewer, down to half as many: "
-                "`…_1k` is 513 to 1,024, the first 1 to 256",
+                "`…_1k` is 513 to 1,024, the first 1 to 16",
                 "higher", form=".1%",
             )
-            for end in RANGE_ENDS
+            for end in DISTANCES
         ),
         Metric(
             "throughput/tokens_per_second",

@@ -23,7 +23,10 @@ from .config import TrainConfig
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
 """Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it goes on from there."""
-NAMED = {"resume": "a run folder or a checkpoint", "init_from": "a run folder, a checkpoint or a model.safetensors"}
+NAMED = {
+    "resume": "a run folder or a checkpoint",
+    "init_from": "a run, a checkpoint, a model.safetensors or a model of transformers",
+}
 
 
 def check(config: TrainConfig) -> None:
@@ -59,7 +62,7 @@ def check(config: TrainConfig) -> None:
             continue
         if not os.path.exists(value):  # Path's raises where a name is too long or a folder may not be read
             raise ValueError(f"{name}={value} does not exist; name {NAMED[name]}")
-        is_weights = name == "init_from" and os.path.isfile(value)
+        is_weights = name == "init_from" and (os.path.isfile(value) or fits.holds_weights(Path(value)))
         if not is_weights and not _checkpoints_at(value):
             raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
     _check_fits(config, resume)
@@ -111,6 +114,8 @@ def _check_fits(config: TrainConfig, resume: str | None) -> None:
     goes_on = [*own, *(_checkpoints_at(resume) if resume else [])]
     begins_anew = _checkpoints_at(config.init_from) if config.init_from and not goes_on else []
     check_fits = fits.check_resume if goes_on else fits.check_init
+    if config.init_from and not goes_on and not begins_anew and fits.holds_weights(Path(config.init_from)):
+        fits.check_weights(Path(config.init_from), config)
     for path in goes_on or begins_anew:
         with suppress(DamagedCheckpoint):
             check_fits(path, checkpoints.verify(path, only=[checkpoints.CONFIG, checkpoints.STATE]), config)

@@ -1,4 +1,4 @@
-"""What is exported computes, in transformers, the logits that it computes here."""
+"""What is exported computes, in transformers, the logits that it computes here; and the other way round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from processes import LIMIT_S
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig, RotaryConfig
-from model.huggingface import to_huggingface
+from model.huggingface.settings import describe, understand
+from model.huggingface.weights import from_theirs, to_theirs
 
 SEQ_LEN = 160
 GPT2 = ModelConfig(
@@ -67,16 +68,63 @@ CASES = {
     "llama-ntk": scaled("ntk"),
     "llama-yarn": scaled("yarn"),
     "llama-llama3": scaled("llama3"),
+    "mistral": replace(LLAMA, window=24, n_kv_heads=2),
+    "qwen2": replace(LLAMA, qkv_bias=True, n_kv_heads=2, tie_head=True),
+    "qwen2-window": replace(LLAMA, qkv_bias=True, window=24),
+    "qwen3": replace(LLAMA, qk_norm=True, head_dim=40, n_kv_heads=2, norm_eps=0.01),
+    "qwen3-yarn-window": replace(scaled("yarn"), qk_norm=True, window=24),
 }
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+CLASSES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# What transformers itself saves, by its own settings: the other direction.
+THEIRS = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 160},
+    "gpt2-inner": {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 160, "n_inner": 100},
+    "llama": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "llama-llama3": {
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 6.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 24},
+    "mistral-full": {"num_key_value_heads": 4, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2-window": {
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 0,
+    },
+    "qwen3": {
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 2.5,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
+LLAMA_SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_SIZES |= {"max_position_embeddings": SEQ_LEN}
 
 # Runs where this repository cannot be seen: `kernels` here would be taken for Hugging Face's package of that name.
 READ_WITH_TRANSFORMERS = """
-import json, pathlib, sys
+import json, math, pathlib, sys
 import torch, transformers
 from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(2)
-for folder in sorted(pathlib.Path(".").glob("*/")):
+for folder in sorted(pathlib.Path("ours").glob("*/")):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
@@ -86,6 +134,23 @@ for folder in sorted(pathlib.Path(".").glob("*/")):
     facts = {"class": type(model).__name__, "dtype": str(model.dtype)}
     facts |= {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     (folder / "facts.json").write_text(json.dumps(facts))
+
+for name, settings in json.loads(pathlib.Path("theirs.json").read_text()).items():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(name.partition("-")[0], vocab_size=211, **settings),
+        attn_implementation="eager",
+    ).eval()
+    for parameter in model.parameters():  # so that no bias is 0, no norm 1, and no logit is near 0
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.2
+        torch.nn.init.normal_(parameter, std=scale)
+        if parameter.dim() == 1:
+            parameter.data += 0.8
+    tokens = torch.randint(211, (2, 160))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    model.save_pretrained(f"theirs/{name}")
+    save_file({"logits": logits, "tokens": tokens}, f"theirs/{name}/logits.safetensors")
 """
 
 
@@ -102,64 +167,100 @@ def both(tmp_path_factory, build_lively):
         tokens = torch.randint(config.vocab_size, (2, SEQ_LEN))
         with torch.no_grad():
             ours[name] = model(tokens)
-        described, weights = to_huggingface(model)
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(described))
-        save_file(weights, root / name / "model.safetensors", metadata={"format": "pt"})
-        save_file({"tokens": tokens}, root / name / "tokens.safetensors")
+        folder = root / "ours" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(describe(config, SEQ_LEN, "float32")))
+        weights = dict(to_theirs(config, model.state_dict()))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file({"tokens": tokens}, folder / "tokens.safetensors")
+    settings = {name: ({} if name.startswith("gpt2") else LLAMA_SIZES) | own for name, own in THEIRS.items()}
+    (root / "theirs.json").write_text(json.dumps(settings))
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-c", READ_WITH_TRANSFORMERS]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = {name: load_file(root / name / "logits.safetensors")["logits"] for name in CASES}
-    facts = {name: json.loads((root / name / "facts.json").read_text()) for name in CASES}
-    return ours, theirs, facts, done.stderr
+    theirs = {name: load_file(root / "ours" / name / "logits.safetensors")["logits"] for name in CASES}
+    facts = {name: json.loads((root / "ours" / name / "facts.json").read_text()) for name in CASES}
+    return ours, theirs, facts, done.stderr, root / "theirs"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_transformers(both, name):
     # Two float32 programs that add up in different orders: 2 layers of widths of about 100 leave some 1e-6 at logits of
     # order 1. A wrong eps, rope setting or order of weights moves them by 1e-2 at least.
-    ours, theirs, _, _ = both
+    ours, theirs, *_ = both
     assert 0.5 < ours[name].std() < 2
     assert (ours[name] - theirs[name]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_finds_every_weight_and_knows_every_setting(both, name):
-    _, _, facts, messages = both
-    expected = "GPT2LMHeadModel" if name.startswith("gpt2") else "LlamaForCausalLM"
+    _, _, facts, messages, _ = both
+    expected = CLASSES[name.partition("-")[0]]
     nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
     assert facts[name] == {"class": expected, "dtype": "torch.float32"} | nothing
     assert "rope_parameters" not in messages  # transformers warns of rope settings it does not know or finds doubtful
 
 
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_model_of_transformers_has_its_logits_here(both, build, name):
+    folder = both[-1] / name
+    config = understand(json.loads((folder / "config.json").read_text()), "config.json")
+    state = from_theirs(config, load_file(folder / "model.safetensors"), str(folder))
+    model = build(config, seq_len=SEQ_LEN)
+    assert {key: tensor.shape for key, tensor in state.items()} == {
+        key: tensor.shape for key, tensor in model.named_parameters()
+    }
+    model.load_state_dict(state, strict=False)
+    found = load_file(folder / "logits.safetensors")
+    with torch.no_grad():
+        assert 0.3 < found["logits"].std() < 10
+        assert (model(found["tokens"]) - found["logits"]).abs().max() < 1e-4 * found["logits"].std()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_is_the_same_model(build_lively, name):
+    config = CASES[name]
+    described, state = describe(config, SEQ_LEN, "float32"), build_lively(config).state_dict()
+    again = understand(described, "config.json", name=config.name)
+    expected = config
+    if config.position == "learned":  # theirs always have biases, and rotary settings that nobody reads are ours
+        expected = replace(config, bias=True)
+    if config.rotary.scaling == "ntk":
+        expected = replace(config, rotary=RotaryConfig(theta=500.0 * 2.5 ** (32 / 30)))
+    if config.rotary.scaling in ("linear", "yarn", "llama3"):  # only what the scaling reads
+        used = {"linear": "", "yarn": "original_seq_len beta_fast beta_slow"}
+        names = ["theta", "scaling", "factor"]
+        names += used.get(config.rotary.scaling, "original_seq_len low_freq_factor high_freq_factor").split()
+        expected = replace(config, rotary=RotaryConfig(**{field: getattr(config.rotary, field) for field in names}))
+    assert again == expected
+    back = from_theirs(again, dict(to_theirs(config, state)), "here")
+    for key, tensor in back.items():
+        assert torch.equal(tensor, state[key] if key in state else torch.zeros_like(tensor)), key
+
+
 def test_a_tied_head_is_written_once(build):
-    tied, untied = replace(LLAMA, tie_head=True), replace(LLAMA, tie_head=False)
-    assert "lm_head.weight" not in to_huggingface(build(tied))[1]
-    assert "lm_head.weight" in to_huggingface(build(untied))[1]
+    for config, written in ((replace(LLAMA, tie_head=True), False), (replace(LLAMA, tie_head=False), True)):
+        assert ("lm_head.weight" in dict(to_theirs(config, build(config).state_dict()))) == written
 
 
-def test_configuration_names_no_special_tokens_and_no_dropout(build):
+def test_configuration_names_no_special_tokens_and_no_dropout():
     for config in (GPT2, LLAMA):
-        described, _ = to_huggingface(build(config, seq_len=48))
+        described = describe(config, 48, "float32")
         assert [described[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
         assert all(value == 0 for name, value in described.items() if name.endswith(("pdrop", "dropout")))
     assert described["max_position_embeddings"] == 48  # the length it was trained on, which Llama's tables do not show
-
-
-def test_dtype_of_the_weights_is_kept_and_named(build):
-    described, weights = to_huggingface(build(LLAMA).bfloat16())
-    assert described["dtype"] == "bfloat16"
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert describe(LLAMA, 48, "bfloat16", separator_id=3)["eos_token_id"] == 3
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (replace(LLAMA, qk_norm=True), "model.qk_norm=True"),
-        (replace(LLAMA, window=32), "model.window=32"),
+        (replace(LLAMA, qk_norm=True, bias=True), "Qwen3ForCausalLM has no model.bias=True"),
+        (replace(LLAMA, qk_norm=True, qkv_bias=True), "Qwen3ForCausalLM has no model.qkv_bias=True"),
+        (replace(LLAMA, window=32, bias=True), "MistralForCausalLM has no model.bias=True"),
+        (replace(LLAMA, qkv_bias=True, head_dim=40), "Qwen2ForCausalLM has no model.head_dim=40"),
         (replace(LLAMA, attention_softcap=50.0), "model.attention_softcap=50.0"),
         (replace(LLAMA, logit_softcap=30.0), "model.logit_softcap=30.0"),
         (replace(LLAMA, attention_scale=0.5), "model.attention_scale=0.5"),
@@ -170,18 +271,73 @@ def test_dtype_of_the_weights_is_kept_and_named(build):
         (replace(GPT2, norm="rmsnorm"), "GPT2LMHeadModel has no model.norm=rmsnorm"),
         (replace(GPT2, n_kv_heads=2), "GPT2LMHeadModel has no model.n_kv_heads=2"),
         (replace(GPT2, head_dim=32), "GPT2LMHeadModel has no model.head_dim=32"),
-        (replace(LLAMA, qk_norm=True, window=8), "model.qk_norm=True, model.window=8"),
+        (replace(LLAMA, logit_softcap=3.0, mlp="gelu"), "model.mlp=gelu, model.logit_softcap=3.0"),
     ],
 )
-def test_what_neither_family_has_is_refused_by_name(build, config, named):
+def test_what_no_family_has_is_refused_by_name(config, named):
     with pytest.raises(ValueError, match="can be exported") as error:
-        to_huggingface(build(config))
+        describe(config, SEQ_LEN, "float32")
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_usual_attention_scale_may_be_written_out(build):
-    to_huggingface(build(replace(LLAMA, attention_scale=24**-0.5)))
+def test_the_usual_attention_scale_may_be_written_out():
+    describe(replace(LLAMA, attention_scale=24**-0.5), SEQ_LEN, "float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("llama", {"model_type": "gemma2"}, "model_type=gemma2"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"attention_bias": True, "mlp_bias": False}, "mlp_bias=False"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"new_setting": 3}, "new_setting=3"),
+        ("llama", {"num_hidden_layers": "two"}, "num_hidden_layers=two"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale=0.7"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "max_window_layers=1"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ("gpt2", {"activation_function": "relu"}, "activation_function=relu"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_what_this_model_cannot_be_is_refused_by_name_and_value(family, change, named):
+    config = {"llama": LLAMA, "qwen3": replace(LLAMA, qk_norm=True), "gpt2": GPT2}[family]
+    with pytest.raises(ValueError, match="which this model cannot be") as error:
+        understand(describe(config, SEQ_LEN, "float32") | change, "x/config.json")
+    assert f"has {named}" in str(error.value)
+    assert "x/config.json" in str(error.value)
+
+
+def test_rope_settings_of_older_files_are_read():
+    described = describe(LLAMA, SEQ_LEN, "float32")
+    del described["rope_parameters"]
+    assert understand(described, "here").rotary == RotaryConfig()
+    assert understand(described | {"rope_theta": 5e5, "rope_scaling": None}, "here").rotary == RotaryConfig(theta=5e5)
+    old = {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+    expected = RotaryConfig(theta=1e6, scaling="yarn", factor=4.0, original_seq_len=64)
+    assert understand(described | old, "here").rotary == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), r"no tensor model\.layers\.1\.mlp\.up_proj"),
+        (lambda weights: weights.update({"model.extra.weight": torch.zeros(2)}), r"a tensor model\.extra\.weight"),
+        (
+            lambda weights: weights.update({"model.layers.0.self_attn.k_proj.weight": torch.zeros(48, 96)}),
+            r"self_attn\.k_proj\.weight is \(48, 96\), and its config\.json asks for 96 rows",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(build, change, message):
+    weights = dict(to_theirs(LLAMA, build(LLAMA).state_dict()))
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        from_theirs(LLAMA, weights, "here")
 
 
 def test_exporting_imports_no_transformers():

@@ -15,7 +15,7 @@ from data.loader import Batch
 from tests.training.conftest import TINY
 from training.config import TrainConfig, load_config
 from training.loggers import read_metrics
-from training.metrics import RANGE_ENDS, recall_at
+from training.metrics import DISTANCES, recall_at
 from training.services.evaluation import count_right
 from training.trainer import Trainer
 
@@ -56,9 +56,9 @@ def test_right_answers_are_counted_by_distance_from_logits_by_hand() -> None:
     positions_BS = torch.arange(600)[None]
     batch = Batch(tokens_BS, targets_BS, None, positions_BS, visible_pairs=0, num_tokens=1200, num_targets=3)
     right, asked = count_right(batch, logits_AV.argmax(-1).numpy())
-    assert dict(zip(RANGE_ENDS, right.tolist(), strict=True)) == {**dict.fromkeys(RANGE_ENDS, 0), 256: 1, 1024: 1}
-    assert dict(zip(RANGE_ENDS, asked.tolist(), strict=True)) == {
-        **dict.fromkeys(RANGE_ENDS, 0),
+    assert dict(zip(DISTANCES, right.tolist(), strict=True)) == {**dict.fromkeys(DISTANCES, 0), 256: 1, 1024: 1}
+    assert dict(zip(DISTANCES, asked.tolist(), strict=True)) == {
+        **dict.fromkeys(DISTANCES, 0),
         256: 1,
         512: 1,
         1024: 1,
@@ -74,7 +74,7 @@ def test_recall_is_that_of_the_models_logits(recall: Callable[..., TrainConfig],
         for row, key in zip(*np.nonzero(batch.targets_BS.numpy() != -100), strict=True):
             tokens = batch.tokens_BS[row, : key + 1].tolist()
             distance = tokens[::-1].index(tokens[-1], 1)
-            name = recall_at(next(end for end in RANGE_ENDS if distance <= end))
+            name = recall_at(next(end for end in DISTANCES if distance <= end))
             found[name].append(predicted_BS[row, key].item() == batch.targets_BS[row, key].item())
     every = [is_right for of_range in found.values() for is_right in of_range]
     assert len(every) > 300

@@ -23,7 +23,7 @@ from training.config import TrainConfig, load_config
 from training.errors import Interrupted, NonFiniteError
 from training.loggers import read_metrics
 from training.loggers.base import Logger, RunInfo
-from training.metrics import RANGE_ENDS, loss_at
+from training.metrics import TOKENS_READ, loss_at
 from training.run import Run
 from training.services.evaluation import Evaluation
 from training.trainer import Trainer
@@ -169,10 +169,10 @@ def test_the_loss_by_tokens_read_by_hand(train: Callable[..., Trainer], masked: 
 
 
 def test_tokens_read_are_named_by_the_ends_of_their_ranges() -> None:
-    names = [loss_at(end).removeprefix("val/loss_at_") for end in RANGE_ENDS]
+    names = [loss_at(end).removeprefix("val/loss_at_") for end in TOKENS_READ]
     assert names[:4] == ["256", "512", "1k", "2k"]
     assert names[12:15] == ["1m", "2m", "4m"]
-    assert RANGE_ENDS[-1] == 2**31, "the most tokens that a batch may have"
+    assert TOKENS_READ[-1] == 2**31, "the most tokens that a batch may have"
 
 
 def test_tokens_steps_and_rates_are_those_of_the_plan(train: Callable[..., Trainer]) -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data.config import FileTokenizer
+from model.huggingface.folder import is_huggingface, read_settings
+from model.huggingface.settings import understand
 from training.config import TrainConfig
+from training.config.saved import saved_settings
 
 from .folder import CONFIG, STATE, Manifest, read_json
 
@@ -47,6 +50,7 @@ ARCHITECTURE = tuple(
         "norm",
         "mlp",
         "bias",
+        "qkv_bias",
         "tie_head",
         "qk_norm",
     )
@@ -85,9 +89,37 @@ def check_init(path: Path, manifest: Manifest, config: TrainConfig) -> list[str]
     return [f"{key} {old} → {new}" for key, old, new in differing if key not in (*MAY_DIFFER, "model.name")]
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a folder has weights without a checkpoint: transformers' own, or of a run that has none any more."""
+    return is_huggingface(path) or ((path / "config.yaml").is_file() and (path / "model.safetensors").is_file())
+
+
+def check_weights(path: Path, config: TrainConfig) -> list[str]:
+    """`check_init` for a folder that `holds_weights`.
+
+    Raises:
+        ValueError: also where this model cannot be what transformers describes.
+    """
+    if is_huggingface(path):
+        model: Any = asdict(understand(read_settings(path), str(path / "config.json")))
+    else:
+        model = (saved_settings(path) or {}).get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"{path / 'config.yaml'} does not say what model it is of; name another folder")
+    before, changes = dict(flat(model, "model.")), []
+    for key, new in flat(asdict(config.model), "model."):
+        old = before.get(key, new)
+        if old != new and key in ARCHITECTURE:
+            raise ValueError(_does_not_fit(path, key, old, new))
+        if old != new and key not in (*MAY_DIFFER, "model.name"):
+            changes.append(f"{key} {old} → {new}")
+    return changes
+
+
 def differences(path: Path, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, the checkpoint's value, this run's), sorted."""
     before, now = dict(flat(read_json(path / CONFIG))), dict(flat(asdict(config)))
+    before.setdefault("model.qkv_bias", False)  # older versions had none
     for values in (before, now):  # null means one micro-batch: what that is, is compared
         rows, tokens = values.get("batch_size"), values.get("seq_len")
         if values.get("tokens_per_step") is None and isinstance(rows, int) and isinstance(tokens, int):

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
-from training.metrics import RANGE_ENDS, loss_at, recall_at
+from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
 from training.run import Run
 
 from .base import Service
@@ -34,8 +34,8 @@ class Evaluation(Service):
         """
         run.progress.unfinished.add(self.name)
         batches = run.batches.val_batches
-        nats, tokens = (np.zeros(len(RANGE_ENDS)) for _ in range(2))  # by range of tokens read
-        right, asked = (np.zeros(len(RANGE_ENDS)) for _ in range(2))  # by range of distances
+        nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
+        right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
         with run.throughput.paused():
             for batch in batches:
                 if run.stop_reason():
@@ -52,25 +52,25 @@ class Evaluation(Service):
         run.progress.val_loss = run.progress.step, float(loss)
         metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}
         if np.count_nonzero(tokens) > 1:  # else it would be val/loss again
-            metrics |= {loss_at(RANGE_ENDS[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
+            metrics |= {loss_at(TOKENS_READ[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
         if run.config.data.is_recall:
             metrics |= {"val/recall": float(right.sum() / asked.sum())}
-            metrics |= {recall_at(RANGE_ENDS[i]): float(right[i] / asked[i]) for i in np.flatnonzero(asked)}
+            metrics |= {recall_at(DISTANCES[i]): float(right[i] / asked[i]) for i in np.flatnonzero(asked)}
         run.log(metrics)
         run.progress.unfinished.remove(self.name)
 
 
 def sum_by_tokens_read(batch: Batch, values_BS: np.ndarray) -> np.ndarray:
-    """Sums of a value of each token of a batch, float64, one for each of RANGE_ENDS.
+    """Sums of a value of each token of a batch, float64, one for each of TOKENS_READ.
 
     A prediction is made from the tokens of its document up to its own place: the first from 1.
     """
     read_BS = np.broadcast_to(batch.positions_BS.numpy() + 1, values_BS.shape)
-    return _sum_by_range(read_BS, values_BS)
+    return _sum_by_range(TOKENS_READ, read_BS, values_BS)
 
 
 def count_right(batch: Batch, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers and questions of a batch, float64, one for each of RANGE_ENDS, by the distance of the key.
+    """Right answers and questions of a batch, float64, one for each of DISTANCES, by how far away the key was told.
 
     Args:
         predicted: (targets,) the token that a model takes for each, in the order of rows and places.
@@ -78,10 +78,10 @@ def count_right(batch: Batch, predicted: np.ndarray) -> tuple[np.ndarray, np.nda
     targets_BS = batch.targets_BS.numpy()
     is_right = predicted == targets_BS[targets_BS != IGNORE_INDEX]
     away = distances(batch.tokens_BS.numpy(), targets_BS)
-    return _sum_by_range(away, is_right), _sum_by_range(away, np.ones_like(away))
+    return _sum_by_range(DISTANCES, away, is_right), _sum_by_range(DISTANCES, away, np.ones_like(away))
 
 
-def _sum_by_range(tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sums of values by which of RANGE_ENDS is the first that their number of tokens is not above."""
-    ranges = np.searchsorted(RANGE_ENDS, tokens)
-    return np.bincount(ranges.ravel(), values.ravel(), minlength=len(RANGE_ENDS))
+def _sum_by_range(ends: tuple[int, ...], tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sums of values by which of the ends is the first that their number of tokens is not above."""
+    ranges = np.searchsorted(ends, tokens)
+    return np.bincount(ranges.ravel(), values.ravel(), minlength=len(ends))

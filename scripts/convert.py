@@ -1,0 +1,168 @@
+"""Give a trained model to Hugging Face transformers, or take one from there.
+
+python -m scripts.convert to-hf RUN OUT [--dtype bfloat16] [--shard-size 5]    RUN: a run folder, or a checkpoint
+python -m scripts.convert from-hf DIR RUN                                      DIR: what save_pretrained wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import disk
+from data.tokenizer import Tokenizer
+from model.config import ModelConfig, RotaryConfig
+from model.huggingface.folder import read_separator, read_settings, write_json, write_tokenizer
+from model.huggingface.settings import describe, understand
+from model.huggingface.shards import read_weights, write_weights
+from model.huggingface.weights import from_theirs, to_theirs
+from training.checkpoint import folder as checkpoints
+from training.checkpoint.fits import flat
+from training.checkpoint.state import read_tensors
+from training.config.saved import saved_settings
+from training.run_folder import find
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 where the command cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=(__doc__ or "").splitlines()[0])
+    directions = parser.add_subparsers(dest="direction", required=True)
+    there = directions.add_parser("to-hf", help="write a folder that AutoModelForCausalLM and AutoTokenizer read")
+    there.add_argument("source", type=Path, metavar="RUN", help="a run folder, or a checkpoint")
+    there.add_argument("target", type=Path, metavar="OUT", help="a folder that is not there yet")
+    there.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
+    there.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of a file at most (default 5)")
+    back = directions.add_parser("from-hf", help="write a folder that init_from= reads")
+    back.add_argument("source", type=Path, metavar="DIR", help="a folder of transformers")
+    back.add_argument("target", type=Path, metavar="RUN", help="a folder that is not there yet")
+    options = parser.parse_args(arguments)
+    try:
+        if options.target.exists():
+            raise ValueError(f"{options.target} is there already; name another folder")
+        if not options.source.is_dir():
+            raise ValueError(f"{options.source} is no folder")
+        options.target.parent.mkdir(parents=True, exist_ok=True)
+        if options.direction == "to-hf":
+            if not options.shard_size > 0:
+                raise ValueError(f"--shard-size {options.shard_size:g} is not possible; use gigabytes above 0")
+            to_huggingface(options.source, options.target, options.dtype, int(options.shard_size * 1e9))
+        else:
+            from_huggingface(options.source, options.target)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{options.target} cannot be written: {error.strerror}")
+    return 0
+
+
+def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes: int = 5 * 10**9) -> None:
+    """Write the model and the tokenizer of a run as transformers reads them; the folder appears whole or not at all.
+
+    Raises:
+        ValueError: there is no model, or transformers has none like it.
+    """
+    settings, state, tokenizer_file = read_run(run)
+    config = model_of(settings, run)
+    tokenizer = Tokenizer.load(tokenizer_file, settings.get("tokenizer", {}).get("separator"))
+    described = describe(config, settings["seq_len"], dtype, tokenizer.separator_id)
+    with disk.part_of(target) as part:
+        write_json(part / "config.json", described)
+        parameters = write_weights(part, to_theirs(config, state), DTYPES[dtype], shard_bytes)
+        seq_len = config.n_positions if config.position == "learned" else settings["seq_len"]
+        write_tokenizer(part, tokenizer.to_json(), tokenizer.separator, tokenizer.separator_id, seq_len)
+        os.replace(part, target)
+    print(f"{described['architectures'][0]}, {parameters / 1e6:.1f} M parameters in {dtype}")
+    print(target)
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    """Settings, weights and tokenizer.json of a run: of a finished one, or of its newest checkpoint that verifies."""
+    folder, home = run, run
+    if checkpoints.is_checkpoint(run) or not (run / "model.safetensors").is_file():
+        if not checkpoints.is_checkpoint(run) and not checkpoints.candidates(run):
+            raise ValueError(f"{run} holds no model.safetensors and no checkpoint; name a run folder or a checkpoint")
+        folder, _ = find(str(run), "RUN", print)
+        home = folder.resolve().parent.parent
+    settings = saved_settings(folder) if folder is home else checkpoints.read_json(folder / checkpoints.CONFIG)
+    if settings is None:
+        raise ValueError(f"{folder} has no config.yaml; name a run folder or a checkpoint")
+    if not (home / "tokenizer.json").is_file():
+        raise ValueError(f"{home} has no tokenizer.json; name a run folder, or a checkpoint inside of one")
+    return settings, read_tensors(folder / "model.safetensors"), home / "tokenizer.json"
+
+
+def model_of(settings: dict[str, Any], run: Path) -> ModelConfig:
+    try:
+        model = dict(settings["model"])
+        return ModelConfig(**(model | {"rotary": RotaryConfig(**model.get("rotary", {}))}))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run} was written by another version: {error}") from error
+
+
+def from_huggingface(source: Path, target: Path) -> None:
+    """Write a folder with model.safetensors, config.yaml and tokenizer.json, whole or not at all.
+
+    Raises:
+        ValueError: the model cannot be expressed, or something is missing.
+    """
+    described = read_settings(source)
+    config = understand(described, str(source / "config.json"), name=target.name)
+    if not (source / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{source} has no tokenizer.json: AutoTokenizer.from_pretrained(…) of it and save_pretrained write one"
+        )
+    tokenizer = Tokenizer.load(source / "tokenizer.json", read_separator(source))
+    state = from_theirs(config, read_weights(source), str(source))
+    seq_len = config.n_positions if config.position == "learned" else described["max_position_embeddings"]
+    path = str(target.absolute() / "tokenizer.json")
+    settings = {
+        "model": asdict(config),
+        "tokenizer": {"name": "file", "path": path, "separator": tokenizer.separator, "vocab_size": None},
+        "seq_len": seq_len,
+    }
+    with disk.part_of(target) as part:
+        save_file(state, part / "model.safetensors")
+        (part / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        tokenizer.save(part / "tokenizer.json")
+        os.replace(part, target)
+    print(f"{described['model_type']}, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M parameters")
+    print("train it with:")
+    print(f"python train.py init_from={target} {' '.join(overrides(config, tokenizer, target))}")
+
+
+def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]:
+    """What to type for a model of these settings: an option of `model=`, and what is different there."""
+    option, family = ("gpt2-124m", "gpt2") if config.position == "learned" else ("tiny", "llama")
+    base = OmegaConf.merge(
+        OmegaConf.load(CONFIGS / "family" / f"{family}.yaml"), OmegaConf.load(CONFIGS / f"{option}.yaml")
+    )
+    usual: Any = OmegaConf.to_container(base)
+    known = dict(flat(usual))
+    different = [
+        f"model.{key}={'null' if value is None else value}"
+        for key, value in flat(asdict(config))
+        if key in known and known[key] != value
+    ]
+    return [
+        f"model={option}",
+        *different,
+        "tokenizer=file",
+        f"tokenizer.path={run / 'tokenizer.json'}",
+        f"'tokenizer.separator=\"{tokenizer.separator}\"'",
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
