@@ -54,7 +54,8 @@ def linear_cross_entropy(
         weight_VE: float, the head. Multiplied in x's dtype; its gradient is summed in float32 and has the weight's
             dtype: of a float32 weight under autocast it is never rounded to bf16.
         targets_N: int64, in [0, V) or ignore_index.
-        operand_VE: the weight in x's dtype, where such a copy exists. Its gradient goes to weight_VE.
+        operand_VE: a cast of the weight to x's dtype, where one exists; None: it is cast here. Its gradient goes to
+            weight_VE directly, or, where the tokens fit one chunk, through the cast, which autograd must know.
         ignore_index: of tokens that count neither in the loss nor in the gradients.
         softcap: c > 0 replaces a logit z with c · tanh(z / c).
         z_loss: adds z_loss · log² Σ exp(logits) per token, which keeps logits from drifting (Chowdhery et al. 2022,
@@ -81,7 +82,7 @@ def linear_cross_entropy(
     if chunk_size == 0 or x_NE.shape[0] <= chunk_size or (per_token and (wants_x or wants_weight)):
         return linear_cross_entropy_reference(
             x_NE,
-            weight_VE.to(x_NE.dtype),
+            weight_VE.to(x_NE.dtype) if operand_VE is None else operand_VE,
             targets_N,
             ignore_index=ignore_index,
             softcap=softcap,

@@ -132,7 +132,7 @@ class Head(Linear):
                 x_BSE.flatten(0, 1),
                 self.weight,
                 targets_BS.flatten(),
-                operand_VE=self.working,
+                operand_VE=None if self.working is None else self.operand(),
                 softcap=self.softcap,
                 z_loss=0.0 if per_token else self.z_loss,
                 label_smoothing=0.0 if per_token else self.label_smoothing,

@@ -108,7 +108,8 @@ def test_a_forward_and_a_backward_pass_cast_no_weight(build_lively: Build, polic
             loss = model(*batch())
             loss.backward()
         found.append(casts.names)
-    assert found == [set(linears(model)), set()], "autocast casts each of them"
+    layers = set(linears(model)) - {"head"}  # which is cast inside the operator of the loss
+    assert found == [layers, set()], "autocast casts each of them"
 
 
 def test_what_multiplies_is_the_weight_of_the_last_refresh(build_lively: Build) -> None:
