@@ -41,10 +41,7 @@ from torch.autograd.function import once_differentiable
 from .gpt import Attend, Attention, Block, Rotation
 from .kept import Store
 from .linear import Linear
-from .replay import Recipe, catch, output, replay
-
-Attended = tuple[list[Tensor], Recipe]
-"""What is kept of attention over a group of heads."""
+from .replay import Kept, catch, output, plain, replay
 
 
 def _normalize(norm: nn.Module, x_TE: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,7 +77,7 @@ class Recomputed(Block):
         if attend is not self.own:
             return super().forward(x_BSE, attend, mask, rotation)
         if not torch.is_grad_enabled():
-            y_BSE, _ = _Pass(self, x_BSE, attend, mask, rotation).forward(x_BSE)
+            y_BSE, _ = _Pass(self, x_BSE, attend, mask, rotation).forward(x_BSE, plain)
             return y_BSE
         assert x_BSE.requires_grad, "the gradients of a block's weights are computed with the gradient of its input"
         y_BSE = _Recompute.apply(x_BSE, self, attend, mask, rotation)
@@ -98,7 +95,8 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSE: Tensor, block: Recomputed, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         x_BSE = x_BSE.detach()
-        y_BSE, attended = _Pass(block, x_BSE, attend, mask, rotation).forward(x_BSE)
+        run = _Pass(block, x_BSE, attend, mask, rotation)
+        y_BSE, attended = run.forward(x_BSE, catch if block.keeps_attention else plain)
         if not block.keeps_attention:
             attended = []
         ctx.ticket = block.store.keep([x_BSE, *(tensor for tensors, _ in attended for tensor in tensors)])
@@ -139,10 +137,10 @@ class _Pass:
         self.heads = [count // block.head_groups for count in attention.heads]  # of a group
         self.groups = self.qkv.by_heads(attention.heads, block.head_groups)
 
-    def forward(self, x_BSE: Tensor) -> tuple[Tensor, list[Attended]]:
-        """The block's output, and what may be kept of attention."""
+    def forward(self, x_BSE: Tensor, keep: Callable[..., Kept]) -> tuple[Tensor, list[Kept]]:
+        """The block's output, and of attention what `catch` or `plain` keep."""
         x_NE = x_BSE.flatten(0, 1)
-        attended = self.attended(x_NE)
+        attended = self.attended(x_NE, keep)
         y_NE, outs = torch.empty_like(x_NE), self.outs(attended)
         for tile in self.tiles:
             m_TE, _ = self.middle(x_NE, outs, tile)
@@ -151,10 +149,10 @@ class _Pass:
             del m_TE, u_TO
         return y_NE.view_as(x_BSE), attended
 
-    def backward(self, x_BSE: Tensor, dx_BSE: Tensor, attended: list[Attended]) -> None:
+    def backward(self, x_BSE: Tensor, dx_BSE: Tensor, attended: list[Kept]) -> None:
         """Write the gradient of the input over that of the output, which comes in `dx_BSE`. Empties `attended`."""
         x_NE, dx_NE = x_BSE.flatten(0, 1), dx_BSE.flatten(0, 1)
-        attended = attended or self.attended(x_NE)
+        attended = attended or self.attended(x_NE, catch)
         outs = self.outs(attended)
         for tile in self.tiles:
             self.mlp_backward(x_NE, outs, dx_NE, tile)
@@ -174,8 +172,9 @@ class _Pass:
         return qkv_NO.unflatten(1, (sum(self.heads), -1))
 
     def qkv_backward(self, x_NE: Tensor, dqkvs: list[Tensor], dx_NE: Tensor, tile: slice) -> None:
-        parts = zip(*(dqkv_NWD[tile].split(self.heads, dim=1) for dqkv_NWD in dqkvs), strict=True)
-        dqkv_TO = torch.cat([part for groups in parts for part in groups], dim=1).flatten(1)
+        of_each = zip(*(dqkv_NWD[tile].split(self.heads, dim=1) for dqkv_NWD in dqkvs), strict=True)
+        parts = [part for of_groups in of_each for part in of_groups] if len(dqkvs) > 1 else [dqkvs[0][tile]]
+        dqkv_TO = _joined(parts).flatten(1)
         x_TE = _leaf(x_NE[tile])
         with torch.enable_grad():
             n_TE = self.pieces.normalize(self.block.attention_norm, x_TE, self.dtype)
@@ -189,12 +188,12 @@ class _Pass:
 
     # Attention
 
-    def attended(self, x_NE: Tensor) -> list[Attended]:
+    def attended(self, x_NE: Tensor, keep: Callable[..., Kept]) -> list[Kept]:
         """Attention's results, group by group."""
         groups = range(len(self.groups))
-        return [catch(self.attend, *self.inputs(self.projected(x_NE, group)), self.mask) for group in groups]
+        return [keep(self.attend, *self.inputs(self.projected(x_NE, group)), self.mask) for group in groups]
 
-    def outs(self, attended: list[Attended]) -> list[Tensor]:
+    def outs(self, attended: list[Kept]) -> list[Tensor]:
         """Attention's output (N, H, D) of each group."""
         return [output(*results).flatten(0, 1) for results in attended]
 
@@ -206,7 +205,7 @@ class _Pass:
             placed_NHD[tile], placed_NGD[tile] = self.positioned(q_NHD[tile], k_NGD[tile], tile)
         return [x.unflatten(0, self.rows) for x in (placed_NHD, placed_NGD, v_NGD)]
 
-    def attention_backward(self, x_NE: Tensor, group: int, dm_NE: Tensor, attended: list[Attended]) -> Tensor:
+    def attention_backward(self, x_NE: Tensor, group: int, dm_NE: Tensor, attended: list[Kept]) -> Tensor:
         """The gradient (N, W, D) of what `projected` gives. The first of `attended` is this group's, and leaves it."""
         qkv_NWD = self.projected(x_NE, group)
         dq_NHD, dk_NGD, dv_NGD = self.input_gradients(qkv_NWD, group, dm_NE, attended)
@@ -220,13 +219,10 @@ class _Pass:
         v_NGD.copy_(dv_NGD)
         return qkv_NWD
 
-    def input_gradients(
-        self, qkv_NWD: Tensor, group: int, dm_NE: Tensor, attended: list[Attended]
-    ) -> tuple[Tensor, ...]:
+    def input_gradients(self, qkv_NWD: Tensor, group: int, dm_NE: Tensor, attended: list[Kept]) -> tuple[Tensor, ...]:
         """Gradients of a group's `inputs`, (N, H, D) and (N, G, D)."""
         leaves = [_leaf(x) for x in self.inputs(qkv_NWD)]
-        with torch.enable_grad():
-            out_BSHD = replay(*attended.pop(0), self.attend, *leaves, self.mask)
+        out_BSHD = replay(*attended.pop(0), self.attend, *leaves, self.mask)
         dout_NI = out_BSHD.new_empty(len(dm_NE), out_BSHD[0, 0].numel())
         columns = slice(group * dout_NI.shape[1], (group + 1) * dout_NI.shape[1])
         for tile in self.tiles:
@@ -238,7 +234,7 @@ class _Pass:
 
     def middle(self, x_NE: Tensor, outs: list[Tensor], tile: slice) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and the output of all heads that was added to it."""
-        out_TI = torch.cat([out_NHD[tile].flatten(1) for out_NHD in outs], dim=1)
+        out_TI = _joined([out_NHD[tile] for out_NHD in outs]).flatten(1)
         return x_NE[tile] + self.out(out_TI), out_TI
 
     def mlp_backward(self, x_NE: Tensor, outs: list[Tensor], dy_NE: Tensor, tile: slice) -> None:
@@ -310,6 +306,11 @@ class _Product(NamedTuple):
         if self.layer.bias is not None and self.layer.bias.requires_grad:
             grad_O = _begun(self.layer.bias)
             grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Heads of several groups; those of one are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _begun(parameter: Tensor) -> Tensor:

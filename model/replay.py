@@ -7,14 +7,17 @@ the graph of the backward pass as usual and no kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from kernels import FLASH_ATTENTION_OPS
+
+from .gpt import Attend
 
 # By name: PyTorch defines some of them only when their module is imported. attention=math is not among them: it has no
 # operator whose result spares its backward pass the S × S scores.
@@ -70,27 +73,25 @@ class _Index(int):
     """Of a kept tensor."""
 
 
-def catch(attend: Callable[..., Tensor], *inputs: Any) -> tuple[list[Tensor], Recipe]:
-    """The tensors to keep of `attend(*inputs)`: its output, and what else its operator returned in floating point.
+Kept = tuple[list[Tensor], Recipe]
+"""What is kept of attention over a group of heads."""
+
+
+def catch(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Kept:
+    """What to keep of `attend(q, k, v, mask)`: its output, and what else its operator returned in floating point.
 
     Where no operator is recognised (attention=math, FlexAttention's own compiled function on a GPU) that is the output
     alone, and `replay` computes attention again.
     """
-    with _Catch() as caught:
-        out = attend(*inputs)
-    leaves, spec = tree_flatten(caught.results)
-    tensors: list[Tensor] = []
-    for place, leaf in enumerate(leaves):
-        # Seeds and lengths are small integers, which stay where they are.
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
-            leaves[place] = _Index(len(tensors))
-            tensors.append(leaf)
-    view = _View.of(out, tensors)
-    if view is None:
-        out = out.clone() if _has_gaps(out) else out
-        view = _View(len(tensors), tuple(out.shape), out.stride(), 0)
-        tensors.append(out)
-    return tensors, Recipe(len(tensors), view, leaves, spec)
+    # With a graph, for PyTorch's operators leave out the log-sum-exp where no gradient is asked for.
+    with torch.enable_grad(), _Catch() as caught:
+        out = attend(q.detach().requires_grad_(), k.detach().requires_grad_(), v.detach().requires_grad_(), mask)
+    return _kept(out.detach(), caught.results)
+
+
+def plain(attend: Attend, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Kept:
+    """The output alone."""
+    return _kept(attend(q, k, v, mask), [])
 
 
 def output(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
@@ -98,13 +99,30 @@ def output(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
     return recipe.out.on(tensors)
 
 
-def replay(tensors: Sequence[Tensor], recipe: Recipe, attend: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def replay(tensors: Sequence[Tensor], recipe: Recipe, attend: Attend, *inputs: Any) -> Tensor:
     """`attend(*inputs)` with a graph, its operators' results being those that were caught."""
-    if not recipe.leaves:
-        return attend(*inputs)
-    leaves = [tensors[leaf] if isinstance(leaf, _Index) else leaf for leaf in recipe.leaves]
-    with _Replay(tree_unflatten(leaves, recipe.spec)):
-        return attend(*inputs)
+    with torch.enable_grad():
+        if not recipe.leaves:
+            return attend(*inputs)
+        leaves = [tensors[leaf] if isinstance(leaf, _Index) else leaf for leaf in recipe.leaves]
+        with _Replay(tree_unflatten(leaves, recipe.spec)):
+            return attend(*inputs)
+
+
+def _kept(out: Tensor, results: list[Any]) -> Kept:
+    leaves, spec = tree_flatten(results)
+    tensors: list[Tensor] = []
+    for place, leaf in enumerate(leaves):
+        # Seeds and lengths are small integers, which stay where they are.
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            leaves[place] = _Index(len(tensors))
+            tensors.append(leaf.detach())
+    view = _View.of(out, tensors)
+    if view is None:
+        out = out.clone() if _has_gaps(out) else out
+        view = _View(len(tensors), tuple(out.shape), out.stride(), 0)
+        tensors.append(out)
+    return tensors, Recipe(len(tensors), view, leaves, spec)
 
 
 class _Mode(TorchDispatchMode):

@@ -207,7 +207,8 @@ def test_what_exists_of_all_tokens_is_what_the_module_says(
     H = config.n_heads
     long, short = (run_block(build_lively, config, policy, length, Held()) for length in (1024, 512))
     forward, backward = ((more - less) / 512 / 4 for more, less in zip(long, short, strict=True))
-    assert forward == E + HD + H + max((2 * HD + 3 * GD) / groups, E)
+    lse = H if keep_attention else H / groups
+    assert forward == E + HD + lse + max((2 * HD + 3 * GD) / groups, E)
     assert backward == 2 * E + (HD + 2 * GD) + (4 * HD + 3 * GD + H) / groups
 
 
@@ -277,6 +278,23 @@ def test_the_input_is_kept_as_it_is_and_attention_of_the_last_layers(build_livel
     shapes = [[tuple(x.shape) for x in kept[1:]] for kept in store.kept]
     assert shapes == [[], [], of_two_heads * 2, of_two_heads * 2]
     assert loss.requires_grad
+
+
+def test_attention_is_asked_for_its_log_sum_exp_where_it_is_kept(build_lively: Build) -> None:
+    """PyTorch's memory-efficient and cuDNN operators return one only where a gradient is asked for."""
+    model = with_policy(build_lively(LLAMA, "sdpa", seq_len=S), FullConfig(keep_attention=0.5))
+    asked = []
+
+    class Watching(type(model.attention)):
+        def __call__(self, q_BSHD: Tensor, *rest: Any) -> Tensor:
+            asked.append(q_BSHD.requires_grad and torch.is_grad_enabled())
+            return super().__call__(q_BSHD, *rest)
+
+    model.attention.__class__ = Watching
+    loss = model(*batch()[:2])
+    assert asked == [False, True], "the first layer keeps nothing of it"
+    loss.backward()
+    assert asked[2:] == [True] * 3
 
 
 @pytest.mark.parametrize("backward", [True, False])
