@@ -146,7 +146,7 @@ def test_a_step_is_one_graph_that_serves_every_length(build_lively, backend):
     generator = Generator(build_lively(replace(LLAMA, window=9), backend), 2, 40, GREEDY)
     expected = list(generator.stream([[1, 2, 3], [4]], 20))
     counter = CompileCounter()
-    generator._run_step = torch.compile(generator._step, backend=counter, fullgraph=True, dynamic=False)
+    generator.run_step = torch.compile(generator._step, backend=counter, fullgraph=True, dynamic=False)
     for _ in range(2):
         assert list(generator.stream([[1, 2, 3], [4]], 20)) == expected
     assert counter.frame_count == 1
@@ -169,8 +169,8 @@ def test_tokens_come_one_by_one(build_lively):
     model = build_lively(LLAMA)
     generator = Generator(model, 1, 20, GREEDY)
     steps = []
-    run_step = generator._run_step
-    generator._run_step = lambda: (steps.append(1), run_step())
+    run_step = generator.run_step
+    generator.run_step = lambda: (steps.append(1), run_step())
     stream = generator.stream([[5]], 10)
     for count in range(3):
         next(stream)
