@@ -85,22 +85,23 @@ def test_the_queries_are_the_last_positions_of_more_keys(build, backend, window)
     torch.testing.assert_close(attention(q, k, v, attention.prepare(None, 170, 433)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("backend", ["math", "sdpa", pytest.param("flash", marks=interpreted)])
 @torch.no_grad()
-def test_several_tokens_a_step_are_read_as_one_by_one(build_lively):
+def test_several_tokens_a_step_are_read_as_one_by_one(build_lively, backend, window):
     """As a draft that is checked, or a prompt's end."""
-    for config in (LLAMA, replace(LLAMA, window=9)):
-        model = build_lively(config)
-        tokens = torch.randint(101, (2, 40))
-        expected = model(tokens)
-        cache = CachedAttention(model.attention, config.n_layers, batch_size=2, capacity=40)
-        positions, mask = cache.chunk(0, 10, torch.tensor([10, 10]))
-        model.hidden(tokens[:, :10], positions, cache, mask)
-        cache.lengths_B.fill_(10)
-        for begin, end in ((10, 26), (26, 27), (27, 40)):
-            positions, mask = cache.step(end - begin)
-            logits = model.logits(model.hidden(tokens[:, begin:end], positions, cache, mask))
-            torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
-            cache.advance(end - begin)
+    truth, model = pair(build_lively, replace(LLAMA, n_layers=1, window=window), backend)
+    tokens = torch.randint(101, (2, 40))
+    expected = truth(tokens)
+    cache = CachedAttention(model.attention, n_layers=1, batch_size=2, capacity=40)
+    positions, mask = cache.chunk(0, 10, torch.tensor([10, 10]))
+    model.hidden(tokens[:, :10], positions, cache, mask)
+    cache.lengths_B.fill_(10)
+    for begin, end in ((10, 26), (26, 27), (27, 40)):
+        positions, mask = cache.step(end - begin)
+        logits = model.logits(model.hidden(tokens[:, begin:end], positions, cache, mask))
+        torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
+        cache.advance(end - begin)
 
 
 @torch.no_grad()
