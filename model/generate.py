@@ -84,11 +84,11 @@ class Generator:
         self._tokens_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         candidates = num_candidates(sampling, config.vocab_size)
         self._noise_BK = torch.ones(batch_size, candidates, device=self.device)
-        self._run_step: Callable[[], None] = self._step
+        self.run_step: Callable[[], None] = self._step
         if compile:  # one graph for all lengths: none of them is known to Python
-            self._run_step = torch.compile(self._step, dynamic=False)
+            self.run_step = torch.compile(self._step, dynamic=False)
         if cuda_graph:
-            self._run_step = _captured(self._run_step)
+            self.run_step = _captured(self.run_step)
 
     @property
     def batch_size(self) -> int:
@@ -119,11 +119,11 @@ class Generator:
             ahead = remaining > 0 and self.device.type == "cuda"
             if ahead:  # the GPU is busy with the next while the caller has this one
                 self._draw(random)
-                self._run_step()
+                self.run_step()
             yield tokens()
             if remaining > 0 and not ahead:
                 self._draw(random)
-                self._run_step()
+                self.run_step()
 
     def _draw(self, random: torch.Generator) -> None:
         if self.sampling.temperature > 0:

@@ -85,22 +85,23 @@ def test_the_queries_are_the_last_positions_of_more_keys(build, backend, window)
     torch.testing.assert_close(attention(q, k, v, attention.prepare(None, 170, 433)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("backend", ["math", "sdpa", pytest.param("flash", marks=interpreted)])
 @torch.no_grad()
-def test_several_tokens_a_step_are_read_as_one_by_one(build_lively):
+def test_several_tokens_a_step_are_read_as_one_by_one(build_lively, backend, window):
     """As a draft that is checked, or a prompt's end."""
-    for config in (LLAMA, replace(LLAMA, window=9)):
-        model = build_lively(config)
-        tokens = torch.randint(101, (2, 40))
-        expected = model(tokens)
-        cache = CachedAttention(model.attention, config.n_layers, batch_size=2, capacity=40)
-        positions, mask = cache.chunk(0, 10, torch.tensor([10, 10]))
-        model.hidden(tokens[:, :10], positions, cache, mask)
-        cache.lengths_B.fill_(10)
-        for begin, end in ((10, 26), (26, 27), (27, 40)):
-            positions, mask = cache.step(end - begin)
-            logits = model.logits(model.hidden(tokens[:, begin:end], positions, cache, mask))
-            torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
-            cache.advance(end - begin)
+    truth, model = pair(build_lively, replace(LLAMA, n_layers=1, window=window), backend)
+    tokens = torch.randint(101, (2, 40))
+    expected = truth(tokens)
+    cache = CachedAttention(model.attention, n_layers=1, batch_size=2, capacity=40)
+    positions, mask = cache.chunk(0, 10, torch.tensor([10, 10]))
+    model.hidden(tokens[:, :10], positions, cache, mask)
+    cache.lengths_B.fill_(10)
+    for begin, end in ((10, 26), (26, 27), (27, 40)):
+        positions, mask = cache.step(end - begin)
+        logits = model.logits(model.hidden(tokens[:, begin:end], positions, cache, mask))
+        torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
+        cache.advance(end - begin)
 
 
 @torch.no_grad()
@@ -146,7 +147,7 @@ def test_a_step_is_one_graph_that_serves_every_length(build_lively, backend):
     generator = Generator(build_lively(replace(LLAMA, window=9), backend), 2, 40, GREEDY)
     expected = list(generator.stream([[1, 2, 3], [4]], 20))
     counter = CompileCounter()
-    generator._run_step = torch.compile(generator._step, backend=counter, fullgraph=True, dynamic=False)
+    generator.run_step = torch.compile(generator._step, backend=counter, fullgraph=True, dynamic=False)
     for _ in range(2):
         assert list(generator.stream([[1, 2, 3], [4]], 20)) == expected
     assert counter.frame_count == 1
@@ -169,8 +170,8 @@ def test_tokens_come_one_by_one(build_lively):
     model = build_lively(LLAMA)
     generator = Generator(model, 1, 20, GREEDY)
     steps = []
-    run_step = generator._run_step
-    generator._run_step = lambda: (steps.append(1), run_step())
+    run_step = generator.run_step
+    generator.run_step = lambda: (steps.append(1), run_step())
     stream = generator.stream([[5]], 10)
     for count in range(3):
         next(stream)

@@ -1,4 +1,4 @@
-"""The benchmark of decoding counts the bytes that must be read, and prints no speed for a wrong result."""
+"""The benchmarks of decoding count the bytes that must be read, and print no speed for a wrong result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels import attention
-from scripts import bench_decode
+from model.config import ModelConfig
+from scripts import bench_decode, bench_generate
 from scripts.bench_attention.timing import Timing
 from scripts.bench_decode import Case, Inputs, measure, table
 
@@ -55,9 +56,21 @@ def test_our_kernel_and_pytorchs_are_measured_beside_each_other():
         assert "gb_per_s" in row, row
 
 
-def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("script", [bench_decode, bench_generate])
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
-        bench_decode.main([])
+        script.main([])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("window", "seen"), [(None, 500), (100, 100)])
+def test_a_step_reads_its_matrices_once_and_the_keys_and_values_that_are_seen(monkeypatch, window, seen):
+    config = ModelConfig("m", n_layers=2, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=101, window=window)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: None)
+    model = bench_generate.build(config, "math", 600, CPU)
+    a_layer = 64 * (4 + 2 + 2) * 16 + 4 * 16 * 64 + 3 * 64 * 96
+    matrices = 2 * (2 * a_layer + 64 * 101)
+    assert bench_generate.bytes_read(model, 3, 500) == matrices + 2 * 2 * 2 * 3 * seen * 2 * 16
+    assert model.embedding.weight.dtype == torch.float32

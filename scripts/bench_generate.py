@@ -1,0 +1,124 @@
+"""A token at a time: how fast a whole model generates, at several lengths. On a GPU, in a minute.
+
+    python -m scripts.bench_generate                                     # llama-1b and llama-8b, one row
+    python -m scripts.bench_generate --model llama-8b --batch 16 --compile --attention flash sdpa
+
+Weights are random and the cache is empty: neither changes what is read or computed. A step is one CUDA graph, sampling
+included; ms are the median of several runs of steps. GB/s are the bytes of the matrices and of the keys and values that
+a step reads, over its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.attention import ATTENTIONS, AttentionSpec, build_attention
+from model.config import ModelConfig
+from model.generate import Generator
+from model.generate_config import SamplingConfig
+from model.gpt import GPT
+from scripts.record import ROOT, need_cuda
+
+LENGTHS = (1024, 8192, 32768)
+STEPS, RUNS = 20, 5
+
+
+def model_config(name: str, seq_len: int) -> ModelConfig:
+    from hydra import compose, initialize_config_dir
+
+    from training import cli
+    from training.config import load_config
+
+    cli.register_resolvers()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return load_config(compose("train", [f"model={name}", f"seq_len={seq_len}"])).model
+
+
+def build(config: ModelConfig, attention: str, seq_len: int, device: torch.device) -> GPT:
+    """With random weights, the matrices of linear layers in bf16, as a trained model is loaded."""
+    assert config.n_kv_heads is not None
+    assert config.head_dim is not None
+    spec = AttentionSpec(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        seq_len=seq_len,
+        dtype="bfloat16",
+        capability=torch.cuda.get_device_capability(device),
+        window=config.window,
+        softcap=config.attention_softcap,
+        scale=config.attention_scale,
+    )
+    with device:
+        model = GPT(config, build_attention(ATTENTIONS[attention](name=attention), spec))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    return model.requires_grad_(False)
+
+
+def step_ms(generator: Generator, length: int) -> float:
+    """Of the steps from this length on."""
+    times = []
+    for _ in range(RUNS):
+        generator.cache.lengths_B.fill_(length)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        generator.run_step()
+        began.record()
+        for _ in range(STEPS):
+            generator.run_step()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended) / STEPS)
+    return statistics.median(times)
+
+
+def bytes_read(model: GPT, batch: int, length: int) -> int:
+    config, spec = model.config, model.attention.spec
+    matrices = sum(module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear))
+    seen = length if spec.window is None else min(length, spec.window)
+    return matrices + 2 * 2 * config.n_layers * batch * seen * spec.n_kv_heads * spec.head_dim
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [name for name in ATTENTIONS if name != "auto"]
+    parser.add_argument("--model", nargs="+", default=["llama-1b", "llama-8b"], help="names in configs/model")
+    parser.add_argument("--attention", nargs="+", choices=names, default=["flash"], help="default flash")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="rows; default 1")
+    parser.add_argument("--length", nargs="+", type=int, default=list(LENGTHS), help="tokens; default 1k 8k 32k")
+    parser.add_argument("--compile", action="store_true", help="compile the step")
+    options = parser.parse_args(argv)
+    device = need_cuda("bench_generate")
+    capacity = max(options.length) + STEPS + 2
+    lines = ["| | tokens/s | ms | GB/s |", "|---|---:|---:|---:|"]
+    for name, attention in product(options.model, options.attention):
+        model = build(model_config(name, capacity), attention, capacity, device)
+        for batch in options.batch:
+            settings: dict[str, Any] = {"compile": options.compile, "cuda_graph": True}
+            generator = Generator(model, batch, capacity, SamplingConfig(), **settings)
+            for length in options.length:
+                ms = step_ms(generator, length)
+                speed, rate = 1000 * batch / ms, bytes_read(model, batch, length) / ms / 1e6
+                lines.append(f"| {name}, {attention}, {batch} × {length:,} | {speed:,.1f} | {ms:.3f} | {rate:,.0f} |")
+                print(lines[-1], flush=True)
+            del generator
+        del model
+        torch.cuda.empty_cache()
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
