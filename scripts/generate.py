@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
     add("--compile", action="store_true", help="compile the step first: for long texts on a GPU")
     add("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

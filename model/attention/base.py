@@ -25,6 +25,8 @@ class AttentionBackend(ABC):
     """
 
     name: ClassVar[str]
+    decodes_with: ClassVar[str] = "plain PyTorch"
+    """What `decode` runs."""
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         """Raises ValueError where PyTorch, and nothing that can be known without it, refuses the spec."""
@@ -59,9 +61,6 @@ class AttentionBackend(ABC):
         self.spec = replace(self.spec, max_documents=max_documents)
 
     # ---- a few new tokens over a cache of keys: `model.attention.cache`
-
-    decodes_with: ClassVar[str] = "plain PyTorch"
-    """What `decode` runs."""
 
     def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Any:
         """What `decode` reads beside the cache: once per step, shared by all layers, without waiting for the device.

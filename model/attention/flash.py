@@ -21,6 +21,7 @@ SHORT_ROW = 4096
 
 class FlashAttention(AttentionBackend):
     name = "flash"
+    decodes_with = "flash-gpt's decoding kernel"
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
@@ -92,8 +93,6 @@ class FlashAttention(AttentionBackend):
         )
         assert isinstance(out, Tensor)
         return out
-
-    decodes_with = "flash-gpt's decoding kernel"
 
     def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Tensor:
         return lengths_B

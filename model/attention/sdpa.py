@@ -36,6 +36,7 @@ class Choice(NamedTuple):
 
 class SdpaAttention(AttentionBackend):
     name = "sdpa"
+    decodes_with = "scaled_dot_product_attention"
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
@@ -79,8 +80,6 @@ class SdpaAttention(AttentionBackend):
                 enable_gqa=k_BSGD.shape[2] != H,
             )
         return out_BHSD.transpose(1, 2)
-
-    decodes_with = "scaled_dot_product_attention"
 
     def decode(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor) -> Tensor:
         """The heads of a group become queries of one head: grouped keys and values are read where they are."""

@@ -124,7 +124,7 @@ def test_another_versions_model_is_refused(trained: Trainer, tmp_path: Path) -> 
 def test_a_prompt_is_continued_on_standard_output_as_in_the_runs_own_samples(
     trained: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(trained.run.folder, "def", "--device=cpu", "--max-tokens=16", "--attention=math") == 0
+    assert generate(trained.run.folder, "--device=cpu", "--max-tokens=16", "def", "--attention=math") == 0
     out, err = capsys.readouterr()
     assert out.strip("\n") in (trained.run.folder / "samples.md").read_text()
     assert err.startswith("model  ")
