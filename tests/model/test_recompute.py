@@ -98,6 +98,16 @@ def test_tiles_and_groups_are_within_twice_the_error_of_the_plain_model(
     assert_within_twice(gradients(tiled, batches, bf16), gradients(plain, batches, bf16), exact)
 
 
+def test_with_flash_attention_too(build_lively: Build) -> None:
+    inputs = [tuple(x[:1] for x in batch())]
+    plain = build_lively(replace(LLAMA, n_layers=1), "sdpa", seq_len=S, documents=True)
+    tiled = build_lively(replace(LLAMA, n_layers=1), "flash", seq_len=S, documents=True)
+    tiled.load_state_dict(plain.state_dict())
+    got = gradients(with_policy(tiled, TILED), inputs)
+    for name, expected in gradients(plain, inputs).items():
+        assert_close(got[name], expected)
+
+
 def test_groups_of_heads_change_no_bit(build_lively: Build) -> None:
     model, batches = build_lively(LLAMA, "sdpa", seq_len=S, documents=True), [batch()]
     whole, halves = (gradients(with_policy(model, FullConfig(head_groups=n)), batches) for n in (1, 2))
@@ -202,11 +212,11 @@ def test_what_exists_of_all_tokens_is_what_the_module_says(
     build_lively: Build, keep_attention: float, groups: int
 ) -> None:
     config = replace(LLAMA, n_kv_heads=4, n_layers=1)
-    policy = FullConfig(tile=16, head_groups=groups, keep_attention=keep_attention)
+    policy = FullConfig(tile=8, head_groups=groups, keep_attention=keep_attention)
     E = HD = GD = config.dim
     H = config.n_heads
-    long, short = (run_block(build_lively, config, policy, length, Held()) for length in (1024, 512))
-    forward, backward = ((more - less) / 512 / 4 for more, less in zip(long, short, strict=True))
+    long, short = (run_block(build_lively, config, policy, length, Held()) for length in (512, 256))
+    forward, backward = ((more - less) / 256 / 4 for more, less in zip(long, short, strict=True))
     lse = H if keep_attention else H / groups
     assert forward == E + HD + lse + max((2 * HD + 3 * GD) / groups, E)
     assert backward == 2 * E + (HD + 2 * GD) + (4 * HD + 3 * GD + H) / groups
@@ -340,10 +350,9 @@ def test_a_ticket_gives_back_what_it_got_once() -> None:
 # Compilation
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_pieces_are_compiled_once_for_all_layers_and_lengths(build_lively: Build, name: str) -> None:
+def test_pieces_are_compiled_once_for_all_layers_and_lengths(build_lively: Build) -> None:
     torch._dynamo.reset()
-    plain = build_lively(replace(CONFIGS[name], n_layers=6), "sdpa", seq_len=S, documents=True)
+    plain = build_lively(replace(LLAMA, n_layers=6), "sdpa", seq_len=S, documents=True)
     tiled, counter = with_policy(plain, TILED), CompileCounterWithBackend("aot_eager")
     tiled.compile("block", backend=counter, fullgraph=True)
     batches = [batch(), batch()]
@@ -353,12 +362,12 @@ def test_pieces_are_compiled_once_for_all_layers_and_lengths(build_lively: Build
     assert counter.frame_count == compiled
     for parameter, expected in gradients(plain, batches).items():
         assert_close(got[parameter], expected)
-    for length in (41, 37, 31, 29, 23):
+    for length in (41, 37, 23):
         with torch.no_grad():
             inputs = [x[:, :length].contiguous() for x in batch()]
             torch.testing.assert_close(tiled(*inputs), plain(*inputs))
     # The loss once for each length. Each piece with and without a graph, and each of these for any length beside.
-    assert counter.frame_count <= (1 + 5) + 2 * 2 * 3
+    assert counter.frame_count <= (1 + 3) + 2 * 2 * 3
 
 
 # What is refused
