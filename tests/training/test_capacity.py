@@ -91,6 +91,18 @@ def test_a_step_that_was_measured_takes_about_as_long_as_is_predicted(
     assert taken.total == pytest.approx(config.plan.tokens_per_step / row["tokens_per_second"], rel=0.15)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "full memory.keep_attention=0", "offload"])
+def test_on_a_gpu_a_run_takes_what_is_predicted(config: MakeConfig, tmp_path: Path, policy: str) -> None:
+    """Within 15 %: of so small a model the libraries' own workspaces are a part."""
+    options = ["model.n_layers=8", "model.n_heads=8", "model.n_kv_heads=8", "model.dim=512", "model.ffn_dim=2048"]
+    options += ["attention=flash", "device=cuda", "precision=bf16", "seq_len=1024", "batch_size=32", "max_steps=4"]
+    mine = config(*options, *f"memory={policy}".split(), "compile=true", f"run_dir={tmp_path / 'run'}")
+    runtime = resolve_runtime(mine)
+    measured = Trainer(mine, lambda line: None, runtime).fit()["memory/peak_allocated_gib"]
+    assert predict(workload(mine, runtime)).total / GIB == pytest.approx(measured, rel=0.15)
+
+
 # ---- memory=auto
 
 
