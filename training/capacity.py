@@ -18,7 +18,7 @@ from model.memory import GIB, predict, state_bytes
 
 from . import machine
 from .config import TrainConfig
-from .optimizer_config import ROUNDED_AT_ONCE
+from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
 from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
@@ -206,11 +206,13 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
     gpu = runtime.gpu
     there = host_memory() if gpu is None else gpu.memory
     place = f"{'this machine' if gpu is None else gpu.name} has {(there or 0) / GIB:,.1f} GiB of memory"
-    if there is not None and (state := sum(state_bytes(workload(config, runtime)))) > there:
+    weights, gradients, moments = state_bytes(workload(config, runtime))
+    # What could be halved is left to `remedy`, on a GPU.
+    if there is not None and weights + gradients + (moments if gpu is None else moments // 2) > there:
         shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
         raise ValueError(
             f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
-            f"weights, gradients and optimizer alone take {state / GIB:,.0f} GiB; {place}; "
+            f"weights, gradients and optimizer alone take {(weights + gradients + moments) / GIB:,.0f} GiB; {place}; "
             f"use a smaller one, such as model=tiny"
         )
     config = resolve_memory(config, runtime)
@@ -258,19 +260,31 @@ def check_host(work: Workload, runtime: Runtime) -> None:
 
 
 def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
-    """The least change that fits into `limit` bytes: a policy, fewer rows at a time, a shorter row, another model."""
+    """The least change that fits into `limit` bytes: a policy, fewer rows at a time, smaller numbers, a shorter row,
+    another model."""
     work = workload(config, runtime)
-    for batch_size in (config.batch_size, *smaller_batches(config)):
-        fewer = replace(work, batch_size=batch_size, accumulates=work.accumulates or batch_size < config.batch_size)
-        policy = choose_policy(fewer, runtime, limit)
-        if policy is not None:
-            peak = predict(replace(fewer, memory=policy)).total
-            same_step = f"tokens_per_step={config.plan.tokens_per_step} "
-            change = f"batch_size={batch_size} {same_step}" if batch_size < config.batch_size else ""
-            return f"{change}{as_typed(policy)} ({peak / GIB:,.0f} GiB)"
+    for change, changed in changes(config, work):
+        if (policy := choose_policy(changed, runtime, limit)) is not None:
+            peak = predict(replace(changed, memory=policy)).total
+            return " ".join([*change, as_typed(policy), f"({peak / GIB:,.0f} GiB)"])
     longest = [(longest_row(replace(work, memory=policy), limit), policy) for policy in on_device(work)]
     row, policy = max(longest, key=lambda item: item[0])
     return f"{as_typed(policy)} batch_size=1 seq_len={row} or shorter" if row else "a smaller model="
+
+
+def changes(config: TrainConfig, work: Workload) -> Iterator[tuple[list[str], Workload]]:
+    """What a person may type to take less with rows as long, and the work that it makes; at first nothing."""
+    typed = list[str]()
+    yield typed, work
+    for batch_size in smaller_batches(config):
+        work = replace(work, batch_size=batch_size, accumulates=True)
+        typed = [f"batch_size={batch_size}", f"tokens_per_step={config.plan.tokens_per_step}"]
+        yield typed, work
+    if work.product_bytes < work.residual_bytes:
+        work, typed = replace(work, residual_bytes=work.product_bytes), [*typed, "precision=bf16-residual"]
+        yield typed, work
+    if work.moment_bytes == 4 and max(config.optimizer.betas) <= SLOWEST_IN_BF16:
+        yield [*typed, "optimizer.moments=bfloat16"], replace(work, moment_bytes=2)
 
 
 def smaller_batches(config: TrainConfig) -> list[int]:

@@ -20,7 +20,7 @@ from model import activations
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.layer_memory import Workload, kept_bytes
+from model.layer_memory import Workload, kept_bytes, matrix_sizes
 from model.linear import keep_working_copies, refresh
 from model.memory import moments
 
@@ -58,17 +58,24 @@ def kept_by_a_compiled(model: GPT) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize(
-    "config", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=lambda config: f"{config.norm}, {config.mlp}"
-)
-def test_without_a_policy_a_layer_keeps_what_the_partition_of_a_compiled_model_does(
-    build: Build, config: ModelConfig
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("residual", [torch.bfloat16, pytest.param(None, marks=SLOW)], ids=["bf16-residual", "bf16"])
+@pytest.mark.parametrize("policy", [MemoryConfig(), pytest.param(SelectiveConfig(), marks=SLOW)], ids=lambda p: p.name)
+@pytest.mark.parametrize("config", [LLAMA, pytest.param(GPT2, marks=SLOW)], ids=lambda config: config.norm)
+def test_a_layer_keeps_what_the_partition_of_a_compiled_model_does(
+    build: Build, config: ModelConfig, policy: MemoryConfig, residual: torch.dtype | None
 ) -> None:
-    deep, shallow = (kept_by_a_compiled(build(replace(config, n_layers=n), "sdpa", seq_len=S).train()) for n in (3, 2))
-    work = Workload(config, MemoryConfig(), B, S)
-    E, F, W = config.dim, config.ffn_dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    matrices = E * W + E * E + E * F * (3 if config.mlp == "swiglu" else 2)
-    assert deep - shallow == (kept_bytes(work, 0) + 2 * matrices)  # and the weights in bf16
+    kept = []
+    for n_layers in (3, 2):
+        model = build(replace(config, n_layers=n_layers), "sdpa", seq_len=S).train()
+        model.residual_dtype = residual
+        activations.apply(model, policy)
+        kept.append(kept_by_a_compiled(model))
+    work = Workload(config, policy, B, S, residual_bytes=(residual or torch.float32).itemsize)
+    weights = 0 if isinstance(policy, SelectiveConfig) else 2 * sum(matrix_sizes(config))  # cast to bf16
+    assert kept[0] - kept[1] == kept_bytes(work, 0) + weights
 
 
 class Peak(TorchDispatchMode):
