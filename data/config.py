@@ -276,7 +276,7 @@ class SyntheticData(DataConfig):
     documents: int = 1000
     length: int = 4096
     """Characters of a document; with "recall" tokens of the longest, the separator among them."""
-    pairs: int = 32
+    pairs: int = 8
     """With "recall": the most keys with values in a document."""
     seed: int = 0
 

@@ -1,7 +1,7 @@
 """The recall task: keys and their values stand early in a document, and at its end the keys are asked for.
 
-After multi-query associative recall (Arora et al. 2023, arXiv:2312.04927). In `..Ak....Be…?Be?Ak` the key "A" has the
-value "k", dots are filler, and after each "?" and a key its value is the answer. A model must find the one earlier
+After multi-query associative recall (Arora et al. 2023, arXiv:2312.04927). In `..A3....Q7…?Q7?A3` the key "A" has the
+value "3", dots are filler, and after each "?" and a key its value is the answer. A model must find the one earlier
 place of the key and copy what follows it. Only the answers are targets (`data.answers`).
 """
 
@@ -11,46 +11,43 @@ import random
 import string
 
 MARKER, FILLER = "?", "."
-VALUES = string.ascii_lowercase
-KEYS = "".join(sorted({*string.ascii_uppercase, *string.digits, *string.punctuation} - {MARKER, FILLER}))
+KEYS, VALUES = string.ascii_letters, string.digits
 """No character of a document is of two kinds, and a document asks for none twice."""
-SHORTEST = 16  # tokens of a document
+SHORTEST = 8  # tokens of a document
 
 
 def write_recall(rng: random.Random, length: int, pairs: int, number: int) -> list[str]:
     """Documents that have `length` tokens together, counting the separators that the tokenizer adds: one, or as many of
-    an equal part of it. The parts 1, 1/2, 1/4, … down to `SHORTEST` tokens take turns with `number`.
+    an equal part of it, 1/2, 1/4, … down to `SHORTEST` tokens.
 
-    Only the short ones are learnt from in the beginning: where few keys are told, whoever copies any of the values is
-    right more often.
+    Every second `number` has the shortest, and the others take turns: how to find a key is learnt where there are two,
+    and then how to find it among more and farther away.
     """
     sizes = [length]
     while sizes[-1] % 2 == 0 and sizes[-1] >= 2 * SHORTEST:
         sizes.append(sizes[-1] // 2)
-    size = sizes[number % len(sizes)]
+    size = sizes[-1] if number % 2 else sizes[number // 2 % max(1, len(sizes) - 1)]
     return [write_document(rng, size, pairs) for _ in range(length // size)]
 
 
 def write_document(rng: random.Random, length: int, pairs: int) -> str:
-    """`length` − 1 characters, with so many pairs, but no more than an eighth of `length`.
+    """`length` − 1 characters, with so many pairs, but no more than a quarter of `length`; half of the keys are asked
+    for, so that no answer is known by those before it.
 
     The distances from a key to its question spread evenly over log(distance), from the length of the questions to that
     of the document, so that each power of 2 between has about as many answers.
     """
-    pairs = min(pairs, length // 8)
-    questions = 3 * pairs
+    pairs = min(pairs, length // 4)
+    asked = rng.sample(range(pairs), max(1, pairs // 2))
+    questions = 3 * len(asked)
     body = list(FILLER * (length - 1 - questions))
     slots = len(body) // 2  # of two characters, counted from the end of the body
     ratio = (questions + len(body)) / questions
     chosen = [int((questions * ratio ** ((i + rng.random()) / pairs) - questions) / 2) for i in range(pairs)]
     for i in range(1, pairs):  # no two in one slot,
         chosen[i] = max(chosen[i], chosen[i - 1] + 1)
-    asked = []
-    for i, key in enumerate(rng.sample(KEYS, pairs)):
-        slot = min(chosen[i], slots - pairs + i)  # and all within the body
-        value = rng.choice(VALUES)
-        body[len(body) - 2 * (slot + 1)] = key
-        body[len(body) - 2 * slot - 1] = value
-        asked.append(MARKER + key + value)
-    rng.shuffle(asked)
-    return "".join(body + asked)
+    told = [key + rng.choice(VALUES) for key in rng.sample(KEYS, pairs)]
+    for i, pair in enumerate(told):
+        begin = len(body) - 2 * (min(chosen[i], slots - pairs + i) + 1)  # and all within the body
+        body[begin : begin + 2] = pair
+    return "".join([*body, *(MARKER + told[i] for i in asked)])

@@ -92,8 +92,8 @@ def test_configs_work_as_structured_configs_and_validate_when_built():
         ),
         (lambda: HubData(path="x", max_bytes=0), r"data\.max_bytes=0 is not possible"),
         (lambda: SyntheticData(task="sort"), r"data\.task=sort is unknown; use copy, needle, recall"),
-        (lambda: SyntheticData(task="recall", pairs=0), r"data\.pairs=0 is not possible; use 1 to 66"),
-        (lambda: SyntheticData(task="recall", pairs=67), r"data\.pairs=67 is not possible; use 1 to 66"),
+        (lambda: SyntheticData(task="recall", pairs=0), r"data\.pairs=0 is not possible; use 1 to 52"),
+        (lambda: SyntheticData(task="recall", pairs=53), r"data\.pairs=53 is not possible; use 1 to 52"),
         (
             lambda: MixData(parts={"a": {"name": "synthetic", "task": "recall"}}),
             r"data\.parts\.a\.task=recall is not possible in a mixture",
