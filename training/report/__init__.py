@@ -1,0 +1,11 @@
+"""A picture of runs: run folders are read into series, and series are written into one HTML page that needs nothing else.
+
+`python -m scripts.report RUN [RUN …]` writes a page by hand; every run writes its own as it goes. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from .page import write_page
+from .read import RunReader, runs_at
+
+__all__ = ["RunReader", "runs_at", "write_page"]
