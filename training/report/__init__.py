@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .page import write_page
+from .page import page, write_page
 from .read import RunReader, runs_at
 
-__all__ = ["RunReader", "runs_at", "write_page"]
+__all__ = ["RunReader", "page", "runs_at", "write_page"]

@@ -37,6 +37,8 @@ function short(value) {
   return String(Number(value.toPrecision(6)));
 }
 
+const binary = (count) => (count >= 2 ** 20 ? `${count / 2 ** 20}M` : count >= 1024 ? `${count / 1024}k` : String(count));
+
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   const s = Math.round(seconds), two = (n) => String(n).padStart(2, "0");
@@ -100,12 +102,12 @@ class Chart {
       font: "11px system-ui, sans-serif", ...more,
     });
     const percent = form.endsWith("%");
-    const xText = x === "time" ? duration : short;
+    const xText = { time: duration, positions: binary }[x] || short;
     const sparse = (text) => (u, values) => values.map((value) => (value === null ? null : text(value)));
     return {
       width: node.clientWidth || 400, height: 210, padding: [8, 10, 0, 0], legend: { show: false },
       scales: {
-        x: { time: false, distr: logX || x === "positions" ? 3 : 1, log: x === "positions" ? 2 : 10, ...(zoom ? { min: zoom[0], max: zoom[1] } : {}) },
+        x: { time: false, distr: logX || x === "positions" ? 3 : 1, log: x === "positions" ? 2 : 10, ...(zoom ? { min: zoom[0], max: zoom[1], auto: false } : {}) },
         y: { distr: logY ? 3 : 1, range: logY ? undefined : this.range },
       },
       axes: [
@@ -137,7 +139,8 @@ class Chart {
   // A margin, and no axis that makes a hair look like a mountain.
   range(u, low, high) {
     if (low === null || high === null) return [0, 1];
-    const span = high - low || Math.abs(high) * 0.1 || 1;
+    if (low === high) return low === 0 ? [0, 1] : [Math.min(0.9 * low, 1.1 * low), Math.max(0.9 * low, 1.1 * low)];
+    const span = high - low;
     const bottom = low - 0.08 * span;
     return [low >= 0 && bottom < 0 ? 0 : bottom, high + 0.08 * span];
   }
@@ -160,11 +163,7 @@ class Chart {
     readout.replaceChildren(...parts);
   }
 
-  zoom(range) {
-    if (!this.plot) return;
-    const xs = this.plot.data[0];
-    this.plot.setScale("x", range ? { min: range[0], max: range[1] } : { min: xs[0], max: xs[xs.length - 1] });
-  }
+  zoom([min, max]) { this.plot?.setScale("x", { min, max }); }
 
   resize(width) { if (this.plot && width > 0) this.plot.setSize({ width, height: 210 }); }
   redraw() { if (this.plot) { this.plot.redraw(false, true); this.say(null); } }

@@ -1,7 +1,15 @@
 // The page: what the runs are, a panel for each metric, and what else their folders hold.
 
+// What of a run's name is its own: 10-00-00_gpt2_math_16384 and 10-00-00_gpt2_flash_16384 are math and flash.
+function label(run) {
+  const words = DATA.runs.map((other) => other.name.split("_"));
+  const own = run.name.split("_").filter((word) => !words.every((other) => other.includes(word)));
+  const short = own.join(" ");
+  return DATA.runs.length > 1 && short ? short : run.name;
+}
+
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const RUNS = DATA.runs.map((run, i) => ({ ...run, i, colour: () => runColour(i), shown: true }));
+const RUNS = DATA.runs.map((run, i) => ({ ...run, i, colour: () => runColour(i), shown: true, label: label(run) }));
 const METRICS = new Map(DATA.metrics.map((metric) => [metric.name, metric]));
 const one = RUNS.length === 1;
 const hasTime = RUNS.every((run) => run.clock.time.every((time) => time !== null));
@@ -12,7 +20,8 @@ const main = document.getElementById("main");
 const last = (values) => values.findLast((value) => value !== null);
 const value = (run, name) => (run.metrics[name] ? last(run.metrics[name].value) : undefined);
 const date = (seconds) => (seconds ? new Date(1000 * seconds).toISOString().slice(0, 19).replace("T", " ") + " UTC" : "–");
-const title = (metric) => metric.name.slice(metric.section.length + 1).replaceAll("_", " ");
+const WRITTEN = { mfu: "MFU", palm: "(PaLM)", tflops: "TFLOP/s", gib: "size" };
+const title = (metric) => metric.name.slice(metric.section.length + 1).split("_").filter((word, i) => !i || !["gib", "ms", "seconds"].includes(word)).map((word) => WRITTEN[word] || word).join(" ");
 const secondsOf = (run) => run.facts.duration_seconds ?? last(run.clock.time);
 
 // What the registry writes in Markdown: `code` is all there is of it.
@@ -58,9 +67,9 @@ function summary() {
       const swatch = make("i", { className: "swatch" });
       swatch.style.background = `var(--c${run.i % 10})`;
       const cells = [short(last(run.clock.tokens) ?? 0), duration(secondsOf(run)), ...headlines.map((m) => format(value(run, m.name), m.form))];
-      return make("tr", {}, make("th", { className: "run" }, make("label", {}, box, swatch, run.name)), make("td", {}, statusOf(run)), ...cells.map((text) => make("td", { className: "number" }, text)));
+      return make("tr", {}, make("th", { className: "run" }, make("label", { title: run.name }, box, swatch, run.label)), make("td", {}, statusOf(run)), ...cells.map((text) => make("td", { className: "number" }, text)));
     });
-    section("Runs", `last values`, make("div", { className: "box" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
+    section("Runs", "last values", make("div", { className: "box" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
   }
   const notes = [];
   if (RUNS.some((run) => run.is_thinned)) notes.push("Long series are thinned to what a screen shows; the smallest and the largest value of every stretch are kept. metrics.jsonl has all.");
@@ -91,7 +100,7 @@ class Panel {
     this.stale = false;
     const own = this.x === "positions";
     this.drawn = new Chart(this.chart, this.lines(), {
-      x: this.x || state.x, form: this.form, logX: !own && state.logX, logY: state.logY, zoom: own ? null : state.zoom,
+      x: this.x || state.x, form: this.form, logX: !own && state.logX, logY: state.logY, zoom: own ? null : state.zoom || everything(),
       readout: this.readout, many: this.many, onZoom: own ? undefined : zoom, marks: own || !state.marks ? undefined : drawMarks,
     });
     this.node.dataset.drawn = String(this.drawn.lines.length);
@@ -115,12 +124,21 @@ function drawAll() {
   }
 }
 
+// All panels begin and end where the runs do, so that what is above each other happened together.
+function everything() {
+  const xs = RUNS.filter((run) => run.shown).flatMap((run) => run.clock[state.x]).filter((x) => x !== null && (!state.logX || x > 0));
+  const [low, high] = xs.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [Infinity, -Infinity]);
+  return low < high ? [low, high] : null;
+}
+
 function zoom(range) {
   state.zoom = range;
+  const to = range || everything();
+  if (!to) return;
   document.getElementById("reset").hidden = !range;
   for (const panel of panels) {
     if (panel.x === "positions") continue;
-    if (panel.visible && !panel.stale) panel.drawn.zoom(range);
+    if (panel.visible && !panel.stale) panel.drawn.zoom(to);
     else panel.stale = true;
   }
 }
@@ -137,7 +155,7 @@ function metricPanel(grid, metric) {
   new Panel(grid, {
     name: title(metric), unit: metric.unit, better: metric.better, meaning: `${metric.name}: ${metric.meaning}`, form: metric.form,
     many: !one, words: `${metric.name} ${metric.unit}`,
-    lines: () => shown(metric.name).flatMap((run) => linesOf(run, metric.name, run.colour, run.name)),
+    lines: () => shown(metric.name).flatMap((run) => linesOf(run, metric.name, run.colour, run.label)),
   });
 }
 
@@ -151,14 +169,14 @@ function positionPanels(grid, names) {
     x: "positions", many: !one,
     lines: () => RUNS.filter((run) => run.shown).map((run) => {
       const own = names.filter((name) => run.metrics[name]);
-      return { label: run.name, colour: run.colour, x: own.map(position), y: own.map((name) => value(run, name)) };
+      return { label: run.label, colour: run.colour, x: own.map(position), y: own.map((name) => value(run, name)) };
     }),
   });
   for (const run of RUNS) {
     const own = names.filter((name) => run.metrics[name]);
     if (!own.length) continue;
     new Panel(grid, {
-      ...about, name: "loss by position, over the run", unit: one ? metric.unit : run.name, meaning: "A line for each range of positions, named by its end.", many: true,
+      ...about, name: "loss by position, over the run", unit: one ? metric.unit : run.label, meaning: "A line for each range of positions, named by its end.", many: true,
       lines: () => (run.shown ? own.flatMap((name, i) => linesOf(run, name, () => rangeColour(i, own.length), name.split("_at_")[1])) : []),
     });
   }
@@ -204,7 +222,7 @@ function drawMarks(u) {
   const at = (x) => (u.scales.x.distr === 3 && x <= 0 ? left : u.valToPos(x, "x", true));
   ctx.save();
   ctx.beginPath();
-  ctx.rect(left, top, width, height);
+  ctx.rect(left - 6 * ratio, top, width + 12 * ratio, height);
   ctx.clip();
   for (const run of RUNS.filter((run) => run.shown)) {
     const colour = one ? style("--soft") : run.colour();
@@ -272,7 +290,7 @@ function keys(name, note, field, open, only = () => true) {
     row.dataset.words = `${key} ${RUNS.map((run) => run[field][key]).join(" ")}`.toLowerCase();
     return row;
   });
-  const box = table(one ? null : ["", ...RUNS.map((run) => run.name)], rows);
+  const box = table(one ? null : ["", ...RUNS.map((run) => run.label)], rows);
   box.classList.add("keys");
   if (open) section(name, note, box);
   else section("", "", make("details", { className: "box" }, make("summary", {}, make("b", {}, name), ` ${note}`), box));
@@ -280,16 +298,16 @@ function keys(name, note, field, open, only = () => true) {
 
 function details() {
   if (!one) keys("Differences", "settings that are not the same in all runs", "config", true, (key) => key !== "run_dir");
-  const bad = RUNS.flatMap((run) => run.bad_steps.map((step) => make("tr", {}, ...[...(one ? [] : [run.name]), step.step, step.loss, step.grad_norm, step.rows].map((cell) => make("td", {}, text(cell))))));
+  const bad = RUNS.flatMap((run) => run.bad_steps.map((step) => make("tr", {}, ...[...(one ? [] : [run.label]), step.step, step.loss, step.grad_norm, step.rows].map((cell) => make("td", {}, text(cell))))));
   const numBad = RUNS.reduce((sum, run) => sum + run.num_bad_steps, 0);
   if (bad.length) section("Bad steps", numBad > bad.length ? `the last ${bad.length} of ${numBad}` : "", table([...(one ? [] : ["run"]), "step", "loss", "gradient norm", "rows it read"], bad));
-  const samples = RUNS.flatMap((run) => run.samples.toReversed().map((sample, i) => make("details", { className: "box", open: i === 0 },
-    make("summary", {}, make("b", {}, `step ${sample.step.toLocaleString("en")}`), ` ${short(sample.tokens)} tokens${one ? "" : ` · ${run.name}`}`), make("pre", {}, sample.text))));
+  const samples = RUNS.flatMap((run) => (one ? run.samples.toReversed() : run.samples.slice(-1)).map((sample, i) => make("details", { className: "box", open: i === 0 },
+    make("summary", {}, make("b", {}, `step ${sample.step.toLocaleString("en")}`), ` ${short(sample.tokens)} tokens${one ? "" : ` · ${run.label}`}`), make("pre", {}, sample.text))));
   const numSamples = RUNS.reduce((sum, run) => sum + run.num_samples, 0);
   if (samples.length) section("Samples", numSamples > samples.length ? `what the model wrote, the last ${samples.length} of ${numSamples}` : "what the model wrote", ...samples);
   keys("Machine and facts", "facts.json", "facts", false, (key) => !["started", "ended", "duration_seconds"].includes(key));
   keys("Settings", "config.yaml", "config", false);
-  const times = RUNS.map((run) => `${one ? "" : `${run.name}: `}started ${date(run.began)}, ${run.facts.ended ? `ended ${date(run.facts.ended)}` : "no end yet"}`);
+  const times = RUNS.map((run) => `${one ? "" : `${run.label}: `}started ${date(run.began)}, ${run.facts.ended ? `ended ${date(run.facts.ended)}` : "no end yet"}`);
   main.append(make("p", { className: "note" }, `${times.join(" · ")} · page written ${date(DATA.made)}`));
 }
 

@@ -14,7 +14,6 @@ from data import disk
 from training.metrics import METRICS, TOKENS_READ, Metric, loss_at
 
 HERE = Path(__file__).parent
-ORDER = {name: place for place, name in enumerate(METRICS)}
 
 
 def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
@@ -28,11 +27,12 @@ def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
 
 def page(runs: Sequence[dict[str, Any]]) -> str:
     """The HTML. Whatever text the runs hold is data in it, never markup."""
-    title = ", ".join(run["name"] for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
-    names = {name for run in runs for name in run["metrics"]}
+    title = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs of flash-gpt"
+    found = {name for run in runs for name in run["metrics"]}
+    names = [name for name in METRICS if name in found] + sorted(found - METRICS.keys())  # those an older version had
     content = {
         "made": time.time(),
-        "metrics": [_metric(name) for name in sorted(names, key=lambda name: (_place(name), name))],
+        "metrics": [_metric(name) for name in names],
         "positions": {loss_at(end): end for end in TOKENS_READ if loss_at(end) in names},
         "runs": runs,
     }
@@ -46,11 +46,6 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "script": _read("page.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
-
-
-def _place(name: str) -> int:
-    """In the order of the registry; a metric that another version had comes after them."""
-    return ORDER.get(name, len(ORDER))
 
 
 def _metric(name: str) -> dict[str, Any]:

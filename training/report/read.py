@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +55,7 @@ class RunReader:
     def _begin(self) -> None:
         self.offset = self.events = self.unreadable = 0
         self.clock = Series()
-        self.series: dict[str, Series] = {}
+        self.series: dict[str, Series] = defaultdict(Series)
 
     def read(self) -> dict[str, Any]:
         """What the page shows of this run, JSON-able.
@@ -110,7 +111,7 @@ class RunReader:
         self.events += 1
         self.clock.add(Point(step, tokens, time, time or 0.0))
         for name, value in values.items():
-            self.series.setdefault(name, Series()).add(Point(step, tokens, time, value))
+            self.series[name].add(Point(step, tokens, time, value))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from typing import Any, NamedTuple
+
+import numpy as np
 
 MOST_POINTS = 2000
 """Of a series on the page: more than a panel has pixels."""
@@ -19,7 +20,7 @@ class Point(NamedTuple):
 
 
 class Series:
-    """One metric of one run. Adding a point takes constant time and memory, however long the run is.
+    """One metric of one run. Adding a point takes constant time and memory on average, however long the run is.
 
     Where points become too many, they are sorted into ranges of steps of one length, and each range keeps the smallest,
     the largest and the first that is not finite. What a line on the screen shows, stays.
@@ -31,12 +32,14 @@ class Series:
 
     def add(self, point: Point) -> None:
         self.points.append(point)
-        if len(self.points) >= 2 * MOST_POINTS:
+        if len(self.points) >= 4 * MOST_POINTS:
             self.thin()
 
     def thin(self) -> None:
         if len(self.points) > MOST_POINTS:
-            self.points, self.is_thinned = thinned(self.points, MOST_POINTS), True
+            steps, values = (np.array([point[i] for point in self.points]) for i in (0, 3))
+            self.points = [self.points[i] for i in to_keep(steps, values, MOST_POINTS)]
+            self.is_thinned = True
 
     def columns(self, began: float | None) -> dict[str, list[Any]]:
         """For the page: steps, tokens, seconds since `began`, values with six digits; what is not finite is None."""
@@ -49,20 +52,23 @@ class Series:
         }
 
 
-def thinned(points: list[Point], most: int) -> list[Point]:
-    """At most so many points, the first, the last, the smallest and the largest of all among them."""
-    first, last = points[0], points[-1]
-    ranges = max(1, (most - 2) // 3)
-    length = (last.step - first.step) / ranges or 1.0
-    kept = [first]
-    for _, group in groupby(points[1:-1], lambda point: int((point.step - first.step) / length)):
-        members = list(group)
-        finite = [point for point in members if math.isfinite(point.value)]
-        chosen = [point for point in members if not math.isfinite(point.value)][:1]
-        if finite:
-            chosen += [min(finite, key=lambda p: p.value), max(finite, key=lambda p: p.value)]
-        kept += sorted(set(chosen), key=lambda point: point.step)
-    return [*kept, last]
+def to_keep(steps: np.ndarray, values: np.ndarray, most: int) -> list[int]:
+    """Places of at most so many points, in order: the first and the last, and three of each range of steps.
+
+    Args:
+        steps: (N,), in order. values: (N,).
+    """
+    ranges = (steps - steps[0]) * ((most - 2) // 3) // (steps[-1] - steps[0] + 1)
+
+    def first_of_each_range(places: np.ndarray) -> np.ndarray:
+        return places[np.unique(ranges[places], return_index=True)[1]]
+
+    finite = np.flatnonzero(np.isfinite(values))
+    ascending = finite[np.argsort(values[finite])]
+    ends = np.array([0, len(steps) - 1])
+    others = np.flatnonzero(~np.isfinite(values))
+    kept = [ends, *map(first_of_each_range, (ascending, ascending[::-1], others))]
+    return [int(place) for place in np.unique(np.concatenate(kept))]
 
 
 def _since(began: float | None, time: float | None) -> float | None:
