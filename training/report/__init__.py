@@ -1,4 +1,4 @@
-"""A picture of runs: run folders are read into series, and series are written into one HTML page that needs nothing else.
+"""A picture of runs: run folders are read into series, and series written into one HTML page that loads nothing.
 
 `python -m scripts.report RUN [RUN …]` writes a page by hand; every run writes its own as it goes. Needs no torch.
 """

@@ -22,7 +22,7 @@ def write_page(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    disk.write_whole(path, page(runs))
+    disk.write_whole(path, page(runs), flush=False)  # the record makes it again
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:

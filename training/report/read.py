@@ -68,7 +68,8 @@ class RunReader:
         facts = json.loads(_text(self.folder / FACTS) or "{}")
         began = facts.get("started") or next((p.time for p in self.clock.points if p.time is not None), None)
         samples = list(SAMPLE.finditer(_text(self.folder / "samples.md")))
-        bad_steps = [json.loads(line) for line in _text(self.folder / "bad-steps.jsonl").splitlines() if line[-1:] == "}"]
+        bad_lines = _text(self.folder / "bad-steps.jsonl").splitlines()
+        bad_steps = [json.loads(line) for line in bad_lines if line.endswith("}")]
         every = [self.clock, *self.series.values()]
         return {
             "name": self.folder.resolve().name,

@@ -1,4 +1,4 @@
-"""Writes report.html, the picture of the run: after each evaluation and at the end. First of the services: it ends last."""
+"""Writes report.html, the picture of the run: at each evaluation and at the end. The first service ends last."""
 
 from __future__ import annotations
 
