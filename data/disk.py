@@ -22,18 +22,20 @@ READ_BYTES = 1 << 24  # at once: a thread that hashes asks for the interpreter, 
 # ---- writing
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, data: bytes | str, flush: bool = True) -> None:
     """Write a file whole or not at all; text as UTF-8. What was there before stays until the new file is on the disk.
 
+    Args:
+        flush: wait until it is there. False is for what can be made again: a power cut may leave it empty.
     Raises:
         OSError: it cannot be written. Nothing is left behind then.
     """
-    with replacing(path) as part:
+    with replacing(path, flush) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     """A name to write a file under. At the end the file is flushed to the disk and renamed to `path`.
 
     Raises:
@@ -42,9 +44,11 @@ def replacing(path: Path) -> Iterator[Path]:
     part = part_name(path)
     try:
         yield part
-        sync(part)
+        if flush:
+            sync(part)
         os.replace(part, path)
-        sync(path.parent)
+        if flush:
+            sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 

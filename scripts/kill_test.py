@@ -29,7 +29,7 @@ SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=5
 SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
 STEPS_PER_KILL = 120  # a process advances some 40 steps before it is killed, more on a machine that gets faster
 SECONDS_OF_TRAINING = 1.0
-MEASURED_BY_CLOCK = ("throughput/", "time/", "checkpoint/", "memory/")
+MEASURED_BY_CLOCK = ("throughput/", "time", "checkpoint/", "memory/")
 
 
 def write_small_text(folder: Path) -> None:

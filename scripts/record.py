@@ -68,6 +68,10 @@ class Panel(NamedTuple):
     title: str
     series: dict[str, list[tuple[float, float]]]
     """Points (x, y) by name; x above 0, drawn on a logarithmic axis."""
+    unit: str = ""
+    """Where it is another than the chart's."""
+    log_y: bool = False
+    """Whether y is on a logarithmic axis, too, and above 0."""
 
 
 COLOURS = (
@@ -75,24 +79,33 @@ COLOURS = (
 )  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 200, 46, 34, 34
 MOST_STEPS = 8  # on the y axis
+STYLE = """
+svg.chart { color-scheme: light; --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
+@media (prefers-color-scheme: dark) { svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; } }
+:root[data-theme="light"] svg.chart { --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
+:root[data-theme="dark"] svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; }
+svg.chart .ground { fill: var(--ground); } svg.chart .grid { stroke: var(--grid); } svg.chart text { fill: var(--ink); }
+"""
 
 
 def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: Sequence[str]) -> str:
     """An SVG of rows of panels. `names` fixes each series' colour; the first is drawn thickest."""
-    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), len(names) * 105)
+    entry = max(105, 34 + 7 * max(map(len, names)))  # of the legend
+    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), len(names) * entry)
     height = 50 + len(panels) * (HEIGHT + TOP + BOTTOM)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="11"><style>{STYLE}</style>'
+        f'<rect class="ground" width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
     ]
     for i, name in enumerate(names):
-        x = LEFT + 105 * i
+        x = LEFT + entry * i
         parts.append(f'<path d="M{x} 34h18" {_stroke(i)}/><text x="{x + 22}" y="38">{escape(name)}</text>')
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
             left, top = LEFT + column * (WIDTH + LEFT), 50 + TOP + row * (HEIGHT + TOP + BOTTOM)
-            parts += [f'<g transform="translate({left} {top})">', *_panel(panel, unit, names), "</g>"]
+            parts += [f'<g transform="translate({left} {top})">', *_panel(panel, panel.unit or unit, names), "</g>"]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -106,22 +119,44 @@ def _round_step(least: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least)
 
 
+def _levels(values: Sequence[float]) -> list[float]:
+    """Round numbers from 0 to the first that no value exceeds."""
+    step = _round_step(max(values) / MOST_STEPS)
+    return [i * step for i in range(math.ceil(max(values) / step) + 1)]
+
+
+def _log_levels(values: Sequence[float]) -> list[float]:
+    """Round numbers around all values, above 0: 1, 2, 5, 10, …, or powers of ten where these are too many."""
+    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    levels = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max((i for i, level in enumerate(levels) if level <= min(values)), default=0)
+    last = min(i for i, level in enumerate(levels) if level >= max(values) and i > first)
+    inside = levels[first : last + 1]
+    if len(inside) <= MOST_STEPS:
+        return inside
+    tens = [level for level in inside if math.log10(level) == round(math.log10(level))]
+    return sorted({inside[0], *tens, inside[-1]})
+
+
 def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
     points = [point for series in panel.series.values() for point in series]
     ticks = sorted({x for x, _ in points})
     low, span = math.log2(ticks[0]), max(math.log2(ticks[-1] / ticks[0]), 1.0)
-    highest = max(y for _, y in points)
-    step = _round_step(highest / MOST_STEPS)
-    steps = math.ceil(highest / step)
+    levels = (_log_levels if panel.log_y else _levels)([y for _, y in points])
+
+    def height(y: float) -> float:
+        bottom, top, here = (math.log(level) if panel.log_y else level for level in (levels[0], levels[-1], y))
+        return HEIGHT * (1 - (here - bottom) / (top - bottom))
 
     def at(x: float, y: float) -> str:
-        return f"{8 + (WIDTH - 24) * (math.log2(x) - low) / span:.1f} {HEIGHT * (1 - y / (steps * step)):.1f}"
+        return f"{8 + (WIDTH - 24) * (math.log2(x) - low) / span:.1f} {height(y):.1f}"
 
     parts = [f'<text x="0" y="-12">{escape(panel.title)}, {escape(unit)}</text>']
-    for i in range(steps + 1):
-        y = HEIGHT * (1 - i / steps)
-        parts.append(f'<path d="M0 {y:.1f}h{WIDTH - 8}" stroke="#ddd"/>')
-        parts.append(f'<text x="-5" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>')
+    for level in levels:
+        y = height(level)
+        parts.append(f'<path class="grid" d="M0 {y:.1f}h{WIDTH - 8}" stroke="#ddd"/>')
+        label = f"{level / 1000:g}k" if panel.log_y and level >= 1000 else f"{level:g}"
+        parts.append(f'<text x="-5" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for x in ticks:
         label = f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
         parts.append(f'<text x="{at(x, 0).split()[0]}" y="{HEIGHT + 16}" text-anchor="middle">{label}</text>')
@@ -131,5 +166,6 @@ def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
         dot = COLOURS[list(names).index(name) % len(COLOURS)]
         for x, y in series:
             cx, cy = at(x, y).split()
-            parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{dot}"/>')
+            about = f"<title>{escape(name)}, {x:,g}: {y:,.4g}</title>"
+            parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{dot}">{about}</circle>')
     return parts

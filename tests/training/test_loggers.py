@@ -32,7 +32,8 @@ def refuse(constant: str) -> None:
 # ---- metrics.jsonl and samples.md
 
 
-def test_jsonl_holds_every_event_as_strict_json(tmp_path: Path) -> None:
+def test_jsonl_holds_every_event_as_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.1234)
     logger = JsonlLogger()
     logger.start(run_info(tmp_path))
     logger.log(1, 100, {"train/loss": 3.5, "train/learning_rate": 1e-3})
@@ -40,8 +41,8 @@ def test_jsonl_holds_every_event_as_strict_json(tmp_path: Path) -> None:
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before finish: a crash must not lose them
     assert [json.loads(line, parse_constant=refuse) for line in lines] == [
-        {"step": 1, "tokens": 100, "train/loss": 3.5, "train/learning_rate": 1e-3},
-        {"step": 2, "tokens": 200, "train/loss": "nan", "a": "inf", "b": "-inf"},
+        {"step": 1, "tokens": 100, "time": 1_700_000_000.123, "train/loss": 3.5, "train/learning_rate": 1e-3},
+        {"step": 2, "tokens": 200, "time": 1_700_000_000.123, "train/loss": "nan", "a": "inf", "b": "-inf"},
     ]
     logger.finish("finished")
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -62,7 +63,7 @@ def test_jsonl_of_a_resumed_run_appends_and_drops_the_half_line_of_a_killed_one(
 def test_what_a_full_disk_does_not_take_is_written_when_it_does_with_each_line_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = 100
+    room = 150
 
     class SmallDisk(io.FileIO):
         """As a file system that has `room` bytes left: it takes what fits, then refuses."""
@@ -83,7 +84,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_it_does_with_each_line_o
         logger.log(step, 10 * step, {"train/loss": 1.0})
         logger.sample(step, 10 * step, "once")
         if step == 6:
-            assert (tmp_path / "metrics.jsonl").stat().st_size + (tmp_path / "samples.md").stat().st_size == 100
+            assert (tmp_path / "metrics.jsonl").stat().st_size + (tmp_path / "samples.md").stat().st_size == 150
             room = 10_000
     logger.finish("finished")
     monkeypatch.undo()

@@ -1,7 +1,8 @@
 """The run's record in its folder: metrics.jsonl (the source of truth) and samples.md.
 
-One JSON object a line: {"step": 10, "tokens": 81920, "train/loss": 3.21, ...}. Strict JSON has no NaN, so a value that
-is not finite is written as the string "nan", "inf" or "-inf"; `read_metrics` (or Python's float) turns it back.
+One JSON object a line: {"step": 10, "tokens": 81920, "time": 1795478392.41, "train/loss": 3.21, ...}. `time` is the
+wall clock, in seconds since 1970. Strict JSON has no NaN, so a value that is not finite is written as the string "nan",
+"inf" or "-inf"; `read_metrics` (or Python's float) turns it back.
 A run resumed from a checkpoint repeats the steps after it; `training.run_folder` cuts their lines before.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -33,7 +35,8 @@ class JsonlLogger(Logger):
         self._samples = Appender(run.folder / "samples.md", self._notify)
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "tokens": tokens} | {name: _plain(value) for name, value in metrics.items()}
+        head = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        record = head | {name: _plain(value) for name, value in metrics.items()}
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sample(self, step: int, tokens: int, text: str) -> None:

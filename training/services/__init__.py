@@ -10,13 +10,14 @@ from .checkpointing import Checkpointing
 from .evaluation import Evaluation
 from .first_step import FirstStep
 from .logging import Logging
+from .reporting import Reporting
 from .sampling import Sampling
 from .stopping import Stopping
 
 
 def build_services() -> list[Service]:
     """The services of a run, in the order in which they are called."""
-    return [FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
+    return [Reporting(), FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
 
 
 __all__ = ["Service", "build_services"]

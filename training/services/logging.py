@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
 from data import disk
+from training import history
 from training.facts import start_up_lines
 from training.loggers.base import RunInfo
 from training.memory import memory_metrics
@@ -17,13 +17,18 @@ from .base import Service
 
 
 class Logging(Service):
+    def __init__(self) -> None:
+        self.trains = False
+        """Whether facts.json is of this process."""
+
     def begin(self, run: Run) -> None:
         """Raises ValueError where the run folder cannot be written."""
         config, facts, folder = run.config, run.facts(), run.folder
         try:
             disk.write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-            if run.progress.step < run.plan.max_steps or not (folder / "facts.json").exists():  # of who trained it
-                disk.write_whole(folder / "facts.json", json.dumps(facts, indent=2) + "\n")
+            if run.progress.step < run.plan.max_steps or not (folder / history.FACTS).exists():  # of who trained it
+                history.begin(folder, facts, run.progress.step)
+                self.trains = True
             run.batches.corpus.tokenizer.save(folder / "tokenizer.json")
         except OSError as error:
             why = f"run_dir={config.run_dir} cannot be written: {error.strerror}"
@@ -56,3 +61,8 @@ class Logging(Service):
     def end(self, run: Run, status: str) -> None:
         if run.loggers.started:
             run.loggers.finish(status)
+        if self.trains:
+            try:
+                history.end(run.folder, status)
+            except (OSError, ValueError) as error:
+                run.notify(f"record     {run.folder / history.FACTS} does not say how the run ended: {error}")

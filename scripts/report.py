@@ -1,0 +1,43 @@
+"""One page about one run or several: curves, differences, samples, machine. It needs no network and no server.
+
+python -m scripts.report RUN               writes RUN/report.html, as every run does itself as it goes
+python -m scripts.report RUN RUN …         compares them, in report.html
+python -m scripts.report SWEEP             compares the runs of a sweep's folder, in SWEEP/report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from training.report import RunReader, runs_at, write_page
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0; 2 where the command cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or the folder of a sweep")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page")
+    options = parser.parse_args(arguments)
+    out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
+    try:
+        folders = list(dict.fromkeys(folder for path in options.runs for folder in runs_at(path)))
+        write_page(out, [RunReader(folder).read() for folder in folders])
+    except ValueError as error:
+        return refuse(str(error))
+    except OSError as error:
+        return refuse(f"{error.filename or out}: {error.strerror}; make it readable, or name another place with --out")
+    print(out)
+    return 0
+
+
+def refuse(why: str) -> int:
+    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
