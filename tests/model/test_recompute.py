@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.kept import Store, Ticket
 from model.linear import Linear
-from model.recompute import _Product
+from model.product import Product
 from training.assemble import assemble
 
 B, S = 2, 48
@@ -118,7 +118,7 @@ def test_groups_of_heads_change_no_bit(build_lively: Build) -> None:
 def test_gradients_of_tiles_are_added_up_in_float32() -> None:
     """Of 128 tiles of 2 tokens. A running sum in bf16 has 8 times the error of one product in bf16."""
     layer = Linear(32, 48)
-    product = _Product.of(layer, torch.bfloat16)
+    product = Product.of(layer, torch.bfloat16)
     x, dy = (torch.randn(256, width).bfloat16() for width in (32, 48))
     for start in range(0, 256, 2):
         product.add_gradients(dy[start : start + 2], x[start : start + 2])
@@ -448,7 +448,7 @@ def test_on_a_gpu_8k_tokens_take_ever_less_memory_and_give_the_same_gradients(ba
 @pytest.mark.gpu
 def test_on_a_gpu_weight_gradients_are_added_up_in_float32_without_a_copy() -> None:
     layer = Linear(2048, 8192, bias=False).cuda()
-    product = _Product.of(layer, torch.bfloat16)
+    product = Product.of(layer, torch.bfloat16)
     x, dy = (torch.randn(4096, width, device="cuda").bfloat16() for width in (2048, 8192))
     layer.weight.grad = torch.full_like(layer.weight, 3.0)
     product.add_gradients(dy, x)  # cuBLAS allocates its workspace
