@@ -10,9 +10,8 @@ attention runs for one group of heads at a time. The two passes, m being the res
                 by tiles    the gradients of qkv's product and of the norm, dm → dx
 
 So the MLP's last product is computed once, the other products twice, and attention once where its result is kept;
-where it is not, twice, and qkv three times.
-Gradients of weights are added up in float32, in `.grad`. The gradient of y is written over until it is that of x: what
-a block returns has one reader, the next block or the loss.
+where it is not, attention is computed twice and qkv three times. Gradients of weights add up in their `.grad`. The
+gradient of y is written over until it is that of x: what a block returns has one reader, the next block or the loss.
 
 What exists for all tokens, in numbers a token: E is the width, H, G and D are query heads, key/value heads and head
 dimension, g is the number of groups. x, y and their gradients have the residual stream's dtype, LSE is float32, the
@@ -31,7 +30,7 @@ a group, W query, key and value heads of all groups, D head dimension, I and O i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 from .gpt import Attend, Attention, Block, Rotation
 from .kept import Store
-from .linear import Linear
+from .product import Product
 from .replay import Kept, catch, output, plain, replay
 
 
@@ -132,8 +131,8 @@ class _Pass:
         self.angles_N1F = [angle_BS1F.expand(B, -1, -1, -1).flatten(0, 1) for angle_BS1F in rotation or ()]
         dtype = self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSE.dtype
         attention, mlp = block.attention, block.mlp
-        self.qkv, self.out = _Product.of(attention.qkv, dtype), _Product.of(attention.out, dtype)
-        self.up, self.down = _Product.of(mlp.first, dtype), _Product.of(mlp.down, dtype)
+        self.qkv, self.out = Product.of(attention.qkv, dtype), Product.of(attention.out, dtype)
+        self.up, self.down = Product.of(mlp.first, dtype), Product.of(mlp.down, dtype)
         self.heads = [count // block.head_groups for count in attention.heads]  # of a group
         self.groups = self.qkv.by_heads(attention.heads, block.head_groups)
 
@@ -261,63 +260,9 @@ def _tiles(tokens: int, at_most: int) -> list[slice]:
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 
 
-class _Product(NamedTuple):
-    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients add up in float32."""
-
-    layer: Linear
-    weight_OI: Tensor
-    bias_O: Tensor | None
-
-    @classmethod
-    def of(cls, layer: Linear, dtype: torch.dtype) -> _Product:
-        bias_O = None if layer.bias is None else layer.bias.detach().to(dtype)
-        return cls(layer, layer.operand(dtype).detach(), bias_O)
-
-    def by_heads(self, heads: Sequence[int], groups: int) -> list[_Product]:
-        """Of the product for queries, keys and values that of each group: the same part of each of the three."""
-        if groups == 1:
-            return [self]
-        rows_O = torch.arange(len(self.weight_OI), device=self.weight_OI.device)
-        of_each = [part.flatten().chunk(groups) for part in rows_O.view(sum(heads), -1).split(list(heads))]
-        rows = [torch.cat(parts) for parts in zip(*of_each, strict=True)]
-        return [
-            self._replace(weight_OI=self.weight_OI[r], bias_O=None if self.bias_O is None else self.bias_O[r])
-            for r in rows
-        ]
-
-    def __call__(self, x_TI: Tensor, out: Tensor | None = None) -> Tensor:
-        if self.bias_O is None:
-            return torch.mm(x_TI, self.weight_OI.T, out=out)
-        return torch.addmm(self.bias_O, x_TI, self.weight_OI.T, out=out)
-
-    def input_gradient(self, dy_TO: Tensor, columns: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """Of some of the inputs (T, columns)."""
-        return torch.mm(dy_TO, self.weight_OI[:, columns], out=out)
-
-    def add_gradients(self, dy_TO: Tensor, x_TI: Tensor) -> None:
-        """Add the gradients of weight and bias to theirs."""
-        if self.layer.weight.requires_grad:
-            grad_OI = _begun(self.layer.weight)
-            if dy_TO.is_cuda:
-                wider: dict[str, Any] = {} if grad_OI.dtype == dy_TO.dtype else {"out_dtype": grad_OI.dtype}
-                torch.addmm(grad_OI, dy_TO.T, x_TI, out=grad_OI, **wider)
-            else:  # a CPU cannot add up in a wider dtype than that of the factors
-                grad_OI += dy_TO.T @ x_TI
-        if self.layer.bias is not None and self.layer.bias.requires_grad:
-            grad_O = _begun(self.layer.bias)
-            grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
-
-
 def _joined(parts: list[Tensor]) -> Tensor:
     """Heads of several groups; those of one are not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _begun(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, to add to."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _grad(x: Tensor) -> Tensor:
