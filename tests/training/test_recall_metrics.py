@@ -77,11 +77,11 @@ def test_recall_is_that_of_the_models_logits(recall: Callable[..., TrainConfig],
             name = recall_at(next(end for end in DISTANCES if distance <= end))
             found[name].append(predicted_BS[row, key].item() == batch.targets_BS[row, key].item())
     every = [is_right for of_range in found.values() for is_right in of_range]
-    assert len(every) > 250
+    assert len(every) > 200
     expected = {name: sum(right) / len(right) for name, right in found.items()} | {
         "val/recall": sum(every) / len(every)
     }
-    assert {"val/recall", "val/recall_at_256", "val/recall_at_512"} <= expected.keys()
+    assert {"val/recall", "val/recall_at_16", "val/recall_at_128"} <= expected.keys()
     last = records[-1]
     assert {name: value for name, value in last.items() if name.startswith("val/recall")} == pytest.approx(expected)
 
@@ -101,3 +101,19 @@ def test_a_text_has_no_recall(config: Callable[..., TrainConfig]) -> None:
 def test_a_run_with_rows_that_are_cut_is_refused(recall: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ValueError, match=r"data\.length=384 does not divide seq_len=512"):
         recall("data.length=384")
+
+
+@pytest.mark.slow  # a minute on a quiet core
+def test_a_small_model_learns_to_find_a_key(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """Of two values it finds the right one: half of the answers are right for who copies either."""
+    size = [
+        "experiment=recall",
+        "model.n_layers=2",
+        "device=cpu",
+        "logger=none",
+        "data.documents=6000",
+        "max_steps=300",
+    ]
+    folders = [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "data.val_fraction=0.02"]
+    _, records = finished(load_config(composed(*size, *folders, "eval_every=0")))
+    assert records[-1]["val/recall_at_16"] > 0.8
