@@ -39,7 +39,7 @@ def test_a_character_is_of_one_kind():
 def test_documents_fill_the_length_and_are_of_every_power_of_2_below_it(length):
     sizes = set()
     for number in range(20):
-        texts = write_recall(random.Random(number), length, 8, number, progress=0.5)
+        texts = write_recall(random.Random(number), length, 8, number, progress=0.75)
         assert sum(len(text) + 1 for text in texts) == length
         sizes |= {len(text) + 1 for text in texts}
     assert sizes == {
@@ -47,14 +47,14 @@ def test_documents_fill_the_length_and_are_of_every_power_of_2_below_it(length):
     }
 
 
-def test_training_begins_with_the_shortest_documents_and_has_all_from_the_middle_on():
+def test_training_begins_with_the_shortest_documents_and_has_all_at_the_end():
     def sizes(progress: float) -> set[int]:
         return {
             len(text) + 1 for number in range(12) for text in write_recall(random.Random(0), 512, 8, number, progress)
         }
 
-    assert [len(sizes(progress)) for progress in (0, 0.1, 0.25, 0.5, 1.0)] == [1, 2, 4, 7, 7]
-    assert sizes(0.1) == {8, 16}
+    assert [len(sizes(progress)) for progress in (0, 0.25, 0.35, 0.5, 0.75, 1.0)] == [1, 1, 2, 4, 7, 7]
+    assert sizes(0.35) == {8, 16}
 
 
 def test_distances_spread_over_the_row_with_as_many_answers_for_each_power_of_2():
