@@ -159,7 +159,7 @@ def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
         parts.append(f'<text x="-5" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for x in ticks:
         label = f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
-        parts.append(f'<text x="{at(x, 0).split()[0]}" y="{HEIGHT + 16}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text x="{at(x, levels[0]).split()[0]}" y="{HEIGHT + 16}" text-anchor="middle">{label}</text>')
     for name, series in panel.series.items():
         line = " L".join(at(x, y) for x, y in sorted(series))
         parts.append(f'<path d="M{line}" {_stroke(list(names).index(name))}/>')

@@ -1,0 +1,171 @@
+"""What the figures say: charts, tables, and whether the losses agree."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from scripts.record import Panel, line_chart
+
+from .jobs import Row, Settings, length
+
+SAME_LOSS = ("attention", "memory", "compile", "precision", "deterministic", "device")
+"""Settings (and what is below them) that change how a step is computed, not what: losses agree whatever they are."""
+FIGURES = {
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "step": ("step_ms", "{:,.1f}"),
+    "peak memory": ("peak_gib", "{:.2f}"),
+    "MFU": ("mfu", "{:.1%}"),
+}
+UNITS = {"tokens/s": "higher is better", "step": "ms", "peak memory": "GiB", "MFU": "fraction of the peak"}
+
+
+def name_of(settings: Settings, swept: Sequence[str]) -> str:
+    """A line of the charts: the values that make it another than the others, beside the length."""
+    keys = [key for key in swept if key != "seq_len"]
+    return " · ".join(settings[key] for key in keys) or "train.py"
+
+
+def by_length(rows: Sequence[Row], swept: Sequence[str]) -> dict[int, dict[str, Row]]:
+    table: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        seq_len = row.get("seq_len") or length(row["settings"]["seq_len"])
+        if math.isfinite(seq_len):
+            table.setdefault(int(seq_len), {})[name_of(row["settings"], swept)] = row
+    return dict(sorted(table.items()))
+
+
+def names_of(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name_of(row["settings"], swept) for row in rows))
+
+
+# ---- losses
+
+
+def disagreements(rows: Sequence[Row], tolerance: float) -> list[str]:
+    """One line for each group of runs that do the same sums and end at losses further apart than the tolerance."""
+    lines = []
+    for settings, group in groupby(sorted((r for r in rows if r["outcome"] == "done"), key=_same), key=_same):
+        members = list(group)
+        for loss in ("train_loss", "val_loss"):
+            low, high = (choose(members, key=lambda row: row[loss]) for choose in (min, max))
+            if not high[loss] - low[loss] <= tolerance * abs(low[loss]):  # of NaN nothing is true
+                which = [_words(row) for row in (low, high)]
+                lines.append(f"{settings}: {loss} {low[loss]:.4f} ({which[0]}) and {high[loss]:.4f} ({which[1]})")
+    return lines
+
+
+def _same(row: Row) -> str:
+    shared = {key: value for key, value in row["settings"].items() if key.partition(".")[0] not in SAME_LOSS}
+    return " ".join(f"{key}={value}" for key, value in shared.items())
+
+
+def _words(row: Row) -> str:
+    return " ".join(f"{key}={value}" for key, value in row["settings"].items())
+
+
+def spread(rows: Sequence[Row]) -> float:
+    """Largest difference of losses that should be the same, relative to them."""
+    found = [0.0]
+    for _, group in groupby(sorted((row for row in rows if row["outcome"] == "done"), key=_same), key=_same):
+        members = list(group)
+        for loss in ("train_loss", "val_loss"):
+            values = [row[loss] for row in members]
+            found.append((max(values) - min(values)) / abs(min(values)))
+    return max(found)
+
+
+# ---- words
+
+
+def headlines(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
+    """At each length: which is fastest, by how much, with how much memory; and what did not fit."""
+    lines = []
+    for seq_len, by_name in by_length(rows, swept).items():
+        done = {name: row for name, row in by_name.items() if row["outcome"] == "done" and row["tokens_per_second"]}
+        parts = []
+        order = sorted(done, key=lambda name: -done[name]["tokens_per_second"])
+        if order:
+            best = order[0]
+            parts.append(f"{best} is fastest, {done[best]['tokens_per_second']:,.0f} tokens/s")
+        for other in order[1:]:
+            speed = done[order[0]]["tokens_per_second"] / done[other]["tokens_per_second"]
+            memory = done[order[0]]["peak_gib"] / done[other]["peak_gib"]
+            parts.append(f"{speed:.2f} × {other} ({memory:.2f} × its memory)")
+        parts += [f"{name}: {row['outcome']}" for name, row in by_name.items() if row["outcome"] != "done"]
+        lines.append(f"{seq_len:,} tokens: {'; '.join(parts)}")
+    return lines
+
+
+def cell(row: Row | None, figure: str) -> str:
+    if row is None:
+        return ""
+    if row["outcome"] != "done":
+        return str(row["outcome"])
+    key, form = FIGURES[figure]
+    return "–" if row[key] is None else form.format(row[key])
+
+
+# ---- pictures
+
+
+def chart(rows: Sequence[Row], swept: Sequence[str]) -> str:
+    """The SVG; "" where nothing was measured."""
+    names = names_of(rows, swept)
+    panels = []
+    for figure, (key, _) in FIGURES.items():
+        series: dict[str, list[tuple[float, float]]] = {}
+        for seq_len, by_name in by_length(rows, swept).items():
+            for name, row in by_name.items():
+                if row["outcome"] == "done" and row[key]:
+                    series.setdefault(name, []).append((seq_len, row[key]))
+        if series:
+            panels.append(Panel(figure, series, UNITS[figure], log_y=figure != "MFU"))
+    return line_chart("Against context length (tokens per row)", "", [panels[:2], panels[2:]], names) if panels else ""
+
+
+def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], checks: list[str]) -> str:
+    names = names_of(rows, swept)
+    table = by_length(rows, swept)
+    head = "".join(f"<th>{escape(name)}" for name in names)
+    tables = []
+    for figure in FIGURES:
+        cells = [
+            f"<tr><th>{seq_len:,}" + "".join(f"<td>{escape(cell(by_name.get(name), figure))}" for name in names)
+            for seq_len, by_name in table.items()
+        ]
+        if any(row["outcome"] == "done" and row[FIGURES[figure][0]] is not None for row in rows):
+            title = f"{figure} <small>{UNITS[figure]}</small>"
+            tables.append(f"<div><h2>{title}</h2><table><tr><th>tokens per row{head}{''.join(cells)}</table></div>")
+    reasons = [
+        f"<li>{escape(_words(row))}: {escape(row['outcome'])}. {escape(row['why'])}" for row in rows if "why" in row
+    ]
+    parts = {
+        "title": f"{escape(facts['title'])}",
+        "machine": escape(facts["machine"]),
+        "command": escape(facts["command"]),
+        "headlines": "".join(f"<li>{escape(line)}" for line in headlines(rows, swept)),
+        "checks": "".join(f"<li>{escape(line)}" for line in checks),
+        "chart": chart(rows, swept),
+        "tables": "".join(tables),
+        "reasons": f"<h2>What did not run</h2><ul>{''.join(reasons)}</ul>" if reasons else "",
+        "kernels": "".join(f"<li>{escape(line)}" for line in kernels(rows, swept)),
+    }
+    text = (Path(__file__).parent / "report.html").read_text("utf-8")
+    for name, value in parts.items():
+        text = text.replace("{{" + name + "}}", value)
+    return text
+
+
+def kernels(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
+    found = dict.fromkeys((name_of(row["settings"], swept), row["kernel"]) for row in rows if "kernel" in row)
+    return [f"{name}: {kernel}" for name, kernel in found]
+
+
+def shown(command: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "scripts.compare", *command])
