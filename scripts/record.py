@@ -75,16 +75,18 @@ class Panel(NamedTuple):
 
 
 COLOURS = (
-    "#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#999999", "#882255", "#bbaa00"
+    "#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#8b5a2b", "#999999", "#882255", "#bbaa00"
 )  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 200, 46, 34, 34
 MOST_STEPS = 8  # on the y axis
 STYLE = """
-svg.chart { color-scheme: light; --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
+svg.chart { --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
 @media (prefers-color-scheme: dark) { svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; } }
 :root[data-theme="light"] svg.chart { --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
 :root[data-theme="dark"] svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; }
 svg.chart .ground { fill: var(--ground); } svg.chart .grid { stroke: var(--grid); } svg.chart text { fill: var(--ink); }
+@media (prefers-color-scheme: dark) { :root:not([data-theme="light"]) svg.chart .data { filter: brightness(1.4); } }
+:root[data-theme="dark"] svg.chart .data { filter: brightness(1.4); }
 """
 
 
@@ -110,7 +112,7 @@ def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: 
 
 
 def _stroke(i: int) -> str:
-    return f'fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="{3 if i == 0 else 1.5}"'
+    return f'class="data" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="{3 if i == 0 else 1.5}"'
 
 
 def _round_step(least: float) -> float:
@@ -167,5 +169,5 @@ def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
         for x, y in series:
             cx, cy = at(x, y).split()
             about = f"<title>{escape(name)}, {x:,g}: {y:,.4g}</title>"
-            parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{dot}">{about}</circle>')
+            parts.append(f'<circle class="data" cx="{cx}" cy="{cy}" r="2.5" fill="{dot}">{about}</circle>')
     return parts

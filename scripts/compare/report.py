@@ -6,7 +6,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ FIGURES = {
     "peak memory": ("peak_gib", "{:.2f}"),
     "MFU": ("mfu", "{:.1%}"),
 }
-UNITS = {"tokens/s": "higher is better", "step": "ms", "peak memory": "GiB", "MFU": "fraction of the peak"}
+LOSSES = {"train loss": ("train_loss", "{:.4f}"), "validation loss": ("val_loss", "{:.4f}")}
+UNITS = {"train loss": "nats per token, mean of the last steps", "validation loss": "nats per token, at the end"}
+UNITS |= {"tokens/s": "higher is better", "step": "ms", "peak memory": "GiB", "MFU": "fraction of the peak"}
 
 
 def name_of(settings: Settings, swept: Sequence[str]) -> str:
@@ -47,17 +48,27 @@ def names_of(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
 # ---- losses
 
 
-def disagreements(rows: Sequence[Row], tolerance: float) -> list[str]:
-    """One line for each group of runs that do the same sums and end at losses further apart than the tolerance."""
-    lines = []
-    for settings, group in groupby(sorted((r for r in rows if r["outcome"] == "done"), key=_same), key=_same):
-        members = list(group)
-        for loss in ("train_loss", "val_loss"):
-            low, high = (choose(members, key=lambda row: row[loss]) for choose in (min, max))
-            if not high[loss] - low[loss] <= tolerance * abs(low[loss]):  # of NaN nothing is true
-                which = [_words(row) for row in (low, high)]
-                lines.append(f"{settings}: {loss} {low[loss]:.4f} ({which[0]}) and {high[loss]:.4f} ({which[1]})")
-    return lines
+def loss_lines(rows: Sequence[Row], tolerance: float) -> tuple[list[str], bool]:
+    """A line for each group of runs that do the same sums: how far apart their losses are; and whether all agree."""
+    lines, agree = [], True
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["outcome"] == "done":
+            groups.setdefault(_same(row), []).append(row)
+    for settings, members in groups.items():
+        if len(members) == 1:
+            continue
+        parts = []
+        for name, (key, form) in LOSSES.items():
+            low, high = (choose(members, key=lambda row: row[key]) for choose in (min, max))
+            apart = (high[key] - low[key]) / abs(low[key])
+            part = f"{name} {form.format(low[key])} to {form.format(high[key])}, {apart:.3%} apart"
+            if not apart <= tolerance:  # of NaN nothing is true
+                agree = False
+                part += f" and not the {tolerance:.1%} that is allowed: {_words(low)} and {_words(high)}"
+            parts.append(part)
+        lines.append(f"{settings}, {len(members)} runs: {'; '.join(parts)}.")
+    return lines, agree
 
 
 def _same(row: Row) -> str:
@@ -67,17 +78,6 @@ def _same(row: Row) -> str:
 
 def _words(row: Row) -> str:
     return " ".join(f"{key}={value}" for key, value in row["settings"].items())
-
-
-def spread(rows: Sequence[Row]) -> float:
-    """Largest difference of losses that should be the same, relative to them."""
-    found = [0.0]
-    for _, group in groupby(sorted((row for row in rows if row["outcome"] == "done"), key=_same), key=_same):
-        members = list(group)
-        for loss in ("train_loss", "val_loss"):
-            values = [row[loss] for row in members]
-            found.append((max(values) - min(values)) / abs(min(values)))
-    return max(found)
 
 
 # ---- words
@@ -107,7 +107,7 @@ def cell(row: Row | None, figure: str) -> str:
         return ""
     if row["outcome"] != "done":
         return str(row["outcome"])
-    key, form = FIGURES[figure]
+    key, form = (FIGURES | LOSSES)[figure]
     return "–" if row[key] is None else form.format(row[key])
 
 
@@ -115,8 +115,13 @@ def cell(row: Row | None, figure: str) -> str:
 
 
 def chart(rows: Sequence[Row], swept: Sequence[str]) -> str:
-    """The SVG; "" where nothing was measured."""
-    names = names_of(rows, swept)
+    """The SVG; "" where nothing was measured. The fastest at the longest rows is named first and drawn thickest."""
+    speeds = {
+        name_of(row["settings"], swept): (row["seq_len"], row["tokens_per_second"] or 0.0)
+        for row in rows
+        if row["outcome"] == "done"
+    }  # the longest come last
+    names = sorted(speeds, key=lambda name: speeds[name], reverse=True)
     panels = []
     for figure, (key, _) in FIGURES.items():
         series: dict[str, list[tuple[float, float]]] = {}
@@ -126,7 +131,11 @@ def chart(rows: Sequence[Row], swept: Sequence[str]) -> str:
                     series.setdefault(name, []).append((seq_len, row[key]))
         if series:
             panels.append(Panel(figure, series, UNITS[figure], log_y=figure != "MFU"))
-    return line_chart("Against context length (tokens per row)", "", [panels[:2], panels[2:]], names) if panels else ""
+    return line_chart("Against context length (tokens per row)", "", arranged(panels), names) if panels else ""
+
+
+def arranged(panels: list[Panel]) -> list[list[Panel]]:
+    return [panels] if len(panels) < 4 else [panels[:2], panels[2:]]
 
 
 def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], checks: list[str]) -> str:
@@ -134,12 +143,12 @@ def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], check
     table = by_length(rows, swept)
     head = "".join(f"<th>{escape(name)}" for name in names)
     tables = []
-    for figure in FIGURES:
+    for figure, (key, _) in (FIGURES | LOSSES).items():
         cells = [
             f"<tr><th>{seq_len:,}" + "".join(f"<td>{escape(cell(by_name.get(name), figure))}" for name in names)
             for seq_len, by_name in table.items()
         ]
-        if any(row["outcome"] == "done" and row[FIGURES[figure][0]] is not None for row in rows):
+        if any(row["outcome"] == "done" and row[key] is not None for row in rows):
             title = f"{figure} <small>{UNITS[figure]}</small>"
             tables.append(f"<div><h2>{title}</h2><table><tr><th>tokens per row{head}{''.join(cells)}</table></div>")
     reasons = [
@@ -164,7 +173,7 @@ def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], check
 
 def kernels(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
     found = dict.fromkeys((name_of(row["settings"], swept), row["kernel"]) for row in rows if "kernel" in row)
-    return [f"{name}: {kernel}" for name, kernel in found]
+    return [kernel if kernel.startswith(f"{name}: ") else f"{name}: {kernel}" for name, kernel in found]
 
 
 def shown(command: Sequence[str]) -> str:

@@ -262,6 +262,19 @@ def test_a_page_that_cannot_be_written_is_one_line_and_the_run_goes_on(config: M
     assert "is not written, training goes on without it: IsADirectoryError" in line
 
 
+def test_pages_take_a_small_share_of_the_time(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def slowly(path: Path, runs: Any) -> None:
+        written.append(path)
+        time.sleep(0.5)  # so the next may come after 50 s
+
+    monkeypatch.setattr("training.services.reporting.write_page", slowly)
+    trainer = Trainer(config("max_steps=8", "eval_every=1"), lambda line: None)
+    trainer.fit()
+    assert written == 2 * [trainer.run.folder / "report.html"], "after the first evaluation and at the end"
+
+
 # ---- in a browser
 
 
