@@ -92,8 +92,8 @@ svg.chart .ground { fill: var(--ground); } svg.chart .grid { stroke: var(--grid)
 
 def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: Sequence[str]) -> str:
     """An SVG of rows of panels. `names` fixes each series' colour; the first is drawn thickest."""
-    entry = max(105, 34 + 7 * max(map(len, names)))  # of the legend
-    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), len(names) * entry)
+    entries = [max(105, 34 + 7 * len(name)) for name in names]  # widths in the legend
+    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), sum(entries))
     height = 50 + len(panels) * (HEIGHT + TOP + BOTTOM)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" '
@@ -102,7 +102,7 @@ def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: 
         f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
     ]
     for i, name in enumerate(names):
-        x = LEFT + entry * i
+        x = LEFT + sum(entries[:i])
         parts.append(f'<path d="M{x} 34h18" {_stroke(i)}/><text x="{x + 22}" y="38">{escape(name)}</text>')
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):

@@ -175,7 +175,7 @@ def write_report(rows: list[Row], swept: Mapping[str, Sequence[str]], out: Path,
             f"Peak memory is what was {memory}." if first["peak_of"] == "GPU" else f"Peak memory is {memory}."
         )
     else:
-        machine, checks = "nothing has run yet", []
+        machine, checks = "nothing ran to its end", []
     write_json(out / "report", facts, rows)
     title = f"{' and '.join(key for key in axes if key != 'seq_len') or 'train.py'} against context length"
     write(out / "report.html", html(rows, axes, {"title": title, "machine": machine, "command": command}, checks))

@@ -100,7 +100,7 @@ def _outcome(code: int | None, folder: Path) -> Row:
     why = (errors or lines or ["it said nothing"])[-1]
     if code == KILLED:
         return {"outcome": "out of memory", "why": "the system killed it, most likely for want of memory"}
-    outcome = {2: "refused", OUT_OF_MEMORY: "out of memory"}.get(code, "failed")
+    outcome = {2: "refused", OUT_OF_MEMORY: "out of memory"}.get(code, "failed") if errors else "failed"
     return {"outcome": outcome, "why": why, "code": code}
 
 

@@ -96,7 +96,7 @@ def headlines(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
         for other in order[1:]:
             speed = done[order[0]]["tokens_per_second"] / done[other]["tokens_per_second"]
             memory = done[order[0]]["peak_gib"] / done[other]["peak_gib"]
-            parts.append(f"{speed:.2f} × {other} ({memory:.2f} × its memory)")
+            parts.append(f"{speed:.2f} × as fast as {other} with {memory:.2f} × its memory")
         parts += [f"{name}: {row['outcome']}" for name, row in by_name.items() if row["outcome"] != "done"]
         lines.append(f"{seq_len:,} tokens: {'; '.join(parts)}")
     return lines
@@ -116,22 +116,28 @@ def cell(row: Row | None, figure: str) -> str:
 
 def chart(rows: Sequence[Row], swept: Sequence[str]) -> str:
     """The SVG; "" where nothing was measured. The fastest at the longest rows is named first and drawn thickest."""
-    speeds = {
-        name_of(row["settings"], swept): (row["seq_len"], row["tokens_per_second"] or 0.0)
-        for row in rows
-        if row["outcome"] == "done"
-    }  # the longest come last
-    names = sorted(speeds, key=lambda name: speeds[name], reverse=True)
+    table = by_length(rows, swept)
+    speeds: dict[str, tuple[int, float]] = {}
+    too_large: dict[str, int] = {}
+    for seq_len, by_name in table.items():
+        for name, row in by_name.items():
+            if row["outcome"] == "done":
+                speeds[name] = (seq_len, row["tokens_per_second"] or 0.0)
+            elif row["outcome"] == "out of memory":
+                too_large.setdefault(name, seq_len)
+    order = sorted(speeds, key=lambda name: speeds[name], reverse=True)
+    labels = {name: f"{name} (out of memory at {too_large[name]:,})" if name in too_large else name for name in order}
     panels = []
     for figure, (key, _) in FIGURES.items():
         series: dict[str, list[tuple[float, float]]] = {}
-        for seq_len, by_name in by_length(rows, swept).items():
+        for seq_len, by_name in table.items():
             for name, row in by_name.items():
                 if row["outcome"] == "done" and row[key]:
-                    series.setdefault(name, []).append((seq_len, row[key]))
+                    series.setdefault(labels[name], []).append((seq_len, row[key]))
         if series:
             panels.append(Panel(figure, series, UNITS[figure], log_y=figure != "MFU"))
-    return line_chart("Against context length (tokens per row)", "", arranged(panels), names) if panels else ""
+    title = "Against context length (tokens per row)"
+    return line_chart(title, "", arranged(panels), list(labels.values())) if panels else ""
 
 
 def arranged(panels: list[Panel]) -> list[list[Panel]]:
@@ -151,24 +157,36 @@ def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], check
         if any(row["outcome"] == "done" and row[key] is not None for row in rows):
             title = f"{figure} <small>{UNITS[figure]}</small>"
             tables.append(f"<div><h2>{title}</h2><table><tr><th>tokens per row{head}{''.join(cells)}</table></div>")
-    reasons = [
-        f"<li>{escape(_words(row))}: {escape(row['outcome'])}. {escape(row['why'])}" for row in rows if "why" in row
-    ]
     parts = {
         "title": f"{escape(facts['title'])}",
         "machine": escape(facts["machine"]),
         "command": escape(facts["command"]),
         "headlines": "".join(f"<li>{escape(line)}" for line in headlines(rows, swept)),
-        "checks": "".join(f"<li>{escape(line)}" for line in checks),
-        "chart": chart(rows, swept),
+        "checks": listed("Losses", checks),
+        "chart": f'<div id="chart">{picture}</div>' if (picture := chart(rows, swept)) else "",
         "tables": "".join(tables),
-        "reasons": f"<h2>What did not run</h2><ul>{''.join(reasons)}</ul>" if reasons else "",
-        "kernels": "".join(f"<li>{escape(line)}" for line in kernels(rows, swept)),
+        "reasons": listed("What did not run", reasons(rows, swept)),
+        "kernels": listed("Kernels", kernels(rows, swept)),
     }
     text = (Path(__file__).parent / "report.html").read_text("utf-8")
     for name, value in parts.items():
         text = text.replace("{{" + name + "}}", value)
     return text
+
+
+def listed(title: str, lines: Sequence[str]) -> str:
+    """A heading and a list; nothing where there is nothing to say."""
+    return f"<h2>{title}</h2><ul>{''.join(f'<li>{escape(line)}' for line in lines)}</ul>" if lines else ""
+
+
+def reasons(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
+    """Each reason once, with the combinations that it holds for."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if "why" in row:
+            which = " ".join(f"{key}={row['settings'][key]}" for key in dict.fromkeys([*swept, "seq_len"]))
+            found.setdefault(f"{row['outcome']}. {row['why']}", []).append(which)
+    return [f"{', '.join(which)}: {why}" for why, which in found.items()]
 
 
 def kernels(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:

@@ -146,7 +146,7 @@ function zoom(range) {
 function linesOf(run, name, colour, label) {
   const columns = run.metrics[name];
   const line = { label, short: label, colour, x: columns[state.x], y: columns.value };
-  return state.smooth ? [{ ...line, faint: true }, { ...line, y: smoothed(line.y, state.smooth) }] : [line];
+  return state.smooth ? [{ ...line, faint: true }, { ...line, y: smoothed(line.y, columns.step, state.smooth) }] : [line];
 }
 
 const shown = (name) => RUNS.filter((run) => run.shown && run.metrics[name]);
