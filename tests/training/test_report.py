@@ -323,10 +323,19 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
       search.value = "position"; search.dispatchEvent(new Event("input"));
       found.searched = drawn();
       search.value = ""; search.dispatchEvent(new Event("input"));
-      zoom([100, 200]);
-      await new Promise((resolve) => setTimeout(resolve, 50));
-      const { min, max } = panels[0].drawn.plot.scales.x;
-      found.zoomed = [min, max];
+      const wait = () => new Promise((resolve) => setTimeout(resolve, 100));
+      const over = document.querySelector(".u-over"), box = over.getBoundingClientRect();
+      const mouse = (name, share) => (name === "mouseup" ? document : over).dispatchEvent(new MouseEvent(name, {
+        clientX: box.left + share * box.width, clientY: box.top + 9, bubbles: true, button: 0, buttons: 1, movementX: 1,
+      }));
+      mouse("mouseenter", 0.5); mouse("mousemove", 0.5);
+      found.hovered = [...document.querySelectorAll(".readout")].map((node) => node.textContent).slice(0, 2);
+      mouse("mousedown", 0.25); mouse("mousemove", 0.5); mouse("mousemove", 0.75); mouse("mouseup", 0.75);
+      await wait();
+      found.zoomed = panels.slice(0, 2).map(({ drawn }) => [drawn.plot.scales.x.min, drawn.plot.scales.x.max]);
+      mouse("dblclick", 0.5);
+      await wait();
+      found.back = [panels[0].drawn.plot.scales.x.min, panels[0].drawn.plot.scales.x.max];
       document.querySelector('#theme [data-value="dark"]').click();
       found.theme = document.documentElement.dataset.theme;
       document.querySelector('#axis [data-value="time"]').click();
@@ -341,7 +350,9 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
     assert found["readout"] == "math2.0000flash3.0000"
     assert {"47,111,219", "217,99,10"} <= set(found["colours"]), "the lines of both runs are on the canvas"
     assert set(found["searched"]) == {"loss by position/Validation", "loss by position, over the run/Validation"}
-    assert found["zoomed"] == [100, 200]
+    assert found["hovered"] == ["200 tokensmath3.0000flash3.0000", "300 tokensmath2.7500flash2.7500"]
+    assert found["zoomed"] == 2 * [pytest.approx([150, 250], abs=2)], "one panel zooms all"
+    assert found["back"] == [100, 300]
     assert found["theme"] == "dark"
     assert found["times"] == [1, 2, 3]
     assert "attention.name" in found["differences"]

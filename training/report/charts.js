@@ -174,11 +174,12 @@ class Chart {
   destroy() { this.plot?.destroy(); }
 }
 
+// The place nearest to `place` at which a line has a point, be it one that is no number.
 function nearest(column, place) {
   if (place === null || place === undefined) return null;
   for (let away = 0; away < column.length; away++) {
-    if (column[place - away] !== undefined && column[place - away] !== null) return place - away;
-    if (column[place + away] !== undefined && column[place + away] !== null) return place + away;
+    if (column[place - away] !== undefined) return place - away;
+    if (column[place + away] !== undefined) return place + away;
   }
   return null;
 }
