@@ -136,8 +136,8 @@ def check(swept: Mapping[str, Sequence[str]]) -> None:
 
 
 def many(swept: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """The settings that have several values; without any, what a run is called by."""
-    return {key: values for key, values in swept.items() if len(values) > 1} or {"attention": swept["attention"]}
+    """The settings that have several values."""
+    return {key: values for key, values in swept.items() if len(values) > 1}
 
 
 def words(settings: Settings, swept: Mapping[str, Sequence[str]]) -> str:
@@ -177,7 +177,7 @@ def write_report(rows: list[Row], swept: Mapping[str, Sequence[str]], out: Path,
     else:
         machine, checks = "nothing ran to its end", []
     write_json(out / "report", facts, rows)
-    title = f"{' and '.join(key for key in axes if key != 'seq_len') or 'train.py'} against context length"
+    title = f"{' and '.join(key for key in axes if key != 'seq_len') or 'Attention'} against context length"
     write(out / "report.html", html(rows, axes, {"title": title, "machine": machine, "command": command}, checks))
     if picture := chart(rows, axes):
         write(out / "report.svg", picture)

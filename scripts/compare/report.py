@@ -29,7 +29,8 @@ UNITS |= {"tokens/s": "higher is better", "step": "ms", "peak memory": "GiB", "M
 def name_of(settings: Settings, swept: Sequence[str]) -> str:
     """A line of the charts: the values that make it another than the others, beside the length."""
     keys = [key for key in swept if key != "seq_len"]
-    return " · ".join(settings[key] for key in keys) or "train.py"
+    values = [settings[key] if key == "attention" else f"{key}={settings[key]}" for key in keys]
+    return " · ".join(values) or settings["attention"]
 
 
 def by_length(rows: Sequence[Row], swept: Sequence[str]) -> dict[int, dict[str, Row]]:
