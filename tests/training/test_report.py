@@ -35,7 +35,7 @@ def write_run(folder: Path, losses: list[float], **more: Any) -> Path:
         {"step": step, "tokens": 100 * step, "time": BEGAN + step, "train/loss": loss}
         for step, loss in enumerate(losses, 1)
     ]
-    positions = {"val/loss_at_256": 3.0, "val/loss_at_512": 2.5}
+    positions = {"val/loss_at_256": 3.0, "val/loss_at_512": 2.5, "val/right_at_1k": 0.5, "val/right_at_1m": 0.25}
     events.append({**events[-1], "val/loss": 2.75, **positions})
     files = {
         "metrics_jsonl": "".join(json.dumps(event) + "\n" for event in events),
@@ -138,14 +138,18 @@ def test_every_metric_comes_with_what_the_registry_says_in_its_order_and_a_new_o
     run = write_run(tmp_path / "run", [3.0])
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tokens": 300, "train/new": 1.5, "old/gone": 1}\n')
-    found = data_of(page([RunReader(run).read()]))["metrics"]
-    names = ["train/loss", "val/loss", "val/loss_at_256", "val/loss_at_512", "train/new", "old/gone"]
+    html = page([RunReader(run).read()])
+    found = data_of(html)["metrics"]
+    names = ["train/loss", "val/loss", "val/loss_at_256", "val/loss_at_512", "train/new"]
+    names += ["old/gone", "val/right_at_1k", "val/right_at_1m"]
     assert [metric["name"] for metric in found] == names
     assert found[4] == {
         "name": "train/new", "section": "train", "unit": "apples", "meaning": "what is new", "better": "higher",
         "form": ".1f", "headline": "",
     }  # fmt: skip
     assert found[0]["unit"] == "nats per token"
+    ranges = {name: part["end"] for name, part in data_of(html)["ranges"].items()}
+    assert ranges == {"val/loss_at_256": 256, "val/loss_at_512": 512, "val/right_at_1k": 1024, "val/right_at_1m": 2**20}
 
 
 def test_text_of_a_run_is_data_and_never_markup_and_the_page_loads_nothing(tmp_path: Path) -> None:
@@ -345,11 +349,12 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
     found = open_page(page([RunReader(run).read() for run in runs]), tmp_path, script)
     assert found["panels"] == {
         "loss/Training": 2, "loss/Validation": 2, "loss by position/Validation": 2,
-        "loss by position, over the run/Validation": 2,
+        "loss by position, over the run/Validation": 2, "right by position/Validation": 2,
+        "right by position, over the run/Validation": 2,
     }  # fmt: skip
     assert found["readout"] == "math2.0000flash3.0000"
     assert {"47,111,219", "217,99,10"} <= set(found["colours"]), "the lines of both runs are on the canvas"
-    assert set(found["searched"]) == {"loss by position/Validation", "loss by position, over the run/Validation"}
+    assert set(found["searched"]) == {name for name in found["panels"] if "by position" in name}
     assert found["hovered"] == ["200 tokensmath3.0000flash3.0000", "300 tokensmath2.7500flash2.7500"]
     assert found["zoomed"] == 2 * [pytest.approx([150, 250], abs=2)], "one panel zooms all"
     assert found["back"] == [100, 300]

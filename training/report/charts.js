@@ -162,7 +162,7 @@ class Chart {
     });
     if (places && places[0] !== null && places[0] !== undefined) {
       const at = this.plot.data[0][places[0]];
-      parts.unshift(make("span", {}, x === "time" ? duration(at) : x === "positions" ? `${at.toLocaleString("en")} tokens read` : `${x === "step" ? "step " : ""}${at.toLocaleString("en")}${x === "tokens" ? " tokens" : ""}`));
+      parts.unshift(make("span", {}, x === "time" ? duration(at) : x === "positions" ? `${at.toLocaleString("en")} tokens` : `${x === "step" ? "step " : ""}${at.toLocaleString("en")}${x === "tokens" ? " tokens" : ""}`));
     }
     readout.replaceChildren(...parts);
   }
