@@ -75,23 +75,25 @@ class Panel(NamedTuple):
 
 
 COLOURS = (
-    "#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#000000", "#999999", "#882255", "#bbaa00"
+    "#d55e00", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#8b5a2b", "#999999", "#882255", "#bbaa00"
 )  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 200, 46, 34, 34
 MOST_STEPS = 8  # on the y axis
 STYLE = """
-svg.chart { color-scheme: light; --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
+svg.chart { --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
 @media (prefers-color-scheme: dark) { svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; } }
 :root[data-theme="light"] svg.chart { --ground: #fff; --grid: #ddd; --ink: #1c1e23; }
 :root[data-theme="dark"] svg.chart { --ground: #181b21; --grid: #343944; --ink: #e6e8ec; }
 svg.chart .ground { fill: var(--ground); } svg.chart .grid { stroke: var(--grid); } svg.chart text { fill: var(--ink); }
+@media (prefers-color-scheme: dark) { :root:not([data-theme="light"]) svg.chart .data { filter: brightness(1.4); } }
+:root[data-theme="dark"] svg.chart .data { filter: brightness(1.4); }
 """
 
 
 def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: Sequence[str]) -> str:
     """An SVG of rows of panels. `names` fixes each series' colour; the first is drawn thickest."""
-    entry = max(105, 34 + 7 * max(map(len, names)))  # of the legend
-    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), len(names) * entry)
+    entries = [max(105, 34 + 7 * len(name)) for name in names]  # widths in the legend
+    width = LEFT + max(max(map(len, panels)) * (WIDTH + LEFT), sum(entries))
     height = 50 + len(panels) * (HEIGHT + TOP + BOTTOM)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" '
@@ -100,7 +102,7 @@ def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: 
         f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
     ]
     for i, name in enumerate(names):
-        x = LEFT + entry * i
+        x = LEFT + sum(entries[:i])
         parts.append(f'<path d="M{x} 34h18" {_stroke(i)}/><text x="{x + 22}" y="38">{escape(name)}</text>')
     for row, line in enumerate(panels):
         for column, panel in enumerate(line):
@@ -110,7 +112,7 @@ def line_chart(title: str, unit: str, panels: Sequence[Sequence[Panel]], names: 
 
 
 def _stroke(i: int) -> str:
-    return f'fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="{3 if i == 0 else 1.5}"'
+    return f'class="data" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="{3 if i == 0 else 1.5}"'
 
 
 def _round_step(least: float) -> float:
@@ -159,7 +161,7 @@ def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
         parts.append(f'<text x="-5" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for x in ticks:
         label = f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
-        parts.append(f'<text x="{at(x, 0).split()[0]}" y="{HEIGHT + 16}" text-anchor="middle">{label}</text>')
+        parts.append(f'<text x="{at(x, levels[0]).split()[0]}" y="{HEIGHT + 16}" text-anchor="middle">{label}</text>')
     for name, series in panel.series.items():
         line = " L".join(at(x, y) for x, y in sorted(series))
         parts.append(f'<path d="M{line}" {_stroke(list(names).index(name))}/>')
@@ -167,5 +169,5 @@ def _panel(panel: Panel, unit: str, names: Sequence[str]) -> list[str]:
         for x, y in series:
             cx, cy = at(x, y).split()
             about = f"<title>{escape(name)}, {x:,g}: {y:,.4g}</title>"
-            parts.append(f'<circle cx="{cx}" cy="{cy}" r="2.5" fill="{dot}">{about}</circle>')
+            parts.append(f'<circle class="data" cx="{cx}" cy="{cy}" r="2.5" fill="{dot}">{about}</circle>')
     return parts

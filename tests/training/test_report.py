@@ -35,7 +35,7 @@ def write_run(folder: Path, losses: list[float], **more: Any) -> Path:
         {"step": step, "tokens": 100 * step, "time": BEGAN + step, "train/loss": loss}
         for step, loss in enumerate(losses, 1)
     ]
-    positions = {"val/loss_at_256": 3.0, "val/loss_at_512": 2.5}
+    positions = {"val/loss_at_256": 3.0, "val/loss_at_512": 2.5, "val/right_at_1k": 0.5, "val/right_at_1m": 0.25}
     events.append({**events[-1], "val/loss": 2.75, **positions})
     files = {
         "metrics_jsonl": "".join(json.dumps(event) + "\n" for event in events),
@@ -138,14 +138,18 @@ def test_every_metric_comes_with_what_the_registry_says_in_its_order_and_a_new_o
     run = write_run(tmp_path / "run", [3.0])
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tokens": 300, "train/new": 1.5, "old/gone": 1}\n')
-    found = data_of(page([RunReader(run).read()]))["metrics"]
-    names = ["train/loss", "val/loss", "val/loss_at_256", "val/loss_at_512", "train/new", "old/gone"]
+    html = page([RunReader(run).read()])
+    found = data_of(html)["metrics"]
+    names = ["train/loss", "val/loss", "val/loss_at_256", "val/loss_at_512", "train/new"]
+    names += ["old/gone", "val/right_at_1k", "val/right_at_1m"]
     assert [metric["name"] for metric in found] == names
     assert found[4] == {
         "name": "train/new", "section": "train", "unit": "apples", "meaning": "what is new", "better": "higher",
         "form": ".1f", "headline": "",
     }  # fmt: skip
     assert found[0]["unit"] == "nats per token"
+    ranges = {name: part["end"] for name, part in data_of(html)["ranges"].items()}
+    assert ranges == {"val/loss_at_256": 256, "val/loss_at_512": 512, "val/right_at_1k": 1024, "val/right_at_1m": 2**20}
 
 
 def test_text_of_a_run_is_data_and_never_markup_and_the_page_loads_nothing(tmp_path: Path) -> None:
@@ -262,6 +266,19 @@ def test_a_page_that_cannot_be_written_is_one_line_and_the_run_goes_on(config: M
     assert "is not written, training goes on without it: IsADirectoryError" in line
 
 
+def test_pages_take_a_small_share_of_the_time(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def slowly(path: Path, runs: Any) -> None:
+        written.append(path)
+        time.sleep(0.5)  # so the next may come after 50 s
+
+    monkeypatch.setattr("training.services.reporting.write_page", slowly)
+    trainer = Trainer(config("max_steps=8", "eval_every=1"), lambda line: None)
+    trainer.fit()
+    assert written == 2 * [trainer.run.folder / "report.html"], "after the first evaluation and at the end"
+
+
 # ---- in a browser
 
 
@@ -310,10 +327,19 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
       search.value = "position"; search.dispatchEvent(new Event("input"));
       found.searched = drawn();
       search.value = ""; search.dispatchEvent(new Event("input"));
-      zoom([100, 200]);
-      await new Promise((resolve) => setTimeout(resolve, 50));
-      const { min, max } = panels[0].drawn.plot.scales.x;
-      found.zoomed = [min, max];
+      const wait = () => new Promise((resolve) => setTimeout(resolve, 100));
+      const over = document.querySelector(".u-over"), box = over.getBoundingClientRect();
+      const mouse = (name, share) => (name === "mouseup" ? document : over).dispatchEvent(new MouseEvent(name, {
+        clientX: box.left + share * box.width, clientY: box.top + 9, bubbles: true, button: 0, buttons: 1, movementX: 1,
+      }));
+      mouse("mouseenter", 0.5); mouse("mousemove", 0.5);
+      found.hovered = [...document.querySelectorAll(".readout")].map((node) => node.textContent).slice(0, 2);
+      mouse("mousedown", 0.25); mouse("mousemove", 0.5); mouse("mousemove", 0.75); mouse("mouseup", 0.75);
+      await wait();
+      found.zoomed = panels.slice(0, 2).map(({ drawn }) => [drawn.plot.scales.x.min, drawn.plot.scales.x.max]);
+      mouse("dblclick", 0.5);
+      await wait();
+      found.back = [panels[0].drawn.plot.scales.x.min, panels[0].drawn.plot.scales.x.max];
       document.querySelector('#theme [data-value="dark"]').click();
       found.theme = document.documentElement.dataset.theme;
       document.querySelector('#axis [data-value="time"]').click();
@@ -323,12 +349,15 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
     found = open_page(page([RunReader(run).read() for run in runs]), tmp_path, script)
     assert found["panels"] == {
         "loss/Training": 2, "loss/Validation": 2, "loss by position/Validation": 2,
-        "loss by position, over the run/Validation": 2,
+        "loss by position, over the run/Validation": 2, "right by position/Validation": 2,
+        "right by position, over the run/Validation": 2,
     }  # fmt: skip
     assert found["readout"] == "math2.0000flash3.0000"
     assert {"47,111,219", "217,99,10"} <= set(found["colours"]), "the lines of both runs are on the canvas"
-    assert set(found["searched"]) == {"loss by position/Validation", "loss by position, over the run/Validation"}
-    assert found["zoomed"] == [100, 200]
+    assert set(found["searched"]) == {name for name in found["panels"] if "by position" in name}
+    assert found["hovered"] == ["200 tokensmath3.0000flash3.0000", "300 tokensmath2.7500flash2.7500"]
+    assert found["zoomed"] == 2 * [pytest.approx([150, 250], abs=2)], "one panel zooms all"
+    assert found["back"] == [100, 300]
     assert found["theme"] == "dark"
     assert found["times"] == [1, 2, 3]
     assert "attention.name" in found["differences"]

@@ -47,13 +47,17 @@ function duration(seconds) {
   return `${Math.floor(s / 86400)} d ${two(Math.floor(s / 3600) % 24)}:${two(Math.floor(s / 60) % 60)}`;
 }
 
-// Mean of the values so far with weights that fall by `weight` a point, as if nothing came before the first.
-function smoothed(values, weight) {
-  let sum = 0, total = 0;
-  return values.map((value) => {
+// Mean of the values so far, with weights that fall by `weight` every thousandth of the run: a curve of few points stays
+// as it is, and so does one that was thinned.
+function smoothed(values, steps, weight) {
+  const thousandth = (steps[steps.length - 1] - steps[0]) / 1000 || 1;
+  let sum = 0, total = 0, before = steps[0];
+  return values.map((value, i) => {
     if (value === null) return null;
-    sum = weight * sum + value;
-    total = weight * total + 1;
+    const kept = weight ** ((steps[i] - before) / thousandth);
+    before = steps[i];
+    sum = kept * sum + value;
+    total = kept * total + 1;
     return sum / total;
   });
 }
@@ -158,7 +162,7 @@ class Chart {
     });
     if (places && places[0] !== null && places[0] !== undefined) {
       const at = this.plot.data[0][places[0]];
-      parts.unshift(make("span", {}, x === "time" ? duration(at) : x === "positions" ? `${at.toLocaleString("en")} tokens read` : `${x === "step" ? "step " : ""}${at.toLocaleString("en")}${x === "tokens" ? " tokens" : ""}`));
+      parts.unshift(make("span", {}, x === "time" ? duration(at) : x === "positions" ? `${at.toLocaleString("en")} tokens` : `${x === "step" ? "step " : ""}${at.toLocaleString("en")}${x === "tokens" ? " tokens" : ""}`));
     }
     readout.replaceChildren(...parts);
   }
@@ -170,11 +174,12 @@ class Chart {
   destroy() { this.plot?.destroy(); }
 }
 
+// The place nearest to `place` at which a line has a point, be it one that is no number.
 function nearest(column, place) {
   if (place === null || place === undefined) return null;
   for (let away = 0; away < column.length; away++) {
-    if (column[place - away] !== undefined && column[place - away] !== null) return place - away;
-    if (column[place + away] !== undefined && column[place + away] !== null) return place + away;
+    if (column[place - away] !== undefined) return place - away;
+    if (column[place + away] !== undefined) return place + away;
   }
   return null;
 }

@@ -146,7 +146,7 @@ function zoom(range) {
 function linesOf(run, name, colour, label) {
   const columns = run.metrics[name];
   const line = { label, short: label, colour, x: columns[state.x], y: columns.value };
-  return state.smooth ? [{ ...line, faint: true }, { ...line, y: smoothed(line.y, state.smooth) }] : [line];
+  return state.smooth ? [{ ...line, faint: true }, { ...line, y: smoothed(line.y, columns.step, state.smooth) }] : [line];
 }
 
 const shown = (name) => RUNS.filter((run) => run.shown && run.metrics[name]);
@@ -159,25 +159,24 @@ function metricPanel(grid, metric) {
   });
 }
 
-// Loss by the tokens read before: as it is now, a line a run; and how it became so, a panel a run.
-function positionPanels(grid, names) {
+// A number for each range of tokens: as it is now, a line a run; and how it became so, a panel a run.
+function rangePanels(grid, of, names) {
   const metric = METRICS.get(names[0]);
-  const position = (name) => DATA.positions[name];
-  const about = { unit: metric.unit, better: metric.better, form: metric.form, words: `val/loss_at position long context ${names.join(" ")}` };
+  const what = of.split("/").pop().replaceAll("_", " ");
+  const about = { unit: metric.unit, better: metric.better, form: metric.form, words: `position long context ${names.join(" ")}` };
   new Panel(grid, {
-    ...about, name: "loss by position", meaning: "Of the last evaluation: loss of the predictions made from so many tokens, down to half as many. It falls where the model uses a long context.",
-    x: "positions", many: !one,
+    ...about, name: `${what} by position`, meaning: `At the last evaluation: ${metric.meaning}`, x: "positions", many: !one,
     lines: () => RUNS.filter((run) => run.shown).map((run) => {
       const own = names.filter((name) => run.metrics[name]);
-      return { label: run.label, colour: run.colour, x: own.map(position), y: own.map((name) => value(run, name)) };
+      return { label: run.label, colour: run.colour, x: own.map((name) => DATA.ranges[name].end), y: own.map((name) => value(run, name)) };
     }),
   });
   for (const run of RUNS) {
     const own = names.filter((name) => run.metrics[name]);
     if (!own.length) continue;
     new Panel(grid, {
-      ...about, name: "loss by position, over the run", unit: one ? metric.unit : run.label, meaning: "A line for each range of positions, named by its end.", many: true,
-      lines: () => (run.shown ? own.flatMap((name, i) => linesOf(run, name, () => rangeColour(i, own.length), name.split("_at_")[1])) : []),
+      ...about, name: `${what} by position, over the run`, unit: one ? metric.unit : run.label, meaning: `A line for each range of tokens, named by its end: ${metric.meaning}`, many: true,
+      lines: () => (run.shown ? own.flatMap((name, i) => linesOf(run, name, () => rangeColour(i, own.length), name.split("_at_").pop())) : []),
     });
   }
 }
@@ -188,9 +187,9 @@ function charts() {
     const grid = make("div", { className: "panels" });
     const node = section({ train: "Training", val: "Validation" }[name] || name, "", grid);
     node.classList.add("charts");
-    for (const metric of own.filter((metric) => !(metric.name in DATA.positions))) metricPanel(grid, metric);
-    const positions = own.filter((metric) => metric.name in DATA.positions).map((metric) => metric.name);
-    if (positions.length) positionPanels(grid, positions);
+    for (const metric of own.filter((metric) => !(metric.name in DATA.ranges))) metricPanel(grid, metric);
+    const parts = own.map((metric) => metric.name).filter((name) => name in DATA.ranges).sort((a, b) => DATA.ranges[a].end - DATA.ranges[b].end);
+    for (const of of new Set(parts.map((name) => DATA.ranges[name].of))) rangePanels(grid, of, parts.filter((name) => DATA.ranges[name].of === of));
   }
   resizer.observe(main);
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data import disk
-from training.metrics import METRICS, TOKENS_READ, Metric, loss_at
+from training.metrics import METRICS, Metric
 
 HERE = Path(__file__).parent
 
@@ -33,7 +33,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     content = {
         "made": time.time(),
         "metrics": [_metric(name) for name in names],
-        "positions": {loss_at(end): end for end in TOKENS_READ if loss_at(end) in names},
+        "ranges": {name: found for name in names if (found := _range(name))},
         "runs": runs,
     }
     parts = {
@@ -46,6 +46,15 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "script": _read("page.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
+
+
+def _range(name: str) -> dict[str, Any] | None:
+    """What val/loss_at_16k is a part of, and the end of its range of tokens: one line through the ranges, not a panel
+    each."""
+    found = re.fullmatch(r"(.+)_at_(\d+)([kmg]?)", name)
+    if found is None:
+        return None
+    return {"of": found[1], "end": int(found[2]) * 1024 ** " kmg".index(found[3] or " ")}
 
 
 def _metric(name: str) -> dict[str, Any]:

@@ -19,11 +19,14 @@ class Reporting(Service):
         self.evaluated = -1
         """The step of the last evaluation that was seen."""
         self.reader: RunReader | None = None
+        self.events = 0
+        """Of the record, when this process began."""
         self.has_warned = False
         self.not_before = 0.0
 
     def begin(self, run: Run) -> None:
         self.reader = RunReader(run.folder)
+        self.events = run.progress.events
 
     def after_step(self, run: Run) -> None:
         """An evaluation is on the page one step later: it comes after this service."""
@@ -38,7 +41,7 @@ class Reporting(Service):
         self.not_before = now + (now - began) / MOST_OF_THE_TIME
 
     def end(self, run: Run, status: str) -> None:
-        if run.loggers.started:
+        if run.progress.events > self.events:  # of a finished run that is started again there is nothing new
             self.write(run)
 
     def write(self, run: Run) -> None:
