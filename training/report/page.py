@@ -33,7 +33,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     content = {
         "made": time.time(),
         "metrics": [_metric(name) for name in names],
-        "ranges": {name: found for name in names if (found := _range(name))},
+        "ranges": {name: part for name in names if (part := _range(name))},
         "runs": runs,
     }
     parts = {
