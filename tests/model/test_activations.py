@@ -97,7 +97,7 @@ def test_no_policy_changes_nothing(build_lively: Build) -> None:
 
 @pytest.mark.parametrize("policy", [SelectiveConfig(), SelectiveConfig(layers=0.5)], ids=["all", "half"])
 @pytest.mark.parametrize(("unit", "n_layers", "graphs"), [("model", 2, 1), ("block", 10, 2)])
-@pytest.mark.parametrize("backend", ["math", "sdpa"])
+@pytest.mark.parametrize("backend", ["math", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_compiled_it_is_one_graph_or_one_for_all_blocks_that_keep_the_same(
     build_lively: Build, policy: SelectiveConfig, unit: str, n_layers: int, graphs: int, backend: str
 ) -> None:

@@ -173,6 +173,7 @@ def test_values_and_combinations() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_real_runs_of_a_tiny_model_are_measured_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text"
     text.mkdir()
