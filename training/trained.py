@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,8 @@ def load_model(
     attention: str = "auto",
     device: str = "auto",
     precision: str = "auto",
+    seq_len: int | None = None,
+    max_documents: int | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[GPT, Tokenizer]:
     """A trained model, ready to generate or to be evaluated, and its tokenizer.
@@ -128,13 +130,14 @@ def load_model(
         path: a run folder, a checkpoint, or a folder of transformers.
         attention: auto, math, sdpa, flex or flash. device: auto, cuda or cpu.
         precision: auto (bf16 on a GPU from the A100 on, else fp32), bf16, tf32 or fp32.
+        seq_len: of the rows to come; None: as in training. max_documents: most of them in a row; None: rows are one.
         notify: takes one line on what was loaded, and one for each checkpoint that is damaged.
     Raises:
         ValueError: one line: nothing there, damaged, or impossible on this machine.
     """
     found = find(path, notify)
     config = found.model
-    seq_len = found.settings.get("seq_len")
+    seq_len = seq_len or found.settings.get("seq_len")
     if type(seq_len) is not int:
         raise ValueError(f"{found.what} was saved without its seq_len: this version cannot use it")
     separator = (found.settings.get("tokenizer") or {}).get("separator")
@@ -143,7 +146,9 @@ def load_model(
         raise ValueError(
             f"{found.tokenizer} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: not its own"
         )
+    config.check_seq_len(seq_len)
     spec, precision = _spec(config, seq_len, device, precision)
+    spec = replace(spec, max_documents=max_documents)
     if attention not in ATTENTIONS:
         raise ValueError(f"attention={attention} is unknown; use {', '.join(ATTENTIONS)}")
     chosen = choose_attention(ATTENTIONS[attention](name=attention), spec)
