@@ -8,7 +8,8 @@ from data.packing import IGNORE_INDEX, Row, Rows
 
 
 class AnswersOnly:
-    """Rows whose targets are IGNORE_INDEX but after a marker and a key.
+    """Rows whose targets are IGNORE_INDEX but after a marker and a key, trained on in the order in which they were
+    written, whatever the seed: short documents come first.
 
     Args:
         marker_id: the token that stands before each key that is asked for.
@@ -24,7 +25,7 @@ class AnswersOnly:
         return self._answers(self.rows[index])
 
     def at(self, seed: int, position: int) -> Row:
-        return self._answers(self.rows.at(seed, position))
+        return self[position % len(self)]
 
     @property
     def max_documents(self) -> int:
@@ -39,10 +40,12 @@ class AnswersOnly:
 
 def distances(tokens_BS: np.ndarray, targets_BS: np.ndarray) -> np.ndarray:
     """Tokens from the last earlier place of each key that is asked for to its question: int64, one for each target in
-    the order of rows and places.
-
-    Raises:
-        IndexError: a key was not there before.
-    """
-    keys = zip(*np.nonzero(targets_BS != IGNORE_INDEX), strict=True)
-    return np.array([key - np.flatnonzero(tokens_BS[row, :key] == tokens_BS[row, key])[-1] for row, key in keys], int)
+    the order of rows and places. Every key was told before."""
+    order_BS = np.argsort(tokens_BS, axis=1, kind="stable")  # places of the same token stand side by side
+    earlier_BS = np.empty_like(order_BS)
+    np.put_along_axis(earlier_BS, order_BS, np.roll(order_BS, 1, axis=1), axis=1)
+    is_key_BS = targets_BS != IGNORE_INDEX
+    rows, keys = np.nonzero(is_key_BS)
+    told = earlier_BS[is_key_BS]
+    assert (tokens_BS[rows, told] == tokens_BS[rows, keys]).all()
+    return keys - told

@@ -16,17 +16,18 @@ KEYS, VALUES = string.ascii_letters, string.digits
 SHORTEST = 8  # tokens of a document
 
 
-def write_recall(rng: random.Random, length: int, pairs: int, number: int) -> list[str]:
+def write_recall(rng: random.Random, length: int, pairs: int, number: int, progress: float) -> list[str]:
     """Documents that have `length` tokens together, counting the separators that the tokenizer adds: one, or as many of
-    an equal part of it, 1/2, 1/4, … down to `SHORTEST` tokens.
+    an equal part of it, 1/2, 1/4, … down to `SHORTEST` tokens. The sizes take turns with `number`.
 
-    Every second `number` has the shortest, and the others take turns: how to find a key is learnt where there are two,
-    and then how to find it among more and farther away.
+    Which there are grows with `progress`: the shortest up to 1/4, one more at a time, and all from 3/4 on. How to find
+    a key is learnt where there are two, and then how to find it among more and farther away.
     """
     sizes = [length]
     while sizes[-1] % 2 == 0 and sizes[-1] >= 2 * SHORTEST:
         sizes.append(sizes[-1] // 2)
-    size = sizes[-1] if number % 2 else sizes[number // 2 % max(1, len(sizes) - 1)]
+    sizes = sizes[::-1][: 1 + max(0, int((2 * progress - 0.5) * len(sizes)))]
+    size = sizes[number % len(sizes)]
     return [write_document(rng, size, pairs) for _ in range(length // size)]
 
 

@@ -222,7 +222,8 @@ def _open_synthetic(config: SyntheticData, notify: Notify) -> Source:
             rng = random.Random(f"{config.seed}:{number}")  # a string seeds by its hash, the same in every Python
             if config.is_recall:
                 side = "val" if number < held_out else "train"  # not by a hash: what fills a row stays together
-                texts = write_recall(rng, config.length, config.pairs, number)
+                progress = 1.0 if side == "val" else (number - held_out) / (config.documents - held_out)
+                texts = write_recall(rng, config.length, config.pairs, number, progress)
                 yield from (Document(name, text, side=side) for text in texts)
             else:
                 yield Document(name, {"copy": write_copy, "needle": write_needle}[config.task](rng, config.length))

@@ -39,12 +39,22 @@ def test_a_character_is_of_one_kind():
 def test_documents_fill_the_length_and_are_of_every_power_of_2_below_it(length):
     sizes = set()
     for number in range(20):
-        texts = write_recall(random.Random(number), length, 8, number)
+        texts = write_recall(random.Random(number), length, 8, number, progress=0.75)
         assert sum(len(text) + 1 for text in texts) == length
         sizes |= {len(text) + 1 for text in texts}
     assert sizes == {
         size for size in (length >> halvings for halvings in range(20)) if size >= 8 and length % size == 0
     }
+
+
+def test_training_begins_with_the_shortest_documents_and_has_all_at_the_end():
+    def sizes(progress: float) -> set[int]:
+        return {
+            len(text) + 1 for number in range(12) for text in write_recall(random.Random(0), 512, 8, number, progress)
+        }
+
+    assert [len(sizes(progress)) for progress in (0, 0.25, 0.35, 0.5, 0.75, 1.0)] == [1, 1, 2, 4, 7, 7]
+    assert sizes(0.35) == {8, 16}
 
 
 def test_distances_spread_over_the_row_with_as_many_answers_for_each_power_of_2():
@@ -83,6 +93,7 @@ def rows_of(tmp_path, **settings):
 def test_rows_are_whole_documents_whose_only_targets_are_answers(tmp_path):
     corpus, (train, val) = rows_of(tmp_path, documents=12, length=256)
     assert (len(train), len(val)) == (8, 2)  # 9 and 3, of which the last has no token after it
+    assert all(np.array_equal(train.at(seed, 8 + 3).tokens, train[3].tokens) for seed in range(3)), "in their own order"
     for row in [*(train.at(0, position) for position in range(8)), *(val[index] for index in range(2))]:
         text = corpus.tokenizer.decode(row.tokens)
         questions = list(re.finditer(r"\?(.)(.)", text.replace("<|endoftext|>", "\n")))

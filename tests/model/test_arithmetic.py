@@ -26,6 +26,7 @@ MODELS = {
         3 * (2 * 32 * 80 + 2 * 32 * 40 + 3 * 32 * 48) + 101 * 32,
     ),
     "llama-qk-norm": (replace(LLAMA, qk_norm=True), 3 * (4 * 32 * 32 + 3 * 32 * 48) + 101 * 32),
+    "llama-qkv-bias": (replace(LLAMA, qkv_bias=True), 3 * (4 * 32 * 32 + 3 * 32 * 48) + 101 * 32),
     "llama-biases": (replace(LLAMA, bias=True, n_kv_heads=2), 3 * (3 * 32 * 32 + 3 * 32 * 48) + 101 * 32),
     "gpt2": (GPT2, 3 * (4 * 32 * 32 + 2 * 32 * 48) + 101 * 32),
     "gpt2-tied": (replace(GPT2, tie_head=True), 3 * (4 * 32 * 32 + 2 * 32 * 48) + 101 * 32),

@@ -77,11 +77,11 @@ def test_recall_is_that_of_the_models_logits(recall: Callable[..., TrainConfig],
             name = recall_at(next(end for end in DISTANCES if distance <= end))
             found[name].append(predicted_BS[row, key].item() == batch.targets_BS[row, key].item())
     every = [is_right for of_range in found.values() for is_right in of_range]
-    assert len(every) > 250
+    assert len(every) > 200
     expected = {name: sum(right) / len(right) for name, right in found.items()} | {
         "val/recall": sum(every) / len(every)
     }
-    assert {"val/recall", "val/recall_at_256", "val/recall_at_512"} <= expected.keys()
+    assert {"val/recall", "val/recall_at_16", "val/recall_at_128"} <= expected.keys()
     last = records[-1]
     assert {name: value for name, value in last.items() if name.startswith("val/recall")} == pytest.approx(expected)
 
@@ -101,3 +101,18 @@ def test_a_text_has_no_recall(config: Callable[..., TrainConfig]) -> None:
 def test_a_run_with_rows_that_are_cut_is_refused(recall: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ValueError, match=r"data\.length=384 does not divide seq_len=512"):
         recall("data.length=384")
+
+
+@pytest.mark.slow  # 70 s of one core
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_small_model_learns_to_find_what_it_read(
+    composed: Callable[..., DictConfig], tmp_path: Path, seed: int
+) -> None:
+    folders = [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    seeds = [f"seed={seed}", f"data.seed={seed}"]
+    _, records = finished(
+        load_config(composed("experiment=recall", "device=cpu", "logger=none", "eval_every=0", *folders, *seeds))
+    )
+    assert records[0]["val/recall"] < 0.2
+    assert records[-1]["val/recall"] > 0.9
+    assert records[-1]["val/recall_at_128"] > 0.8
