@@ -82,7 +82,7 @@ def attend(
     if (cu_seqlens := others.get("cu_seq_lens_q")) is not None:
         starts_1S = starts_from_cu_seqlens(cu_seqlens.int(), S)
         starts = starts_1S.expand(len(query), S) if starts is None else torch.maximum(starts, starts_1S)
-    elif starts is None and S == S_k and getattr(module, "layer_idx", 0) == 0:
+    elif starts is None and S_k == S and getattr(module, "layer_idx", 0) == 0:
         _refuse_packed(others.get("position_ids"))
     out = flash_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
@@ -110,8 +110,8 @@ def starts_of(
 ) -> Tensor | None:
     """The first key that each query sees, int32 (B, S), counted from the first of the keys that there are.
 
-    A causal mask of documents, chunks or a window lets each query see the keys from one on up to its own position. Which
-    one that is, is searched by halves: for a row of S tokens in log₂ S steps over (B, S), where a mask has S × S.
+    A causal mask of documents, chunks or a window lets each query see the keys from one on up to its own position.
+    Which one that is, is searched by halves: in log₂ S steps over (B, S), where a mask has S × S for each row.
 
     Args:
         q_offset, kv_offset: positions of the first query and of the first key.
@@ -170,9 +170,7 @@ def _is_padded(attention_mask: Tensor) -> bool:
         return True
     begins_B = attention_mask[:, 0].int() + (attention_mask[:, 1:] & ~attention_mask[:, :-1]).sum(1)
     if (begins_B > 1).any():
-        raise ValueError(
-            f"{NAME} has no padding between tokens, as attention_mask has it; pad on the left to generate"
-        )
+        raise ValueError(f"{NAME} has no padding between tokens, as attention_mask has it; pad on the left to generate")
     return not bool(attention_mask.all())
 
 

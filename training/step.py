@@ -41,7 +41,9 @@ class Forward:
         autocast: returns the context that the forward pass runs in.
     """
 
-    def __init__(self, model: GPT, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(
+        self, model: GPT, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> None:
         self.model, self.device, self.autocast = model, device, autocast
 
     @torch.no_grad()

@@ -79,7 +79,9 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
         return _huggingface(place)
     settings = saved_settings(place)
     if settings is None or not (place / WEIGHTS).is_file():
-        raise ValueError(f"{path} holds no trained model; name a run folder, a checkpoint in one, or a folder of transformers")
+        raise ValueError(
+            f"{path} holds no trained model; name a run folder, a checkpoint in one, or a folder of transformers"
+        )
     return Found(place / WEIGHTS, settings, place / TOKENIZER, str(place / WEIGHTS))
 
 

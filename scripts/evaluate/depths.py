@@ -61,7 +61,8 @@ def _batch(tokens_BS: torch.Tensor, targets_BS: torch.Tensor) -> Batch:
 def table(recall: Recall) -> str:
     depths = len(next(iter(recall.values())))
     heads = "".join(f"{f'{100 * part // depths} %':>8}" for part in range(depths))
-    lines = ["\nrecall by length in tokens, and by where from the beginning on a key was told:", f"{'':>12}{heads}     all"]
+    heading = "\nrecall by length in tokens, and by where from the beginning on a key was told:"
+    lines = [heading, f"{'':>12}{heads}     all"]
     for length, shares in recall.items():
         mean = sum(shares) / depths
         lines.append(f"{length:>12,}" + "".join(f"{share:8.0%}" for share in shares) + f"{mean:8.0%}")
@@ -83,7 +84,7 @@ def draw(recall: Recall) -> str:
         parts.append(f'<text x="{left - 8}" y="{y + 19}" text-anchor="end" fill="#444">{place}</text>')
         for column, shares in enumerate(recall.values()):
             x, share = left + width * column, shares[row]
-            red, green, blue = (round(light + (dark - light) * share) for light, dark in ((240, 8), (244, 64), (250, 129)))
+            red, green, blue = (round(a + (b - a) * share) for a, b in ((240, 8), (244, 64), (250, 129)))
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" fill="rgb({red},{green},{blue})"/>'
                 f'<text x="{x + width / 2 - 1:g}" y="{y + 19}" fill="{"#fff" if share > 0.5 else "#222"}">'
@@ -92,6 +93,8 @@ def draw(recall: Recall) -> str:
     y = top + height * depths + 14
     for column, length in enumerate(recall):
         parts.append(f'<text x="{left + width * (column + 0.5) - 1:g}" y="{y}" fill="#444">{length:,}</text>')
-    parts.append(f'<text x="{left}" y="{y + 20}" text-anchor="start" fill="#444">tokens of the document; rows: where '
-                 "the key was told</text></svg>\n")
+    parts.append(
+        f'<text x="{left}" y="{y + 20}" text-anchor="start" fill="#444">tokens of the document; rows: where '
+        "the key was told</text></svg>\n"
+    )
     return "\n".join(parts)

@@ -13,6 +13,7 @@ import pytest
 from processes import LIMIT_S
 
 KERNELS = Path(__file__).parents[2] / "kernels"
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 CASES = {
     "llama": ["llama", {}, ""],
     "llama-padded-left": ["llama", {}, "left"],
@@ -22,7 +23,7 @@ CASES = {
     "mistral-window-padded": ["mistral", {"sliding_window": 9}, "left"],
     "mistral-window-packed": ["mistral", {"sliding_window": 9}, "packed"],
     "gemma2-softcap-window": ["gemma2", {"sliding_window": 9, "head_dim": 16, "attn_logit_softcapping": 2.0}, ""],
-    "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, ""],
+    "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
 }
 REFUSED = {
     "no-cache-of-packed": "pass use_cache=False",
@@ -36,7 +37,7 @@ REFUSED = {
     "name": "name='flash_x': transformers reads \"flash\"",
 }
 
-# Runs where this repository cannot be seen, but for the kernels as `flash_gpt`: `kernels` here would be taken for Hugging
+# Runs where of this repository only the kernels can be seen, as `flash_gpt`: `kernels` here would be taken for Hugging
 # Face's package of that name.
 SCRIPT = """
 import json, sys
@@ -108,7 +109,7 @@ refused = {
     "holes": lambda: build("llama", name)(tokens, attention_mask=holes),
     "four-dimensions": lambda: build("llama", name)(tokens, attention_mask=torch.ones(2, 1, S, S, device=device)),
     "weights": lambda: build("llama", name)(tokens, output_attentions=True),
-    "static-cache": lambda: build("llama", name).eval().generate(tokens, max_new_tokens=2, cache_implementation="static"),
+    "static-cache": lambda: build("llama", name).generate(tokens, max_new_tokens=2, cache_implementation="static"),
     "both-ways": bidirectional,
     "own-mask": own_mask,
     "name": lambda: register("flash_x"),
@@ -138,7 +139,8 @@ def results_on(device: str, dtype: str, folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """In Triton's interpreter where there is no GPU. One process: importing transformers takes long."""
-    return results_on("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "float32", tmp_path_factory.mktemp("t"))
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    return results_on(device, "float32", tmp_path_factory.mktemp("transformers"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -58,7 +58,7 @@ def measure(
     is_recall: bool,
     stopped: Callable[[], object] = lambda: None,
 ) -> dict[str, float] | None:
-    """The metrics of held-out text: the loss per token and per byte, per token by the tokens read before it, and recall.
+    """The metrics of held-out text: the loss per token and per byte, per token by the tokens read before, and recall.
 
     Args:
         count_bytes: of text, from tokens and targets. stopped: asked before each batch whether to return None.
