@@ -8,22 +8,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import LIMIT_S
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KERNELS = Path(__file__).parents[2] / "kernels"
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 CASES = {
-    "llama": ["llama", {}, ""],
     "llama-padded-left": ["llama", {}, "left"],
-    "llama-padded-right": ["llama", {}, "right"],
     "llama-packed": ["llama", {}, "packed"],
-    "mistral-window": ["mistral", {"sliding_window": 9}, ""],
     "mistral-window-padded": ["mistral", {"sliding_window": 9}, "left"],
-    "mistral-window-packed": ["mistral", {"sliding_window": 9}, "packed"],
     "gemma2-softcap-window": ["gemma2", {"sliding_window": 9, "head_dim": 16, "attn_logit_softcapping": 2.0}, ""],
     "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
+}
+MORE_CASES = {
+    "llama": ["llama", {}, ""],
+    "llama-padded-right": ["llama", {}, "right"],
+    "mistral-window": ["mistral", {"sliding_window": 9}, ""],
+    "mistral-window-packed": ["mistral", {"sliding_window": 9}, "packed"],
+    "gpt2": ["gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}, ""],
 }
 REFUSED = {
     "no-cache-of-packed": "pass use_cache=False",
@@ -56,7 +61,8 @@ inputs |= {"left": {"attention_mask": padding}, "right": {"attention_mask": padd
 
 def build(kind, attention, dtype=torch.float32, **settings):
     sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
-    sizes |= dict(num_key_value_heads=2, eos_token_id=None, bos_token_id=None, pad_token_id=0)
+    sizes |= {} if kind == "gpt2" else dict(num_key_value_heads=2)
+    sizes |= dict(eos_token_id=None, bos_token_id=None, pad_token_id=0)
     config = transformers.AutoConfig.for_model(kind, **sizes | settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     torch.manual_seed(0)
@@ -124,23 +130,22 @@ print(json.dumps(results))
 """
 
 
-def results_on(device: str, dtype: str, folder: Path) -> dict[str, object]:
+def results_on(device: str, dtype: str, cases: dict[str, Any], folder: Path) -> dict[str, Any]:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
     (folder / "flash_gpt").symlink_to(KERNELS)
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(CASES), device, dtype]
+    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(cases), device, dtype]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """In Triton's interpreter where there is no GPU. One process: importing transformers takes long."""
-    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    return results_on(device, "float32", tmp_path_factory.mktemp("transformers"))
+    return results_on(DEVICE, "float32", CASES, tmp_path_factory.mktemp("transformers"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,6 +153,12 @@ def test_losses_and_gradients_are_those_of_eager(results, case):
     loss, gradient = results[case]["ours"]
     assert loss < 1e-5
     assert gradient < 1e-4
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_of_more_models_are_those_of_eager(tmp_path):
+    found = results_on(DEVICE, "float32", MORE_CASES, tmp_path)
+    assert all(found[case]["ours"][0] < 1e-5 and found[case]["ours"][1] < 1e-4 for case in MORE_CASES), found
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -165,8 +176,9 @@ def test_what_it_cannot_compute_is_refused_in_one_line(results, case):
 
 @pytest.mark.gpu
 def test_in_bf16_errors_are_at_most_twice_those_of_eager(tmp_path):
-    found = results_on("cuda", "bfloat16", tmp_path)
-    for case in CASES:
+    cases = CASES | MORE_CASES
+    found = results_on("cuda", "bfloat16", cases, tmp_path)
+    for case in cases:
         for ours, eager in zip(found[case]["ours"], found[case]["eager"], strict=True):
             assert ours <= 2 * eager + 1e-3, case
 
