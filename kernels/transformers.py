@@ -80,8 +80,10 @@ def attend(
             raise ValueError(f"{NAME} has no {what}; {remedy}")
     starts = attention_mask
     if (cu_seqlens := others.get("cu_seq_lens_q")) is not None:
+        if len(query) > 1 or S_k != S:
+            raise ValueError(f"cu_seq_lens_q with {len(query)} rows and {S} of {S_k} positions; pass one whole row")
         starts_1S = starts_from_cu_seqlens(cu_seqlens.int(), S)
-        starts = starts_1S.expand(len(query), S) if starts is None else torch.maximum(starts, starts_1S)
+        starts = starts_1S if starts is None else torch.maximum(starts, starts_1S)
     elif starts is None and S_k == S and getattr(module, "layer_idx", 0) == 0:
         _refuse_packed(others.get("position_ids"))
     out = flash_attention(

@@ -71,8 +71,8 @@ def table(recall: Recall) -> str:
 
 def draw(recall: Recall) -> str:
     """An SVG picture: a row for each part of a document, a column for each length."""
-    depths, width, height, left, top = len(next(iter(recall.values()))), 64, 30, 84, 46
-    total_width, total_height = left + width * len(recall) + 16, top + height * depths + 44
+    depths, width, height, left, top = len(next(iter(recall.values()))), 64, 30, 92, 46
+    total_width, total_height = max(420, left + width * len(recall) + 16), top + height * depths + 44
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" width="{total_width}" '
         'font-family="system-ui, sans-serif" font-size="12" text-anchor="middle">',

@@ -21,9 +21,9 @@ CASES = {
     "llama-packed": ["llama", {}, "packed"],
     "mistral-window-padded": ["mistral", {"sliding_window": 9}, "left"],
     "gemma2-softcap-window": ["gemma2", {"sliding_window": 9, "head_dim": 16, "attn_logit_softcapping": 2.0}, ""],
-    "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
 }
 MORE_CASES = {
+    "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
     "llama": ["llama", {}, ""],
     "llama-padded-right": ["llama", {}, "right"],
     "mistral-window": ["mistral", {"sliding_window": 9}, ""],
@@ -39,6 +39,7 @@ REFUSED = {
     "static-cache": "FlashGPT reads no cache of fixed size",
     "both-ways": "FlashGPT has no mask in which a token sees a later one",
     "own-mask": "FlashGPT has no mask of one's own functions",
+    "cu-seqlens-of-rows": "cu_seq_lens_q with 2 rows",
     "name": "name='flash_x': transformers reads \"flash\"",
 }
 
@@ -48,7 +49,7 @@ SCRIPT = """
 import json, sys
 import torch, transformers
 from flash_gpt.transformers import register
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 cases, device, dtype = json.loads(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
 name, S = register(), 24
@@ -88,6 +89,14 @@ for case, (kind, settings, how) in cases.items():
     errors = [(abs(other - loss) / loss, ((g - grad).norm() / grad.norm()).item()) for other, g in others]
     results[case] = dict(zip(("eager", "ours"), errors))
 
+ends = torch.tensor([0, 8, 19, 24], dtype=torch.int32, device=device)
+one_row = build("llama", name)(tokens[:1], position_ids=packed[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
+each = [build("llama", "eager")(part).logits for part in tokens[:1].split([8, 11, 5], dim=1)]
+results["cu_seqlens"] = (one_row - torch.cat(each, dim=1)).abs().max().item()
+config = build("llama", name).config
+config.attention_chunk_size = 8
+results["chunks"] = create_chunked_causal_mask(config, torch.zeros(1, S, 64, device=device), None, None).tolist()
+
 for kind, settings in (("llama", {}), ("mistral", {"sliding_window": 9})):
     texts = [
         build(kind, attention, **settings).eval().generate(
@@ -118,6 +127,7 @@ refused = {
     "static-cache": lambda: build("llama", name).generate(tokens, max_new_tokens=2, cache_implementation="static"),
     "both-ways": bidirectional,
     "own-mask": own_mask,
+    "cu-seqlens-of-rows": lambda: build("llama", name)(tokens, cu_seq_lens_q=ends),
     "name": lambda: register("flash_x"),
 }
 for case, do in refused.items():
@@ -166,6 +176,14 @@ def test_padded_prompts_are_continued_over_a_cache_as_by_eager(results, kind):
     theirs, ours = results[f"generate-{kind}"]
     assert ours == theirs
     assert len(ours[0]) == 20
+
+
+def test_cumulative_lengths_are_documents(results):
+    assert results["cu_seqlens"] < 1e-4
+
+
+def test_a_chunk_is_where_its_tokens_begin_to_see(results):
+    assert results["chunks"] == [[place // 8 * 8 for place in range(24)]]
 
 
 @pytest.mark.parametrize("case", REFUSED)
