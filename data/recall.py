@@ -52,3 +52,22 @@ def write_document(rng: random.Random, length: int, pairs: int) -> str:
         begin = len(body) - 2 * (min(chosen[i], slots - pairs + i) + 1)  # and all within the body
         body[begin : begin + 2] = pair
     return "".join([*body, *(MARKER + told[i] for i in asked)])
+
+
+def write_probe(rng: random.Random, length: int, depths: int) -> tuple[str, list[int]]:
+    """A document of `length` − 1 characters with a pair in each of so many equal parts of what is before the questions,
+    and the part of each key that is asked for, in the order of the questions: half of them.
+
+    Raises:
+        ValueError: the parts have no room for a pair.
+    """
+    asked = rng.sample(range(depths), max(1, depths // 2))
+    body = list(FILLER * (length - 1 - 3 * len(asked)))
+    ends = [part * len(body) // depths for part in range(depths + 1)]
+    if len(body) < 2 * depths:
+        raise ValueError(f"{length} tokens are too few to tell {depths} keys and ask for half; use more")
+    told = [key + rng.choice(VALUES) for key in rng.sample(KEYS, depths)]
+    for part, pair in enumerate(told):
+        begin = rng.randrange(ends[part], ends[part + 1] - 1)
+        body[begin : begin + 2] = pair
+    return "".join([*body, *(MARKER + told[part] for part in asked)]), asked

@@ -4,7 +4,7 @@ python -m scripts.generate RUN "Once upon a time"          streamed to the termi
 python -m scripts.generate RUN                             asks for prompts, one line each
 python -m scripts.generate RUN < book.txt                  standard input is the prompt
 python -m scripts.generate RUN --prompts FILE --json       one prompt a line; one JSON object a line comes out
-RUN is a run folder, or a checkpoint in one.
+RUN is a run folder, a checkpoint in one, or a folder of Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run folder or a checkpoint")
+    add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("prompt", nargs="*", metavar="PROMPT", help="text to continue; several are continued at once")
     add("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
     add("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default 200)")

@@ -32,6 +32,7 @@ GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 EXPERIMENTS = [option for option in OPTIONS if option.startswith("experiment=")]
 
+EXTENDS = "experiment=extend-context"
 SMALL = ["model.n_layers=1", "model.n_heads=8", "model.n_kv_heads=null", "model.dim=64", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=64", "batch_size=2", "tokens_per_step=null", "max_steps=2"]
 SMALL += ["eval_tokens=128", "sample_tokens=2", "device=cpu", "logger=none", "schedule.warmup_tokens=null"]
@@ -99,7 +100,11 @@ def test_every_experiment_trains(
 ) -> None:
     # One that brings its own text has rows that it fits into.
     own = ["seq_len=256", "data.documents=40", f"data.cache_dir={tmp_path / 'cache'}"]
-    text = own if experiment == "experiment=recall" else text
+    text = own if experiment in ("experiment=recall", EXTENDS) else text
+    if experiment == EXTENDS:
+        short = load_config(composed("experiment=recall", *SMALL, *text, f"run_dir={tmp_path / 'short'}"))
+        Trainer(short, lambda line: None).fit()
+        text += [f"init_from={short.run_dir}"]
     config = load_config(composed(experiment, *SMALL, *text, f"run_dir={tmp_path / 'run'}"))
     summary = Trainer(config, lambda line: None).fit()
     assert math.isfinite(summary["train/loss"])

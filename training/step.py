@@ -34,7 +34,43 @@ class StepResult(NamedTuple):
     visible_pairs: int
 
 
-class TrainStep:
+class Forward:
+    """What a model says of a batch.
+
+    Args:
+        autocast: returns the context that the forward pass runs in.
+    """
+
+    def __init__(
+        self, model: GPT, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self.model, self.device, self.autocast = model, device, autocast
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient."""
+        return self._loss(batch, per_token=True)
+
+    @torch.no_grad()
+    def predictions(self, batch: Batch) -> Tensor:
+        """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
+        these places only; nothing is compiled."""
+        batch, model = batch.to(self.device), self.model
+        with self.autocast():
+            mask = model.attention.prepare(batch.starts_BS, batch.tokens_BS.shape[1])
+            x_BSE = model.hidden(batch.tokens_BS, batch.positions_BS, model.attention, mask)
+            return model.logits(x_BSE[batch.targets_BS != IGNORE_INDEX]).argmax(-1)
+
+    def _loss(self, batch: Batch, per_token: bool) -> Tensor:
+        batch = batch.to(self.device)
+        with self.autocast():
+            loss: Tensor = self.model(
+                batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS, per_token=per_token
+            )
+            return loss
+
+
+class TrainStep(Forward):
     """Gradients over micro-batches, clipped, guarded, and applied. The host waits for nothing.
 
     Args:
@@ -52,35 +88,13 @@ class TrainStep:
         grad_clip: float,
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self.model, self.optimizer, self.guard, self.world = model, optimizer, guard, world
-        self.max_norm, self.autocast = grad_clip or math.inf, autocast
+        super().__init__(model, world.device, autocast)
+        self.optimizer, self.guard, self.world = optimizer, guard, world
+        self.max_norm = grad_clip or math.inf
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch in nats."""
         return self._loss(batch, per_token=False)
-
-    @torch.no_grad()
-    def losses(self, batch: Batch) -> Tensor:
-        """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient."""
-        return self._loss(batch, per_token=True)
-
-    @torch.no_grad()
-    def predictions(self, batch: Batch) -> Tensor:
-        """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
-        these places only; nothing is compiled."""
-        batch, model = batch.to(self.world.device), self.model
-        with self.autocast():
-            mask = model.attention.prepare(batch.starts_BS, batch.tokens_BS.shape[1])
-            x_BSE = model.hidden(batch.tokens_BS, batch.positions_BS, model.attention, mask)
-            return model.logits(x_BSE[batch.targets_BS != IGNORE_INDEX]).argmax(-1)
-
-    def _loss(self, batch: Batch, per_token: bool) -> Tensor:
-        batch = batch.to(self.world.device)
-        with self.autocast():
-            loss: Tensor = self.model(
-                batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS, per_token=per_token
-            )
-            return loss
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
         num_tokens, num_targets, pairs = (

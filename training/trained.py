@@ -6,8 +6,9 @@ What can be refused is refused before torch loads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.tokenizer import Tokenizer
 from model.attention import ATTENTIONS, AttentionConfig, AttentionSpec, build_attention, choose_attention
 from model.config import ModelConfig
+from model.huggingface.folder import is_huggingface, read_separator, read_settings
+from model.huggingface.settings import understand
 
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint
@@ -37,6 +40,7 @@ class Found:
     """Where a trained model lies."""
 
     weights: Path
+    """A safetensors file, or a folder of transformers."""
     settings: dict[str, Any]
     """Of the run that trained it."""
     tokenizer: Path
@@ -55,14 +59,15 @@ class Found:
 
 
 def find(path: str, notify: Callable[[str], None]) -> Found:
-    """The newest good checkpoint of a run, its model.safetensors if there is none, or the checkpoint that is named.
+    """The newest good checkpoint of a run, its model.safetensors if there is none, the checkpoint that is named, or a
+    folder of transformers.
 
     Raises:
-        ValueError: there is nothing to load, or it is damaged.
+        ValueError: there is nothing to load, it is damaged, or of transformers and none of ours.
     """
     place = Path(path)
     if not os.path.isdir(place):
-        raise ValueError(f"{path} is no folder; name a run folder, or a checkpoint in one")
+        raise ValueError(f"{path} is no folder; name a run folder, a checkpoint in one, or a folder of transformers")
     if checkpoints.is_checkpoint(place):
         return _checkpoint(place)
     for candidate in checkpoints.candidates(place):
@@ -70,9 +75,13 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
             return _checkpoint(candidate)
         except DamagedCheckpoint as damage:
             notify(str(damage))
+    if is_huggingface(place):
+        return _huggingface(place)
     settings = saved_settings(place)
     if settings is None or not (place / WEIGHTS).is_file():
-        raise ValueError(f"{path} holds no trained model; name a run folder, or a checkpoint in one")
+        raise ValueError(
+            f"{path} holds no trained model; name a run folder, a checkpoint in one, or a folder of transformers"
+        )
     return Found(place / WEIGHTS, settings, place / TOKENIZER, str(place / WEIGHTS))
 
 
@@ -89,12 +98,29 @@ def _checkpoint(place: Path) -> Found:
     return Found(place / WEIGHTS, settings, tokenizer, f"{place} (step {manifest.step:,})")
 
 
+def _huggingface(place: Path) -> Found:
+    described = read_settings(place)
+    config = understand(described, str(place / "config.json"), name=place.resolve().name)
+    if not (place / TOKENIZER).is_file():
+        raise ValueError(
+            f"{place} has no {TOKENIZER}: AutoTokenizer.from_pretrained(…) of it and save_pretrained write one"
+        )
+    settings = {
+        "model": asdict(config),
+        "seq_len": config.n_positions if config.position == "learned" else described["max_position_embeddings"],
+        "tokenizer": {"separator": read_separator(place)},
+    }
+    return Found(place, settings, place / TOKENIZER, str(place))
+
+
 def load_model(
     path: str,
     *,
     attention: str = "auto",
     device: str = "auto",
     precision: str = "auto",
+    seq_len: int | None = None,
+    max_documents: int | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[GPT, Tokenizer]:
     """A trained model, ready to generate or to be evaluated, and its tokenizer.
@@ -103,16 +129,17 @@ def load_model(
     make of them at each call. All else stays float32.
 
     Args:
-        path: a run folder or a checkpoint.
+        path: a run folder, a checkpoint, or a folder of transformers.
         attention: auto, math, sdpa, flex or flash. device: auto, cuda or cpu.
         precision: auto (bf16 on a GPU from the A100 on, else fp32), bf16, tf32 or fp32.
+        seq_len: of the rows to come; None: as in training. max_documents: most of them in a row; None: rows are one.
         notify: takes one line on what was loaded, and one for each checkpoint that is damaged.
     Raises:
         ValueError: one line: nothing there, damaged, or impossible on this machine.
     """
     found = find(path, notify)
     config = found.model
-    seq_len = found.settings.get("seq_len")
+    seq_len = seq_len or found.settings.get("seq_len")
     if type(seq_len) is not int:
         raise ValueError(f"{found.what} was saved without its seq_len: this version cannot use it")
     separator = (found.settings.get("tokenizer") or {}).get("separator")
@@ -121,7 +148,9 @@ def load_model(
         raise ValueError(
             f"{found.tokenizer} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: not its own"
         )
+    config.check_seq_len(seq_len)
     spec, precision = _spec(config, seq_len, device, precision)
+    spec = replace(spec, max_documents=max_documents)
     if attention not in ATTENTIONS:
         raise ValueError(f"attention={attention} is unknown; use {', '.join(ATTENTIONS)}")
     chosen = choose_attention(ATTENTIONS[attention](name=attention), spec)
@@ -198,7 +227,6 @@ def _load(
 def _read_weights(model: GPT, file: Path, device: torch.device, linear_dtype: torch.dtype) -> None:
     """Put the weights of a file in the place of a model's own, one at a time."""
     import torch
-    from safetensors import SafetensorError, safe_open
     from torch import nn
 
     from model.rotary import inverse_frequencies
@@ -210,21 +238,16 @@ def _read_weights(model: GPT, file: Path, device: torch.device, linear_dtype: to
         if isinstance(module, nn.Linear)
         for part in ("weight", "bias")
     }
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            if odd := names ^ set(opened.keys()):
-                raise ValueError(
-                    f"{file} does not fit: {min(odd)} is {'not there' if min(odd) in names else 'too many'}"
-                )
-            for name, parameter in list(model.named_parameters()):
-                tensor = opened.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    raise ValueError(f"{file} does not fit: {name} is {(*tensor.shape,)}, not {(*parameter.shape,)}")
-                tensor = tensor.to(device, linear_dtype if name in is_linear else torch.float32)
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
+    with _opened(file, model.config) as (found, get_tensor):
+        if odd := names ^ found:
+            raise ValueError(f"{file} does not fit: {min(odd)} is {'not there' if min(odd) in names else 'too many'}")
+        for name, parameter in list(model.named_parameters()):
+            tensor = get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{file} does not fit: {name} is {(*tensor.shape,)}, not {(*parameter.shape,)}")
+            tensor = tensor.to(device, linear_dtype if name in is_linear else torch.float32)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     if model.config.tie_head:  # the table that is looked up stays float32; that of the output is as a linear layer's
         table = model.embedding.weight.detach()
         model.head.weight = nn.Parameter(table.to(linear_dtype), requires_grad=False)
@@ -232,3 +255,22 @@ def _read_weights(model: GPT, file: Path, device: torch.device, linear_dtype: to
         assert model.config.head_dim is not None
         with device:
             model.frequencies = inverse_frequencies(model.config.rotary, model.config.head_dim)
+
+
+@contextmanager
+def _opened(file: Path, config: ModelConfig) -> Iterator[tuple[set[str], Callable[[str], torch.Tensor]]]:
+    """The names of the weights in a file or a folder of transformers, and what reads one of them."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.is_dir():
+        from model.huggingface.shards import read_weights
+        from model.huggingface.weights import from_theirs
+
+        tensors = from_theirs(config, read_weights(file), str(file))
+        yield set(tensors), tensors.pop
+        return
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            yield set(opened.keys()), opened.get_tensor
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error

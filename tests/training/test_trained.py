@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.convert import main as convert
 from scripts.generate import main
 from training.checkpoint import folder as checkpoints
 from training.config import TrainConfig
@@ -86,6 +87,27 @@ def test_a_run_whose_checkpoints_are_gone_has_its_weights(trained: Trainer) -> N
     lines: list[str] = []
     load_model(str(trained.run.folder), device="cpu", notify=lines.append)
     assert f"{trained.run.folder / 'model.safetensors'}: tiny" in lines[0]
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers_loads_and_is_continued(
+    trained: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, tokens = tmp_path / "out", torch.randint(300, (2, 20))
+    assert convert(["to-hf", str(trained.run.folder), str(out), "--shard-size", "1e-5"]) == 0
+    model, tokenizer = load_model(str(out), attention="math", device="cpu")
+    torch.testing.assert_close(model(tokens), trained.run.model(tokens))
+    assert tokenizer.separator_id == trained.run.batches.corpus.tokenizer.separator_id
+    assert model.attention.spec.seq_len == 32
+    texts = []
+    for path in (trained.run.folder, out):
+        capsys.readouterr()
+        assert generate(path, PROMPT, "--device", "cpu", "--max-tokens", 12) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"out has no tokenizer\.json"):
+        load_model(str(out), device="cpu")
 
 
 @pytest.mark.parametrize(

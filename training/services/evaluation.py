@@ -4,6 +4,7 @@ there are questions, the share of right answers: as a whole, and by how far back
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
 from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
 from training.run import Run
+from training.step import Forward
 
 from .base import Service
 
@@ -28,36 +30,59 @@ class Evaluation(Service):
             self.evaluate(run)
 
     def evaluate(self, run: Run) -> None:
-        """Log the loss per token and per byte of text, per token by the tokens read before it, and the recall.
+        """Log what `measure` finds.
 
         A request to stop cuts it, and the resumed run does it again.
         """
         run.progress.unfinished.add(self.name)
-        batches = run.batches.val_batches
-        nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
-        right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
         with run.throughput.paused():
-            for batch in batches:
-                if run.stop_reason():
-                    return
-                losses_BS = run.train_step.losses(batch).double().cpu().numpy()
-                nats += sum_by_tokens_read(batch, losses_BS)
-                tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
-                if run.config.data.is_recall:
-                    counted = count_right(batch, run.train_step.predictions(batch).cpu().numpy())
-                    right, asked = right + counted[0], asked + counted[1]
-        loss = nats.sum() / tokens.sum()
-        count_bytes = run.batches.corpus.tokenizer.count_bytes
-        num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
-        run.progress.val_loss = run.progress.step, float(loss)
-        metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}
-        if np.count_nonzero(tokens) > 1:  # else it would be val/loss again
-            metrics |= {loss_at(TOKENS_READ[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
-        if run.config.data.is_recall:
-            metrics |= {"val/recall": float(right.sum() / asked.sum())}
-            metrics |= {recall_at(DISTANCES[i]): float(right[i] / asked[i]) for i in np.flatnonzero(asked)}
+            metrics = measure(
+                run.train_step,
+                run.batches.val_batches,
+                run.batches.corpus.tokenizer.count_bytes,
+                is_recall=run.config.data.is_recall,
+                stopped=run.stop_reason,
+            )
+        if metrics is None:
+            return
+        run.progress.val_loss = run.progress.step, metrics["val/loss"]
         run.log(metrics)
         run.progress.unfinished.remove(self.name)
+
+
+def measure(
+    forward: Forward,
+    batches: Sequence[Batch],
+    count_bytes: Callable[[np.ndarray, np.ndarray], int],
+    *,
+    is_recall: bool,
+    stopped: Callable[[], object] = lambda: None,
+) -> dict[str, float] | None:
+    """The metrics of held-out text: the loss per token and per byte, per token by the tokens read before, and recall.
+
+    Args:
+        count_bytes: of text, from tokens and targets. stopped: asked before each batch whether to return None.
+    """
+    nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
+    right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
+    for batch in batches:
+        if stopped():
+            return None
+        losses_BS = forward.losses(batch).double().cpu().numpy()
+        nats += sum_by_tokens_read(batch, losses_BS)
+        tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
+        if is_recall:
+            counted = count_right(batch, forward.predictions(batch).cpu().numpy())
+            right, asked = right + counted[0], asked + counted[1]
+    loss = nats.sum() / tokens.sum()
+    num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
+    metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}
+    if np.count_nonzero(tokens) > 1:  # else it would be val/loss again
+        metrics |= {loss_at(TOKENS_READ[i]): float(nats[i] / tokens[i]) for i in np.flatnonzero(tokens)}
+    if is_recall:
+        metrics |= {"val/recall": float(right.sum() / asked.sum())}
+        metrics |= {recall_at(DISTANCES[i]): float(right[i] / asked[i]) for i in np.flatnonzero(asked)}
+    return metrics
 
 
 def sum_by_tokens_read(batch: Batch, values_BS: np.ndarray) -> np.ndarray:

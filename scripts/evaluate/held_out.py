@@ -1,0 +1,101 @@
+"""A model on the text that its run held out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from data.corpus import load_corpus
+from model.gpt import GPT
+from training.batches import Batches
+from training.config import TrainConfig, load_config
+from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
+from training.parallel.world import World
+from training.services.evaluation import measure
+from training.step import Forward
+from training.terminal import say
+from training.trained import find, load_model
+
+from .depths import draw, measure_depths, table
+
+
+def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]) -> dict[str, object]:
+    """Print the tables, and return their numbers.
+
+    Raises:
+        ValueError: the model or its text cannot be had.
+    """
+    config = config_of(options, notify)
+    masked = config.data.document_mask
+    model, tokenizer = load_model(
+        options.run,
+        attention=options.attention,
+        device=options.device,
+        precision=options.precision,
+        seq_len=config.seq_len,
+        max_documents=config.seq_len if masked else None,
+        notify=notify,
+    )
+    corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
+    if corpus.tokenizer.sha256 != tokenizer.sha256:
+        raise ValueError(f"the text of {options.run} is not there any more: what is found gives another tokenizer")
+    batches = Batches(corpus, config, World(torch.device(model.attention.spec.device)), notify)
+    model.attention.bound_documents(batches.max_documents)
+    notify(f"attention  {model.attention.describe()}")
+    forward = forward_of(model)
+    is_recall = config.data.is_recall
+    found = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, is_recall=is_recall)
+    assert found is not None
+    say_metrics(found)
+    results: dict[str, object] = {"seq_len": config.seq_len, "metrics": found}
+    if is_recall:
+        pairs = min(8, getattr(config.data, "pairs", 8))
+        recall = measure_depths(forward, tokenizer, config.seq_len, pairs, options.documents)
+        say(table(recall))
+        results |= {"recall": recall, "picture": draw(recall)}
+    return results
+
+
+def config_of(options: argparse.Namespace, notify: Callable[[str], None]) -> TrainConfig:
+    """Of the run, with the rows that are asked for now.
+
+    Raises:
+        ValueError: there is no run, or no text that it held out.
+    """
+    found = find(options.run, notify)
+    if "data" not in found.settings:
+        raise ValueError(f"{found.what} is of no run, so no text was held out; name tasks with --tasks")
+    config = load_config(found.settings | {"resume": "auto", "init_from": None})
+    seq_len = options.seq_len or config.seq_len
+    eval_tokens = options.eval_tokens or config.eval_tokens
+    config.model.check_seq_len(seq_len)
+    return replace(
+        config, seq_len=seq_len, eval_tokens=eval_tokens, batch_size=options.batch_size, tokens_per_step=None
+    )
+
+
+def forward_of(model: GPT) -> Forward:
+    spec = model.attention.spec
+    dtype = getattr(torch, spec.dtype)
+    return Forward(
+        model, torch.device(spec.device), lambda: torch.autocast(spec.device, dtype, enabled=dtype != torch.float32)
+    )
+
+
+def say_metrics(found: dict[str, float]) -> None:
+    say(f"loss {found['val/loss']:.4f} per token, perplexity {math.exp(min(found['val/loss'], 700)):.2f}")
+    say(f"     {found['val/bits_per_byte']:.4f} bits per byte")
+    if by_tokens := [(end, found[loss_at(end)]) for end in TOKENS_READ if loss_at(end) in found]:
+        say("\ntokens read before      loss   perplexity")
+        for end, loss in by_tokens:
+            begin = 1 if end == TOKENS_READ[0] else end // 2 + 1
+            say(f"{f'{begin:,} to {end:,}':>18}   {loss:7.4f}   {math.exp(min(loss, 700)):10.2f}")
+    if "val/recall" in found:
+        say(f"\nrecall {found['val/recall']:.1%}; by the distance from a key to its question:")
+        for end in DISTANCES:
+            if recall_at(end) in found:
+                say(f"{f'up to {end:,}':>18}   {found[recall_at(end)]:6.1%}")
