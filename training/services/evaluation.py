@@ -9,6 +9,7 @@ import numpy as np
 
 from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
+from data.progress import bar
 from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
 from training.run import Run
 
@@ -36,7 +37,7 @@ class Evaluation(Service):
         batches = run.batches.val_batches
         nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
         right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
-        with run.throughput.paused():
+        with run.throughput.paused(), bar("evaluating", len(batches), "batches") as advance:
             for batch in batches:
                 if run.stop_reason():
                     return
@@ -46,6 +47,7 @@ class Evaluation(Service):
                 if run.config.data.is_recall:
                     counted = count_right(batch, run.train_step.predictions(batch).cpu().numpy())
                     right, asked = right + counted[0], asked + counted[1]
+                advance(1)
         loss = nats.sum() / tokens.sum()
         count_bytes = run.batches.corpus.tokenizer.count_bytes
         num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
