@@ -195,8 +195,8 @@ METRICS = {
     ("columns", "shown"),
     [
         (120, "501/2,000  loss 3.2146  98.3k tok/s  MFU 41.7%  61.5 GiB  0:05:00 left"),
-        (79, "501/2,000  loss 3.2146  98.3k tok/s  MFU 41.7%  0:05:00 left"),
-        (59, "501/2,000  loss 3.2146  98.3k tok/s  MFU 41.7%  0:05:00 left"),
+        (79, "501/2,000  loss 3.2146  98.3k tok/s  MFU 41.7%  61.5 GiB  0:05:00 left"),
+        (59, "501/2,000  loss 3.2146  98.3k tok/s  0:05:00 left"),
         (45, "501/2,000  loss 3.2146  0:05:00 left"),
         (12, "501/2,000"),
     ],
@@ -205,6 +205,7 @@ def test_the_least_important_columns_leave_a_narrow_terminal_first(columns: int,
     line = live(METRICS, 501, 2000, 100.0).draw(columns).plain
     assert len(line) <= columns
     assert line.lstrip("━─ ") == shown
+    assert line.startswith("━") == (columns > 12)
 
 
 def test_before_the_first_step_is_done_the_line_says_so() -> None:
