@@ -28,16 +28,18 @@ def fitting(items: Sequence[T], columns: int, gap: int, width: Callable[[T], int
     return kept
 
 
-def bar_line(done: float, fields: Sequence[tuple[str, int]], columns: int, before: str = "", bar_rank: int = 1) -> Text:
+def bar_line(
+    done: float | None, fields: Sequence[tuple[str, int]], columns: int, before: str = "", bar_rank: int = 1
+) -> Text:
     """A bar, as wide as there is room, and fields, each with its rank for `fitting`.
 
     Args:
-        done: from 0 to 1. before: text that stands before the bar.
+        done: from 0 to 1; None: not known, and without a bar. before: text that stands before the bar.
     """
     from rich.text import Text
 
     bar = "\0" * LEAST_BAR
-    items = [(before, 0)] * bool(before) + [(bar, bar_rank), *fields]
+    items = [(before, 0)] * bool(before) + [(bar, bar_rank)] * (done is not None) + list(fields)
     line, gap = Text(), 2
     kept = fitting(items, columns, gap, lambda item: len(item[0]), lambda item: item[1])
     room = columns - sum(len(text) for text, _ in kept) - gap * (len(kept) - 1)
@@ -45,7 +47,7 @@ def bar_line(done: float, fields: Sequence[tuple[str, int]], columns: int, befor
         line.append(" " * gap if line else "")
         if text == bar:
             width = min(MOST_BAR, LEAST_BAR + room)
-            full = round(width * min(max(done, 0.0), 1.0))
+            full = round(width * min(max(done or 0.0, 0.0), 1.0))
             line.append("━" * full, style="bold cyan").append("─" * (width - full), style="dim")
         else:
             line.append(text)
@@ -75,11 +77,13 @@ def bar(what: str, size: int | None, unit: str = "MB") -> Iterator[Callable[[int
         seconds = time.monotonic() - began
         of = f"/{size / scale:{form}}" if size else ""
         fields = [(f"{done / scale:{form}}{of} {unit}", 0)]
-        if seconds >= 1 and done:
+        if seconds >= 2 and not done:
+            fields.append((f"{seconds:.0f} s", 2))
+        elif seconds >= 1:
             fields.append((f"{done / scale / seconds:,.1f} {unit}/s", 3))
             if size:
                 fields.append((f"{clock((size - done) * seconds / done)} left", 2))
-        return bar_line(done / size if size else 0.0, fields, columns, before=what, bar_rank=1)
+        return bar_line(done / size if size else None, fields, columns, before=what, bar_rank=1)
 
     LINE.show(draw)
     try:

@@ -50,7 +50,8 @@ def secure() -> None:
         elif isinstance(stream, io.TextIOWrapper) and stream.fileno() == number:
             binary = io.BufferedWriter(Output(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "typed", line_buffering=True))
-    LINE.attach()
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        LINE.attach()
 
 
 def use_utf8() -> None:

@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -180,6 +179,7 @@ def live(metrics: dict[str, float], step: int, max_steps: int, seconds: float) -
         runtime=SimpleNamespace(compile=True),
     )
     service.step, service.first = step, (1, time.monotonic() - seconds)
+    service.began = time.monotonic() - seconds
     return service
 
 
@@ -209,9 +209,9 @@ def test_the_least_important_columns_leave_a_narrow_terminal_first(columns: int,
 
 
 def test_before_the_first_step_is_done_the_line_says_so() -> None:
-    service = live({}, 0, 2000, 0.0)
+    service = live({}, 0, 2000, 42.0)
     service.first = None
-    assert service.draw(79).plain.endswith("  0/2,000  the first step, which compiles")
+    assert service.draw(79).plain.endswith("  0/2,000  the first step, which compiles … 42 s")
 
 
 @pytest.mark.parametrize(("done", "full"), [(0.0, 0), (0.5, 15), (1.0, 30), (1.7, 30)])
@@ -261,16 +261,18 @@ def test_a_summary_leaves_out_what_no_record_says(tmp_path: Path, record: str | 
     assert [line.split()[0] for line in closing_lines(tmp_path)] == ["memory", "next", "python"]
 
 
-def test_a_run_in_a_terminal_of_60_columns_shows_all_of_it_and_wraps_nothing(tmp_path: Path) -> None:
-    command = [
-        "train.py", "logger=none", "device=cpu", "max_steps=12", "seq_len=64", "batch_size=2", "eval_tokens=1024",
-        "log_every=4", "sample_tokens=0", "data=synthetic", "run_dir=r",
-    ]  # fmt: skip
-    code = f"os.chdir({str(tmp_path)!r}); sys.argv = {command!r}; sys.orig_argv = ['python', *sys.argv]\n"
+def train_in_terminal(folder: Path, *settings: str, columns: int) -> Screen:
+    code = f"os.chdir({str(folder)!r}); sys.argv = {['train.py', 'run_dir=r', *settings]!r}\n"
     code += f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    status, sent = in_terminal(code, columns=60, OMP_NUM_THREADS="1")
-    screen = Screen(sent, 60)
+    status, sent = in_terminal(code, columns, OMP_NUM_THREADS="1")
     assert status == 0, sent
+    return Screen(sent, columns)
+
+
+def test_a_run_in_a_narrow_terminal_shows_all_of_it_and_wraps_nothing(tmp_path: Path) -> None:
+    settings = ["logger=none", "device=cpu", "max_steps=12", "seq_len=64", "batch_size=2", "eval_tokens=1024"]
+    settings += ["log_every=4", "sample_tokens=0", "data=synthetic"]
+    screen = train_in_terminal(tmp_path, *settings, columns=60)
     assert screen.wrapped == 0
     assert screen.lines[-2:] == ["r", ""]
     assert any("loading PyTorch …" in line for line in screen.seen)
@@ -279,12 +281,7 @@ def test_a_run_in_a_terminal_of_60_columns_shows_all_of_it_and_wraps_nothing(tmp
     assert not any("TFLOP/s" in line for line in screen.lines)
     assert any(line.startswith("best       validation loss") for line in screen.lines)
 
-    again = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "run_dir=r"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert "finished   12 of 12 steps before: nothing is left to do" in again.stdout
-    assert "\x1b" not in again.stdout + again.stderr
+    screen = train_in_terminal(tmp_path, columns=80)
+    assert any(line.startswith("verifying step-00000012  ") for line in screen.seen), screen.seen
+    assert "finished   12 of 12 steps before: nothing is left to do" in screen.lines
+    assert any(line.startswith("best       validation loss") for line in screen.lines)

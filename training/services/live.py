@@ -27,7 +27,7 @@ TIME_RANK, BAR_RANK = 2, 3
 
 class Live(Service):
     def begin(self, run: Run) -> None:
-        self.run, self.step = run, run.progress.step
+        self.run, self.step, self.began = run, run.progress.step, time.monotonic()
         self.first: tuple[int, float] | None = None
         """The first step of this process and when it was done: it compiles, and the pace is of those after it."""
         if run.world.is_first and self.step < run.plan.max_steps:
@@ -45,7 +45,8 @@ class Live(Service):
         summary, last = self.run.progress.summary, self.run.plan.max_steps
         fields = [(f"{self.step:,}/{last:,}", 0)]
         if self.first is None:
-            fields.append(("the first step, which compiles" if self.run.runtime.compile else "the first step", 1))
+            what = "the first step, which compiles" if self.run.runtime.compile else "the first step"
+            fields.append((f"{what} … {time.monotonic() - self.began:.0f} s", 1))
         for name, form, rank in FIGURES:
             if name in summary:
                 fields.append((form.format(METRICS[name].in_line(summary[name]).strip()), rank))
