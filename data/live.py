@@ -53,7 +53,9 @@ class LiveLine:
 
     def doing(self, what: str) -> None:
         """Say what is being done, and for how long already, while nothing else is shown."""
-        from rich.text import Text
+        if self._fd is None:
+            return
+        from rich.text import Text  # here: nobody else waits for its import
 
         began = time.monotonic()
 

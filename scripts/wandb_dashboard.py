@@ -14,6 +14,7 @@ import sys
 
 from training.dashboard import translated, workspace
 from training.loggers.base import one_line
+from training.loggers.wandb import login_problem
 from training.terminal import plain, secure
 
 INSTALL = "the workspace is made by wandb-workspaces, which is not installed: pip install 'wandb-workspaces<0.5'"
@@ -39,22 +40,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(save(options))
     except ImportError:
         return refuse(INSTALL)
+    except ValueError as error:
+        return refuse(str(error))
     except Exception as error:  # of the network, the server, or an address: theirs to explain
         return refuse(f"W&B did not take the workspace: {one_line(error)}")
     return 0
 
 
 def save(options: argparse.Namespace) -> str:
-    """Save the workspace; returns its address."""
+    """Save the workspace; returns its address.
+
+    Raises:
+        ImportError: a package is missing. ValueError: nobody is logged in. What W&B raises.
+    """
     import wandb
     import wandb_workspaces.workspaces as ws
 
-    if not wandb.login(prompt=False):
-        raise ValueError("not logged in; run `wandb login` or set WANDB_API_KEY")
+    if problem := login_problem(wandb, wandb.setup().settings):
+        raise ValueError(problem)
+    entity = options.entity or wandb.Api().default_entity
     existing = ws.Workspace.from_url(options.update) if options.update else None
-    entity = existing.entity if existing else options.entity or wandb.Api().default_entity
-    project = existing.project if existing else options.project
-    return str(translated(workspace(entity, project, options.name), existing).save().url)
+    plain = workspace(entity or "", options.project, options.name)
+    return str(translated(plain, existing).save().url)
 
 
 def refuse(why: str) -> int:
