@@ -16,6 +16,7 @@ from training.capacity import check_capacity
 from training.closing import closing_lines
 from training.config import TrainConfig, load_config
 from training.runtime import Runtime, resolve_runtime
+from training.terminal import columns
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -52,7 +53,7 @@ def train(composed: DictConfig) -> dict[str, float]:
     with run_folder.claimed(config, named) as config, out_of_memory_explained(config, runtime):
         summary = Trainer(config, cli.say, runtime).fit()
     if jobs.job_number() is None:  # a sweep has its table
-        for line in closing_lines(Path(config.run_dir)):
+        for line in closing_lines(Path(config.run_dir), columns()):
             cli.say(line)
     cli.say(config.run_dir)
     return summary

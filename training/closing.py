@@ -10,13 +10,18 @@ from pathlib import Path
 
 from .loggers.jsonl import read_metrics
 from .metrics import METRICS, short
+from .terminal import INDENT
 
 GIB = 2**30
 
 
-def closing_lines(folder: Path) -> list[str]:
+def closing_lines(folder: Path, columns: int | None = None) -> list[str]:
     """The summary of a run that finished, over all of its processes, from metrics.jsonl. Without a line for what the
-    record does not hold, or cannot be read for."""
+    record does not hold, or cannot be read for.
+
+    Args:
+        columns: of the terminal; None: there is none. A command that is longer is continued in the next line.
+    """
     best: tuple[float, int] | None = None
     tokens = seconds = peak = mfu = 0.0
     before = 0.0
@@ -44,9 +49,16 @@ def closing_lines(folder: Path) -> list[str]:
         f"memory     {peak:.1f} GiB at most" if peak else f"memory     {host_peak():.1f} GiB of the host at most"
     )
     run = shlex.quote(str(folder))
-    lines.append(f'next       python -m scripts.generate {run} "Once upon a time"')
-    lines.append(f"           python -m scripts.report {run}")
+    lines.append("next       " + _command(("python -m scripts.generate", run, '"Once upon a time"'), columns))
+    lines.append(" " * INDENT + _command(("python -m scripts.report", run), columns))
     return lines
+
+
+def _command(parts: tuple[str, ...], columns: int | None) -> str:
+    """As it can be copied: a line that was broken elsewhere would be two commands."""
+    line = " ".join(parts)
+    is_long = columns is not None and INDENT + len(line) > columns
+    return f" \\\n{' ' * INDENT}    ".join(parts) if is_long else line
 
 
 def host_peak() -> float:

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,12 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.live import columns_of
-
 from .config import TrainConfig
 from .config.saved import saved_settings
 from .metrics import in_table
-from .terminal import plain, say
+from .terminal import columns, plain, say
 
 RECORD, TABLE = "sweep.jsonl", "comparison.txt"
 
@@ -121,7 +118,7 @@ class Sweep:
         rows = self.rows()
         good = [(row["settings"], row["metrics"]) for row in rows if row["metrics"]]
         if len(good) > 1:
-            say(comparison(good, columns_of(sys.stdout)) if sys.stdout.isatty() else comparison(good))
+            say(comparison(good, columns() or 160))
             with suppress(OSError):
                 (Path(self.folder) / TABLE).write_text(comparison(good) + "\n", encoding="utf-8")
         return [row["code"] for row in rows if row["code"]]
@@ -145,7 +142,7 @@ def _job_folders(run_dir: Path) -> list[Path]:
     return []
 
 
-def comparison(results: list[tuple[list[str], dict[str, float]]], columns: int = 160) -> str:
+def comparison(results: list[tuple[list[str], dict[str, float]]], width: int = 160) -> str:
     """A table, so many columns wide at most: a row a job, named by the settings that it does not share with all
     others."""
     metrics = in_table()
@@ -154,7 +151,7 @@ def comparison(results: list[tuple[list[str], dict[str, float]]], columns: int =
     for overrides, summary in results:
         cells = [metric.text(summary[metric.name]) if metric.name in summary else "–" for metric in metrics]
         table.add_row(plain(" ".join(o for o in overrides if o not in shared)), *cells)
-    console = Console(file=io.StringIO(), width=columns)
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n")

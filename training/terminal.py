@@ -83,10 +83,15 @@ INDENT = 11
 """Columns before what a line says, behind the word that names it."""
 
 
+def columns() -> int | None:
+    """Width of the terminal that standard output is; None where it is none."""
+    return columns_of(sys.stdout) if sys.stdout.isatty() else None
+
+
 def say(line: str) -> None:
     """One line; a terminal that is narrower gets it in several, broken between words."""
-    line = plain(line)
-    print(folded(line, columns_of(sys.stdout)) if sys.stdout.isatty() else line, flush=True)
+    line, width = plain(line), columns()
+    print(line if width is None else folded(line, width), flush=True)
 
 
 def folded(text: str, columns: int) -> str:

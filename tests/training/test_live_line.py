@@ -260,6 +260,15 @@ def test_the_summary_of_a_run_is_of_all_its_processes(tmp_path: Path) -> None:
     ]
 
 
+def test_a_command_that_is_longer_than_the_terminal_can_still_be_copied(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 40)
+    wide, narrow = ("\n".join(closing_lines(folder, columns)) for columns in (None, 50))
+    assert "\\" not in wide
+    commands = [" ".join(text.partition("next ")[2].replace("\\\n", " ").split()) for text in (wide, narrow)]
+    assert commands[0] == commands[1]
+    assert all(len(line) <= 50 or str(folder) in line for line in narrow.splitlines())
+
+
 @pytest.mark.parametrize("record", [None, "", "no JSON\n"])
 def test_a_summary_leaves_out_what_no_record_says(tmp_path: Path, record: str | None) -> None:
     if record is not None:
