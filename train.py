@@ -5,13 +5,18 @@ configs/train.yaml lists everything that can be set; README.md explains the numb
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
+from data.progress import doing
 from training import cli, jobs, run_folder
 from training.capacity import check_capacity
+from training.closing import closing_lines
 from training.config import TrainConfig, load_config
 from training.runtime import Runtime, resolve_runtime
+from training.terminal import columns
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -36,15 +41,20 @@ def check(config: TrainConfig) -> Runtime:
 
 def train(composed: DictConfig) -> dict[str, float]:
     """One run; returns the last value of every metric."""
+    doing("checking the settings")
     config = load_config(composed)
     runtime = check(config)
 
+    doing("loading PyTorch")
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
     from training.trainer import Trainer
 
     named = jobs.is_typed("run_dir")
     with run_folder.claimed(config, named) as config, out_of_memory_explained(config, runtime):
         summary = Trainer(config, cli.say, runtime).fit()
+    if jobs.job_number() is None:  # a sweep has its table
+        for line in closing_lines(Path(config.run_dir), columns()):
+            cli.say(line)
     cli.say(config.run_dir)
     return summary
 

@@ -16,6 +16,7 @@ from data.config import DataConfig, FileTokenizer, HubData, HubTokenizer, MixDat
 from data.files import expand
 from data.prepare import BY_NAME, LONG_DOCUMENT_TOKENS, fill_from_text, prepare, tokenize
 from data.prepared import open_prepared
+from data.progress import doing
 from data.shards import Shards, open_shards
 from data.sources import Source, open_source
 from data.split import Split, choose_split, is_fair
@@ -201,6 +202,7 @@ def train_tokenizer(
         for text in texts:
             text.split()  # now, and not under the bars of learning
         notify(f"tokenizer  learning {config.vocab_size:,} tokens from the text, once")
+        doing("learning the tokenizer")
         trained = Tokenizer.train(training_texts(texts), config.vocab_size)
         for text in texts:
             text.source.check()

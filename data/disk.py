@@ -151,11 +151,12 @@ def open_regular(path: Path) -> FileIO:
     return FileIO(descriptor)
 
 
-def sha256_file(path: Path, from_disk: bool = False) -> str:
+def sha256_file(path: Path, from_disk: bool = False, advance: Callable[[int], None] = lambda amount: None) -> str:
     """The SHA-256 of a regular file.
 
     Args:
         from_disk: read what the disk gives back, not what the page cache still holds.
+        advance: told how many bytes more are read.
     Raises:
         OSError: it cannot be read.
     """
@@ -166,6 +167,7 @@ def sha256_file(path: Path, from_disk: bool = False) -> str:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+            advance(count)
     return digest.hexdigest()
 
 

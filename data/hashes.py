@@ -80,7 +80,7 @@ def hash_files(files: Iterable[Path], cache: Path) -> tuple[list[str], dict[Path
     except (OSError, ValueError):
         memory = {}
     hashes, stamps, learned = [], {}, False
-    with bar("           hashing", None) as advance:
+    with bar("hashing", None) as advance:
         for path in files:
             try:
                 key, stamp = str(path.resolve()), Stamp.of(path)

@@ -151,7 +151,7 @@ def fill_from_text(
 
     unsaved = 0
     try:
-        with bar("          ", source.size) as advance:
+        with bar("tokenizing", source.size) as advance:
             advance(resumed)
             for part, documents, batch in ahead(batches(source, split, BATCH_CHARS, done)):
                 trip.add([text for _, text in batch])

@@ -106,7 +106,7 @@ class Shards:
         done = Progressed()
         writers = {side: StreamWriter(folder, side, tokenizer, done) for side in SPLITS}
         try:
-            with bar("          ", self.hashed.size) as advance:
+            with bar("copying", self.hashed.size) as advance:
                 place = 0
                 for path, tokens in shards.items():
                     for chunk in chunks(path, tokens, tokenizer):

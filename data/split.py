@@ -97,7 +97,7 @@ def choose_split(source: Source, val_fraction: float) -> Split:
 def _measured(source: Source) -> Iterator[tuple[Document, int]]:
     """The documents that a split is chosen by, and their sizes in bytes."""
     total = 0
-    with bar("           measuring", source.size) as advance:
+    with bar("measuring", source.size) as advance:
         for _, document in source.documents():
             size = _size(document)
             yield document, size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, islice
@@ -73,7 +72,7 @@ class Tokenizer:
             min_frequency=2,
             special_tokens=[SEPARATOR],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=sys.stderr.isatty(),
+            show_progress=False,
         )
         backend = _byte_level(models.BPE(), split=True)
         pieces = (piece for text in texts for piece in _pieces(text))

@@ -13,6 +13,7 @@ from pathlib import Path
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint
 from training.run_folder import LOCK, take
+from training.terminal import secure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def show(found: list[Path], read_all: bool) -> int:
     damaged = 0
     for path in reversed(found):
         try:
-            manifest = checkpoints.verify(path) if read_all else checkpoints.read_manifest(path)
+            manifest = checkpoints.verify_shown(path) if read_all else checkpoints.read_manifest(path)
             loss = f"   val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
             size = f"{manifest.num_bytes / 1e6:,.1f} MB"
             good = "   good" if read_all else ""
@@ -73,4 +74,5 @@ def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    secure()
     raise SystemExit(main())

@@ -24,6 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.live import LINE
+
 from . import jobs, terminal
 from .config import TrainConfig
 from .config.numbers import whole_number
@@ -52,6 +54,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     jobs.check = check
     terminal.use_utf8()
     terminal.secure()
+    LINE.doing("composing the settings")
     set_home()
     listen(leave)  # until the process ends; a trainer listens itself while there is something to save
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -68,6 +71,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
                 refuse_secrets({key: value})
             main()
         finally:
+            LINE.end()
             keep_exit_code()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:

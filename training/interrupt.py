@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from data.live import LINE
+
 from .errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -67,6 +69,7 @@ def listen(hear: Callable[[signal.Signals], None]) -> Callable[[], None]:
 
 def leave(number: signal.Signals) -> NoReturn:
     """End the process at once: there is nothing to save. An exception would be lost in some import or callback."""
+    LINE.end()
     with suppress(OSError):  # nobody may read it
         os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
     os._exit(code_of(number.name))
@@ -108,6 +111,7 @@ class Interrupt:
 
     def _note(self, number: signal.Signals) -> None:
         if number == signal.SIGINT and self._interrupted:
+            LINE.end()
             os._exit(130)
         self._interrupted |= number == signal.SIGINT
         self._reason = self._reason or number.name

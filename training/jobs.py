@@ -103,7 +103,8 @@ class BeforeTheFirstJob(Callback):
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose
         self.sweep = sweep = Sweep(f"{time_ns()} {os.getpid()}", folder, swept)
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
-            return  # another sweeper chooses as it goes
+            _make(folder)  # another sweeper chooses as it goes, and may keep there what it knows
+            return
         jobs = [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
         self.sweep.total = len(jobs)
         try:
@@ -134,6 +135,13 @@ class BeforeTheFirstJob(Callback):
             failures.append(2)
         finally:
             hydra_config.cfg = before
+
+
+def _make(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the sweep's folder {folder} cannot be made: {error.strerror}; choose another") from error
 
 
 def _or_exit(refuse: Callable[[], None]) -> None:

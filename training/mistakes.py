@@ -29,7 +29,7 @@ PLUGINS = {
         "rq": "hydra-rq-launcher",
     },
     "hydra/sweeper": {
-        "optuna": "hydra-optuna-sweeper",
+        "optuna": "hydra-optuna-sweeper 'SQLAlchemy<2' 'alembic<1.14'",
         "ax": "hydra-ax-sweeper",
         "nevergrad": "hydra-nevergrad-sweeper",
     },

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.corpus import load_corpus
+from data.progress import doing
 
 from .assemble import assemble
 from .batches import Batches
@@ -52,13 +53,16 @@ class Run:
         self.attention = attention_for(config, runtime)  # a refusal comes now, not after the data is read
         check_run_folder(config)
         self.folder = Path(config.run_dir)
+        doing("starting the device")
         self.world = world = World.start(runtime.device)
         self.attention.compile_ahead()
 
+        doing("reading the data")
         with self.startup.timed("data"):
             corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
             self.batches = Batches(corpus, config, world, notify)
         self.attention.bound_documents(self.batches.max_documents)
+        doing("building the model")
         with self.startup.timed("model"):
             self.model = assemble(
                 config.model,

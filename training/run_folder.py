@@ -235,7 +235,7 @@ def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path,
     path = Path(value)
     if checkpoints.is_checkpoint(path):
         try:
-            found: tuple[Path, Manifest] | None = path, checkpoints.verify(path)
+            found: tuple[Path, Manifest] | None = path, checkpoints.verify_shown(path)
         except DamagedCheckpoint as damage:
             raise ValueError(f"{setting}={value} is damaged: {damage}; name another checkpoint") from damage
     else:

@@ -22,7 +22,7 @@ from rich.table import Table
 from .config import TrainConfig
 from .config.saved import saved_settings
 from .metrics import in_table
-from .terminal import plain, say
+from .terminal import columns, plain, say
 
 RECORD, TABLE = "sweep.jsonl", "comparison.txt"
 
@@ -118,9 +118,9 @@ class Sweep:
         rows = self.rows()
         good = [(row["settings"], row["metrics"]) for row in rows if row["metrics"]]
         if len(good) > 1:
-            say(text := comparison(good))
+            say(comparison(good, columns() or 160))
             with suppress(OSError):
-                (Path(self.folder) / TABLE).write_text(text + "\n", encoding="utf-8")
+                (Path(self.folder) / TABLE).write_text(comparison(good) + "\n", encoding="utf-8")
         return [row["code"] for row in rows if row["code"]]
 
 
@@ -142,15 +142,16 @@ def _job_folders(run_dir: Path) -> list[Path]:
     return []
 
 
-def comparison(results: list[tuple[list[str], dict[str, float]]]) -> str:
-    """A table: a row a job, named by the settings that it does not share with all others."""
-    columns = in_table()
-    table = Table("job", *(metric.title for metric in columns), box=None)
+def comparison(results: list[tuple[list[str], dict[str, float]]], width: int = 160) -> str:
+    """A table, so many columns wide at most: a row a job, named by the settings that it does not share with all
+    others."""
+    metrics = in_table()
+    table = Table("job", *(metric.title for metric in metrics), box=None)
     shared = set.intersection(*(set(overrides) for overrides, _ in results))
     for overrides, summary in results:
-        cells = [metric.text(summary[metric.name]) if metric.name in summary else "–" for metric in columns]
+        cells = [metric.text(summary[metric.name]) if metric.name in summary else "–" for metric in metrics]
         table.add_row(plain(" ".join(o for o in overrides if o not in shared)), *cells)
-    console = Console(file=io.StringIO(), width=160)
+    console = Console(file=io.StringIO(), width=width)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip("\n")

@@ -7,31 +7,41 @@ import io
 import os
 import select
 import sys
+import textwrap
+
+from data.live import LINE, columns_of
 
 # For streams that are not UTF-8: what our own lines have beyond ASCII, as it is typed.
 TYPED = {
-    **dict(zip("×–—−·²³⁶█", "x---*236#", strict=True)),
+    **dict(zip("×–—−·²³⁶█━", "x---*236#=", strict=True)),
     **{"√": "sqrt ", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "≠": "!="},
-    **dict.fromkeys("─━═", "-"),
+    **dict.fromkeys("─═", "-"),
     **dict.fromkeys("│┃║", "|"),
     **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼", "+"),
 }
 
 
 class Output(io.FileIO):
-    """A stream that takes everything: what a closed pipe, a lost terminal or a full disk refuses is dropped."""
+    """A stream that takes everything: what a closed pipe, a lost terminal or a full disk refuses is dropped.
+
+    On a terminal it prints above the live line.
+    """
 
     def write(self, data: object) -> int:
+        content = bytes(data)  # type: ignore[call-overload]
+        return LINE.above(content, self._write) if self.isatty() else self._write(content)
+
+    def _write(self, data: bytes) -> int:
         try:
-            while (written := super().write(data)) is None:  # type: ignore[arg-type]  # a pipe that does not block
+            while (written := super().write(data)) is None:  # a pipe that does not block
                 select.select([], [self], [])
             return written
         except OSError:
-            return memoryview(data).nbytes  # type: ignore[arg-type]
+            return len(data)
 
 
 def secure() -> None:
-    """Make standard output and error streams that raise nothing."""
+    """Make standard output and error streams that raise nothing, and let the live line be drawn."""
     codecs.register_error("typed", _typed)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -40,6 +50,8 @@ def secure() -> None:
         elif isinstance(stream, io.TextIOWrapper) and stream.fileno() == number:
             binary = io.BufferedWriter(Output(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "typed", line_buffering=True))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        LINE.attach()
 
 
 def use_utf8() -> None:
@@ -67,10 +79,35 @@ def plain(text: str) -> str:
     )
 
 
+INDENT = 11
+"""Columns before what a line says, behind the word that names it."""
+
+
+def columns() -> int | None:
+    """Width of the terminal that standard output is; None where it is none."""
+    return columns_of(sys.stdout) if sys.stdout.isatty() else None
+
+
 def say(line: str) -> None:
-    print(plain(line), flush=True)
+    """One line; a terminal that is narrower gets it in several, broken between words."""
+    line, width = plain(line), columns()
+    print(line if width is None else folded(line, width), flush=True)
+
+
+def folded(text: str, columns: int) -> str:
+    """Lines of so many columns at most, but for a word that is longer: a path can be copied as a whole."""
+    fold = textwrap.TextWrapper(
+        columns,
+        subsequent_indent=" " * INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
+    return "\n".join(line if len(line) <= columns else fold.fill(line) for line in text.split("\n"))
 
 
 def say_error(message: str) -> None:
     """One line on standard error."""
-    print(f"error: {plain(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    line = f"error: {plain(' '.join(message.split()))}"
+    print(folded(line, columns_of(sys.stderr)) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

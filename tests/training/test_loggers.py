@@ -263,6 +263,42 @@ def test_tensorboard_events_hold_the_same_names(tmp_path: Path) -> None:
     assert '"width": 64' in str(events.Tensors("config/text_summary")[0].tensor_proto.string_val[0], "utf-8")
 
 
+@pytest.mark.parametrize("status", ["finished", "interrupted"])
+def test_tensorboards_table_of_settings_has_a_finished_run_once_with_its_last_metrics(
+    tmp_path: Path, status: str
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+
+    from training.loggers.tensorboard import TensorBoardLogger
+
+    logger = TensorBoardLogger()
+    config = {"learning_rate": 1e-3, "compile": True, "init_from": None, "model": {"name": "tiny", "dims": [1, 2]}}
+    logger.start(RunInfo("tiny", tmp_path, config, {}))
+    logger.log(10, 100, {"val/loss": 4.0, "train/loss": 4.0})
+    logger.log(20, 200, {"val/loss": 3.0, "val/bits_per_byte": math.nan})
+    logger.finish(status)
+    again = TensorBoardLogger()  # of a run that has nothing left to do
+    again.start(RunInfo("tiny", tmp_path, config, {}, step=20, events=2))
+    again.finish("finished")
+
+    assert not [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()], "a run of its own"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("val/loss")] == [4.0, 3.0]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("final/")]
+    if status == "interrupted":
+        assert not tags
+        return
+    assert tags == ["final/val/loss", "final/train/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("final/val/loss")] == [(20, 3.0)]
+    session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in parse_session_start_info_plugin_data(session).hparams.items()
+    } == {"learning_rate": 1e-3, "compile": True, "init_from": "null", "model.name": "tiny", "model.dims": "[1, 2]"}
+
+
 def test_tensorboard_missing_is_said_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.loggers.tensorboard.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs tensorboard: pip install tensorboard, or logger.tensorboard=false"):

@@ -157,7 +157,7 @@ def test_the_mode_follows_the_config_then_wandbs_own_settings_then_the_login(
     asked: str, own: str, logged_in: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_answers", lambda url: True)
-    monkeypatch.setattr(module, "_login_problem", lambda *arguments: "" if logged_in else "not logged in")
+    monkeypatch.setattr(module, "login_problem", lambda *arguments: "" if logged_in else "not logged in")
     settings = SimpleNamespace(mode=own, base_url="http://server")
     mode, why = module._choose_mode(None, asked, settings)
     assert mode == chosen

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data import disk
+from data.progress import bar
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -115,9 +116,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
+def verify(
+    folder: Path, only: Iterable[str] | None = None, advance: Callable[[int], None] = lambda amount: None
+) -> Manifest:
     """Read every byte of a checkpoint, or `only` some of its files, and compare it with the manifest.
 
+    Args:
+        advance: told how many bytes more are read.
     Raises:
         DamagedCheckpoint: names the first file that is missing, has another size or another content.
     """
@@ -129,7 +134,7 @@ def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
             found = (folder / name).stat().st_size
             if found != size:
                 raise DamagedCheckpoint(f"{name} has {found:,} bytes, not {size:,}")
-            if disk.sha256_file(folder / name, from_disk=True) != digest:
+            if disk.sha256_file(folder / name, from_disk=True, advance=advance) != digest:
                 raise DamagedCheckpoint(f"{name} has changed since it was written (SHA-256)")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
@@ -137,6 +142,12 @@ def verify(folder: Path, only: Iterable[str] | None = None) -> Manifest:
     with ThreadPoolExecutor() as pool:
         list(pool.map(check, manifest.files if only is None else only))
     return manifest
+
+
+def verify_shown(folder: Path) -> Manifest:
+    """`verify`, while a person waits for it: with a bar."""
+    with bar(f"verifying {folder.name}", read_manifest(folder).num_bytes) as advance:
+        return verify(folder, advance=advance)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -241,7 +252,7 @@ def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest
     """The newest checkpoint that verifies. A damaged one is named, with the reason, and the one before is tried."""
     for path in candidates(run_dir):
         try:
-            return path, verify(path)
+            return path, verify_shown(path)
         except DamagedCheckpoint as damage:
             notify(f"checkpoint {path} is damaged and not used: {damage}")
     return None

@@ -17,6 +17,8 @@ from rich.console import Console as Terminal
 from rich.panel import Panel
 from rich.text import Text
 
+from data.live import columns_of
+from data.progress import fitting
 from training.loggers.base import Logger, RunInfo
 from training.metrics import Metric, on_console, short
 from training.terminal import plain
@@ -24,6 +26,23 @@ from training.terminal import plain
 # A metric that an event lacks is left out: a CPU has no memory peak, an unknown card no MFU.
 TRAIN = on_console(("train", "throughput", "memory"))
 VALIDATION = on_console(("val",))
+MOST_WANTED = (
+    "step",
+    "validation",
+    "loss",
+    "tok/s",
+    "MFU",
+    "peak",
+    "recall",
+    "lr",
+    "grad",
+    "tokens",
+    "ETA",
+    "attended",
+)
+"""Labels of what a narrow terminal shows, the last leaving first, and before them those that are not here. The time
+left is in the live line, too."""
+GAP = 3
 
 
 class Console(Logger):
@@ -70,15 +89,18 @@ class Console(Logger):
 
     def _line(self, step: int, fields: list[tuple[str, str]], style: str = "bold") -> None:
         width = max(6, len(str(self.max_steps)))
+        fields = [("step", f"{step:>{width}}/{self.max_steps}"), *fields]
+        if self._terminal:
+            fields = fitting(fields, columns_of(self._stream), GAP, _width, _rank)
         line = Text()
-        for label, value in [("step", f"{step:>{width}}/{self.max_steps}"), *fields]:
-            line.append("   " if line else "").append(label, style="dim" if value else style)
+        for label, value in fields:
+            line.append(" " * GAP if line else "").append(label, style="dim" if value else style)
             line.append(f" {value}" if value else "", style=style)
         self._write(line)
 
     def _write(self, line: Text) -> None:
         if self._terminal:
-            self._terminal.print(line)
+            self._terminal.print(line, soft_wrap=True)
             return
         encoding = self._stream.encoding or "utf-8"  # an ASCII-only pipe must not end the console over one letter
         self._stream.write(line.plain.encode(encoding, "replace").decode(encoding) + "\n")
@@ -86,4 +108,19 @@ class Console(Logger):
 
 
 def _fields(columns: Sequence[Metric], metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(column.label, column.in_line(metrics[column.name])) for column in columns if column.name in metrics]
+    """Labels and values, without a rate that rounds to zero: it is a CPU's, and says nothing."""
+    fields = [(column, metrics[column.name]) for column in columns if column.name in metrics]
+    return [
+        (column.label, text)
+        for column, value in fields
+        if (text := column.in_line(value)).strip(" .0") or column.name != "throughput/tflops"
+    ]
+
+
+def _width(field: tuple[str, str]) -> int:
+    label, value = field
+    return len(label) + (1 + len(value) if value else 0)
+
+
+def _rank(field: tuple[str, str]) -> int:
+    return MOST_WANTED.index(field[0]) if field[0] in MOST_WANTED else len(MOST_WANTED)

@@ -168,14 +168,14 @@ def _choose_mode(wandb: Any, asked: str, settings: Any) -> tuple[str, str]:
         return ("disabled" if settings.mode == "disabled" else "offline"), f"wandb's own settings say {settings.mode}"
     if asked in ("offline", "disabled"):
         return asked, f"logger.wandb.mode={asked}"
-    if problem := _login_problem(wandb, settings):
+    if problem := login_problem(wandb, settings):
         return "offline", problem
     if not _answers(settings.base_url):
         return "offline", f"no answer from {settings.base_url} within {PROBE_SECONDS:g} s"
     return "online", ""
 
 
-def _login_problem(wandb: Any, settings: Any) -> str:
+def login_problem(wandb: Any, settings: Any) -> str:
     """Why wandb has no usable credentials, or "". It looks where it always does: environment, netrc, settings files."""
     try:
         if "prompt" in inspect.signature(wandb.login).parameters:

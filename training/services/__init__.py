@@ -9,6 +9,7 @@ from .base import Service
 from .checkpointing import Checkpointing
 from .evaluation import Evaluation
 from .first_step import FirstStep
+from .live import Live
 from .logging import Logging
 from .reporting import Reporting
 from .sampling import Sampling
@@ -17,7 +18,7 @@ from .stopping import Stopping
 
 def build_services() -> list[Service]:
     """The services of a run, in the order in which they are called."""
-    return [Reporting(), FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
+    return [Live(), Reporting(), FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
 
 
 __all__ = ["Service", "build_services"]

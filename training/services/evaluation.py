@@ -10,6 +10,7 @@ import numpy as np
 
 from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
+from data.progress import bar
 from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
 from training.run import Run
 from training.step import Forward
@@ -65,15 +66,17 @@ def measure(
     """
     nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
     right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
-    for batch in batches:
-        if stopped():
-            return None
-        losses_BS = forward.losses(batch).double().cpu().numpy()
-        nats += sum_by_tokens_read(batch, losses_BS)
-        tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
-        if is_recall:
-            counted = count_right(batch, forward.predictions(batch).cpu().numpy())
-            right, asked = right + counted[0], asked + counted[1]
+    with bar("evaluating", len(batches), "batches") as advance:
+        for batch in batches:
+            if stopped():
+                return None
+            losses_BS = forward.losses(batch).double().cpu().numpy()
+            nats += sum_by_tokens_read(batch, losses_BS)
+            tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
+            if is_recall:
+                counted = count_right(batch, forward.predictions(batch).cpu().numpy())
+                right, asked = right + counted[0], asked + counted[1]
+            advance(1)
     loss = nats.sum() / tokens.sum()
     num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
     metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}

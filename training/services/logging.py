@@ -7,6 +7,7 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from data import disk
+from data.progress import doing
 from training import history
 from training.facts import start_up_lines
 from training.loggers.base import RunInfo
@@ -35,10 +36,13 @@ class Logging(Service):
             raise ValueError(f"{why}; free some space or make it writable, or choose another") from error
         for line in start_up_lines(config, run.runtime, facts):
             run.notify(line)
+        progress = run.progress
         with run.startup.timed("loggers"):
-            progress = run.progress
+            doing("opening the loggers")
             run.loggers.start(RunInfo(folder.name, folder, asdict(config), facts, progress.step, progress.events))
-        if run.runtime.compile:
+        if progress.step == run.plan.max_steps and not progress.unfinished:
+            run.notify(f"finished   {progress.step:,} of {run.plan.max_steps:,} steps before: nothing is left to do")
+        elif run.runtime.compile:
             run.notify("compiling  the first steps take up to a minute and are in no measurement")
 
     def after_step(self, run: Run) -> None:
