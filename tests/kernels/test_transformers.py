@@ -26,6 +26,7 @@ MORE_CASES = {
     "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
     "llama": ["llama", {}, ""],
     "llama-padded-right": ["llama", {}, "right"],
+    "llama-padded-left-compiled": ["llama", {}, "left"],
     "mistral-window": ["mistral", {"sliding_window": 9}, ""],
     "mistral-window-packed": ["mistral", {"sliding_window": 9}, "packed"],
     "gpt2": ["gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}, ""],
@@ -82,10 +83,13 @@ def outcome(model, given):
 
 results = {}
 for case, (kind, settings, how) in cases.items():
-    (loss, grad), *others = (
-        outcome(build(kind, attention, dtype, **settings), inputs[how])
+    models = [
+        build(kind, attention, dtype, **settings)
         for attention, dtype in (("eager", torch.float32), ("eager", dtype), (name, dtype))
-    )
+    ]
+    if case.endswith("compiled"):
+        models[-1] = torch.compile(models[-1], backend="aot_eager", fullgraph=True)
+    (loss, grad), *others = (outcome(model, inputs[how]) for model in models)
     errors = [(abs(other - loss) / loss, ((g - grad).norm() / grad.norm()).item()) for other, g in others]
     results[case] = dict(zip(("eager", "ours"), errors))
 
