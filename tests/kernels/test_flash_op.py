@@ -121,6 +121,7 @@ def test_packed_sequences_compile_once_for_all_lengths():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_for_any_length_when_asked_to():
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -199,7 +199,11 @@ def test_attention_runs_once_where_its_output_is_kept(
 
 @pytest.mark.parametrize(
     ("policy", "unit", "times"),
-    [("selective", "model", 1), ("full", "block", 1), ("full, without attention", "block", 2)],
+    [
+        ("selective", "model", 1),
+        pytest.param("full", "block", 1, marks=pytest.mark.slow),
+        pytest.param("full, without attention", "block", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_flash_attention_is_recognised_in_a_compiled_model(
     build_lively: Build, policy: str, unit: str, times: int, monkeypatch: pytest.MonkeyPatch

@@ -284,6 +284,7 @@ def train_in_terminal(folder: Path, *settings: str, columns: int) -> Screen:
     return Screen(sent, columns)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_narrow_terminal_shows_all_of_it_and_wraps_nothing(tmp_path: Path) -> None:
     settings = ["logger=none", "device=cpu", "max_steps=12", "seq_len=64", "batch_size=2", "eval_tokens=1024"]
     settings += ["log_every=4", "sample_tokens=0", "data=synthetic"]

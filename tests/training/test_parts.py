@@ -178,7 +178,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("unit", ["model", "block"])
+@pytest.mark.parametrize("unit", [pytest.param("model", marks=pytest.mark.slow), "block"])
 def test_each_job_of_a_long_sweep_is_compiled(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
     """PyTorch gives up on a function that was compiled eight times, and runs it uncompiled from then on."""
     compile_it, counters = GPT.compile, []
