@@ -12,10 +12,10 @@ import torch
 
 from model.activations_config import SelectiveConfig
 from scripts.bench_training import ladder
-from scripts.bench_training.ladder import complaint, main
+from scripts.bench_training.ladder import complaint, main, profile_lines
 from scripts.bench_training.measure import Clock, measured, settings
-from scripts.bench_training.profiled import Event, covered, events_of, profile_lines, summary
 from scripts.bench_training.rungs import RUNGS, Rung
+from training.profiled import Event, covered, events_of, summary
 
 TINY = "model=tiny model.n_layers=3 device=cpu compile=false attention=sdpa optimizer=adamw tokenizer=bytes "
 TINY += "batch_size=1 seq_len=64 data.document_mask=false"
