@@ -29,7 +29,7 @@ def timeline(snapshot: Mapping[str, Any], device: int, held: Mapping[int, str]) 
     """
     events = [event for event in snapshot["device_traces"][device] if event["action"] in ("alloc", "free_requested")]
     before = _before(snapshot, device, events)
-    blocks = {addr: (size, held.get(addr, GROUPS[-1]), []) for addr, size in before.items()}
+    blocks: dict[int, Block] = {addr: (size, held.get(addr, GROUPS[-1]), []) for addr, size in before.items()}
     changes = np.zeros((len(events) + 1, len(GROUPS)), dtype=np.int64)
     for size, group, _ in blocks.values():
         changes[0, GROUPS.index(group)] += size

@@ -209,6 +209,15 @@ def test_the_first_step_is_measured_only_where_it_is_the_only_one() -> None:
 # ---- where the time goes
 
 
+def test_a_profiled_step_is_trained_besides_those_that_are_measured() -> None:
+    words = [*TINY.split(), "max_steps=4", "log_every=1"]
+    found = measured(words, profile=True)
+    assert found["steps"] == measured(words)["steps"]
+    assert found["profile"]["steps"] == [5, 5]
+    assert sum(found["profile"]["seconds"].values()) == pytest.approx(found["profile"]["span"])
+    assert "profile" not in measured(words)
+
+
 NAMES = {
     "attention": [
         "forward_kernel", "backward_kernel", "prepare_kernel", "dkdv_kernel", "pytorch_flash::flash_fwd_kernel<…>",

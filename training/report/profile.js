@@ -3,9 +3,10 @@
 const GROUP_COLOURS = { weights: "--c0", optimizer: "--c2", "forward pass": "--c1", "gradients and rest": "--c5" };
 
 function bars(rows) {
-  return rows.map(([name, share, text]) => {
+  return rows.map(([name, share, text, colour = "--accent"]) => {
     const bar = make("i", { className: "share" });
     bar.style.width = `${100 * share}%`;
+    bar.style.background = `var(${colour})`;
     return make("tr", {}, make("th", { scope: "row" }, name), make("td", { className: "bar" }, bar), make("td", { className: "number" }, format(share, ".1%")), make("td", { className: "number" }, text));
   });
 }
@@ -17,7 +18,7 @@ function shareTable(profile) {
   if (memory) {
     const total = Object.values(memory.peak).reduce((sum, gib) => sum + gib, 0);
     rows.push(make("tr", {}, make("th", { colSpan: 4, className: "between" }, `memory at the peak, ${format(total, ".2f")} GiB`)));
-    rows.push(...bars(Object.entries(memory.peak).map(([group, gib]) => [group, gib / total, `${format(gib, ".3f")} GiB`])));
+    rows.push(...bars(Object.entries(memory.peak).map(([group, gib]) => [group, gib / total, `${format(gib, ".3f")} GiB`, GROUP_COLOURS[group]])));
   }
   return table(null, rows);
 }
@@ -67,7 +68,7 @@ function profiles() {
     const { profile } = run, [first, last] = profile.steps, { memory } = profile;
     const steps = first === last ? `step ${first}` : `steps ${first} to ${last}`;
     const note = `${one ? "" : `${run.label}, `}${steps}: share of a step on the ${profile.device === "cuda" ? "GPU, by kernel" : "CPU, by operator"}; profile/trace.json.gz has all`;
-    const longest = profile.longest.map(([name, kind, seconds, calls]) => make("tr", {}, ...[kind, name, calls.toLocaleString("en"), `${format(1000 * seconds, ",.1f")} ms`].map((cell, i) => make("td", { className: i < 2 ? "text" : "number" }, cell))));
+    const longest = profile.longest.map(([name, kind, seconds, calls]) => make("tr", {}, ...[kind, name, calls.toLocaleString("en"), `${format(1000 * seconds, ",.1f")} ms`].map((cell) => make("td", { className: "text" }, cell))));
     const parts = [shareTable(profile)];
     if (memory) parts.push(timelinePanel(memory));
     parts.push(make("details", { className: "box" }, make("summary", {}, make("b", {}, "What took longest"), ` in ${steps}`), table(["kind", "name", "calls", "time"], longest)));
