@@ -95,7 +95,7 @@ def summary_of(trace: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
     """`summary` of the steps in a trace; what ran between them is left out.
 
     Raises:
-        ValueError: no step is in it.
+        ValueError: no step is in it, or nothing that ran in one.
     """
     steps = [
         Event(range["name"], *_seconds(range))
@@ -111,6 +111,8 @@ def summary_of(trace: Mapping[str, Any], on_gpu: bool) -> dict[str, Any]:
         for step in steps
         if event.begin < step.end and event.end > step.begin
     ]
+    if not inside:
+        raise ValueError("the profiler saw nothing run (KINETO_LOG_LEVEL=0 before the command lets it say why)")
     return summary(inside, sum(step.end - step.begin for step in steps))
 
 

@@ -163,6 +163,8 @@ def test_an_operator_has_its_own_time_and_what_runs_inside_of_attention_is_atten
     assert ("aten::linear", "matrix products", pytest.approx(2), 1) in found["longest"]
     with pytest.raises(ValueError, match="no step"):
         summary_of({"traceEvents": []}, on_gpu=False)
+    with pytest.raises(ValueError, match="saw nothing run"):  # as where CUPTI may not be used
+        summary_of(trace, on_gpu=True)
 
 
 # ---- memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -81,6 +82,7 @@ class Profiling(Service):
                 self.held = addresses(run)
                 torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=MOST_EVENTS)
                 self.recording.callback(torch.cuda.memory._record_memory_history, enabled=None)
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silent: it writes into the run's lines
             self.profiler = profile(activities=[Activity.CPU, Activity.CUDA] if self.on_gpu else [Activity.CPU])
             self.profiler.start()
             self.recording.callback(lambda: self.profiler.stop())
