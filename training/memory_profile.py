@@ -15,6 +15,8 @@ GROUPS = ("weights", "optimizer", "forward pass", "gradients and rest")
 """Of blocks, by who holds or allocated them: parameters and buffers; moments, and what the optimizer's step allocates;
 what the forward pass allocates, above all activations; everything else, above all the backward pass."""
 MOST_POINTS, LARGEST, MOST_FRAMES = 400, 10, 4
+Block = tuple[int, str, list[Mapping[str, Any]]]
+"""Bytes, group, and the stack that allocated it."""
 
 
 def timeline(snapshot: Mapping[str, Any], device: int, held: Mapping[int, str]) -> dict[str, Any]:
@@ -48,11 +50,8 @@ def timeline(snapshot: Mapping[str, Any], device: int, held: Mapping[int, str]) 
         "ms": [round(float(times[i] - times[0]) / 1000, 3) for i in kept],
         "gib": {group: [round(totals[i, g] / GIB, 5) for i in kept] for g, group in enumerate(GROUPS)},
         "peak": {group: float(totals[peak, g] / GIB) for g, group in enumerate(GROUPS)},
-        "largest": [{"gib": size / GIB, "group": group, "frames": frames} for size, group, frames in largest],
+        "largest": [{"gib": size / GIB, "group": group, "frames": _own(frames)} for size, group, frames in largest],
     }
-
-
-Block = tuple[int, str, list[str]]
 
 
 def _step(blocks: dict[int, Block], event: Mapping[str, Any]) -> Block:
@@ -60,7 +59,7 @@ def _step(blocks: dict[int, Block], event: Mapping[str, Any]) -> Block:
     if event["action"] == "free_requested":
         return blocks.pop(event["addr"])
     frames = event.get("frames", [])
-    block = event["size"], group_of(frames), _own(frames)
+    block = event["size"], group_of(frames), frames
     blocks[event["addr"]] = block
     return block
 

@@ -88,6 +88,9 @@ def measured(words: list[str], profile: bool = False) -> Figures:
             return {kinds.get(type(error), "refused"): str(error)}
         rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if row["step"] <= steps]
     if profile:
+        if not profiling.found:
+            return {"failed": "the profiler, whose line says why"}
+        del profiling.found["memory"]  # hundreds of points, which no record needs
         del clock.seconds[steps + 1]
     config, facts = trainer.run.config, trainer.run.facts()
     return {
