@@ -38,6 +38,7 @@ class Throughput:
         self.warmup_steps, self.synchronize, self.clock = warmup_steps, synchronize, clock
         self.total_tokens, self.total_seconds = 0, 0.0
         self._steps_seen = 0
+        self._is_paused = False
         self._begin()
 
     def _begin(self) -> None:
@@ -50,19 +51,24 @@ class Throughput:
         """Time spent here is the loop waiting for its next batch."""
         began = self.clock()
         yield
-        self._waited += self.clock() - began
+        if not self._is_paused:
+            self._waited += self.clock() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent here (evaluation, samples) is in no window."""
+        """Time spent here (evaluation, samples, steps under a profiler) is in no window, and no step counts."""
         self.synchronize()
         began = self.clock()
+        self._is_paused = True
         yield
+        self._is_paused = False
         self.synchronize()
         self._excluded += self.clock() - began
 
     def count_step(self, tokens: int, pairs: int) -> None:
         """One optimizer step is under way: its tokens, and the (query, key) pairs its masks let through."""
+        if self._is_paused:
+            return
         self._steps_seen += 1
         if self._steps_seen == self.warmup_steps:
             self.synchronize()

@@ -38,6 +38,8 @@ class Trainer:
         run = self.run
         with self._opened():
             for step in run.remaining_steps():
+                for service in self.services:
+                    service.before_step(run)
                 with run.throughput.waiting_for_data():
                     micro_batches = run.batches.next(run.plan.accumulation)
                 run.last = run.train_step(micro_batches, step, run.learning_rate())

@@ -27,7 +27,6 @@ from typing import Any
 from scripts.record import ROOT, Panel, collect_facts, heading, line_chart, need_cuda, stop, write, write_json
 from training.config.numbers import whole_number
 
-from .profiled import profile_lines
 from .rungs import RUNGS, Rung
 
 Row = dict[str, Any]
@@ -220,3 +219,18 @@ def chart(rows: Sequence[Row], model: str = "llama-1b") -> str | None:
         return None
     names = [policy for policy in POLICIES if policy in panels[0].series]
     return line_chart(f"{model}, one row a step, against its tokens", model, [panels], names)
+
+
+def profile_lines(found: Mapping[str, Any]) -> list[str]:
+    """The table of a summary."""
+    lines = ["| | seconds | of the step |", "|---|---:|---:|"]
+    for kind, seconds in found["seconds"].items():
+        lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
+    lines += [
+        "",
+        f"The step takes {found['span']:.3f} s; for {found['copies_alone']:.3f} s only copies run.",
+        "",
+    ]
+    for name, kind, seconds, calls in found["longest"]:
+        lines.append(f"- {seconds:.3f} s, {calls:,} calls, {kind}: `{name}`")
+    return lines

@@ -34,9 +34,8 @@ from training.run import Run
 from training.services import Service
 from training.services.first_step import FirstStep
 from training.services.logging import Logging
+from training.services.profiling import Profiling
 from training.trainer import Trainer
-
-from .profiled import ProfiledStep
 
 ALWAYS = ["logger=none", "sample_tokens=0", "check_memory=false"]  # what will not fit is tried
 Figures = dict[str, Any]
@@ -76,18 +75,22 @@ def measured(words: list[str], profile: bool = False) -> Figures:
             config = settings([*words, f"run_dir={folder}/run"])
             steps = config.plan.max_steps
             if profile:
-                config = settings([*words, f"run_dir={folder}/run", f"max_steps={steps + 1}"])
+                more = [f"max_steps={steps + 1}", "profile=true", f"profile_steps=[{steps + 1},{steps + 1}]"]
+                config = settings([*words, f"run_dir={folder}/run", *more])
             runtime = check(config)
-            clock, profiled = Clock(), ProfiledStep(steps + 1)
+            clock, profiling = Clock(), Profiling()
             with out_of_memory_explained(config, runtime):
                 trainer = Trainer(config, _say, runtime)
-                trainer.services = [FirstStep(), Logging(), clock, *([profiled] if profile else [])]
+                trainer.services = [profiling, FirstStep(), Logging(), clock]
                 trainer.fit()
         except (OutOfMemory, ValueError, NonFiniteError) as error:
             kinds: dict[type[Exception], str] = {OutOfMemory: "out_of_memory", NonFiniteError: "failed"}
             return {kinds.get(type(error), "refused"): str(error)}
         rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if row["step"] <= steps]
     if profile:
+        if not profiling.found:
+            return {"failed": "the profiler, whose line says why"}
+        del profiling.found["memory"]  # hundreds of points, which no record needs
         del clock.seconds[steps + 1]
     config, facts = trainer.run.config, trainer.run.facts()
     return {
@@ -101,7 +104,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
         "grad_norms": [row["train/grad_norm"] for row in rows],
         "attention": facts["attention"],
         "parameters": facts["parameters"],
-        **({"profile": profiled.found} if profile else {}),
+        **({"profile": profiling.found} if profile else {}),
     }
 
 

@@ -12,10 +12,10 @@ import torch
 
 from model.activations_config import SelectiveConfig
 from scripts.bench_training import ladder
-from scripts.bench_training.ladder import complaint, main
+from scripts.bench_training.ladder import complaint, main, profile_lines
 from scripts.bench_training.measure import Clock, measured, settings
-from scripts.bench_training.profiled import Event, covered, events_of, profile_lines, summary
 from scripts.bench_training.rungs import RUNGS, Rung
+from training.profiled import Event, covered, events_of, summary
 
 TINY = "model=tiny model.n_layers=3 device=cpu compile=false attention=sdpa optimizer=adamw tokenizer=bytes "
 TINY += "batch_size=1 seq_len=64 data.document_mask=false"
@@ -207,6 +207,15 @@ def test_the_first_step_is_measured_only_where_it_is_the_only_one() -> None:
 
 
 # ---- where the time goes
+
+
+def test_a_profiled_step_is_trained_besides_those_that_are_measured() -> None:
+    words = [*TINY.split(), "max_steps=4", "log_every=1"]
+    found = measured(words, profile=True)
+    assert found["steps"] == measured(words)["steps"]
+    assert found["profile"]["steps"] == [5, 5]
+    assert sum(found["profile"]["seconds"].values()) == pytest.approx(found["profile"]["span"])
+    assert "profile" not in measured(words)
 
 
 NAMES = {

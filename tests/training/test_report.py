@@ -362,3 +362,47 @@ def test_a_browser_draws_a_panel_for_each_metric_and_a_line_for_each_run(tmp_pat
     assert found["times"] == [1, 2, 3]
     assert "attention.name" in found["differences"]
     assert "seq_len" not in found["differences"]
+
+
+PROFILE = {
+    "steps": [3, 4], "device": "cuda", "span": 0.2, "shares": {"attention": 0.75, "idle": 0.25},
+    "longest": [["<b>forward_kernel</b>", "attention", 0.15, 1200]],
+    "memory": {
+        "ms": [0, 1.5, 4], "gib": {"weights": [1, 1, 1], "forward pass": [0, 2, 1]},
+        "peak": {"weights": 1, "forward pass": 2},
+        "largest": [{"gib": 2, "group": "forward pass", "frames": ["model/gpt.py:7 forward"]}],
+    },
+}  # fmt: skip
+
+
+@needs_chromium
+@pytest.mark.parametrize("memory", [PROFILE["memory"], None], ids=["gpu", "cpu"])
+def test_a_browser_draws_the_profile_as_bars_and_as_areas(tmp_path: Path, memory: Any) -> None:
+    run = write_run(tmp_path / "run", [4.0, 3.0])
+    (run / "profile").mkdir()
+    (run / "profile/summary.json").write_text(json.dumps({**PROFILE, "memory": memory}))
+    script = """
+      const node = document.querySelector("section.profile");
+      const texts = (selector) => [...node.querySelectorAll(selector)].map((cell) => cell.textContent);
+      found.rows = [...node.querySelector("table").rows].map((row) => [...row.cells].map((cell) => cell.textContent));
+      found.widths = [...node.querySelectorAll(".share")].map((bar) => bar.getBoundingClientRect().width);
+      found.areas = [...node.querySelectorAll("polygon")].map((area) => area.getAttribute("points"));
+      found.cells = texts("details td");
+    """
+    found = open_page(page([RunReader(run).read()]), tmp_path, script)
+    assert found["rows"][:2] == [["attention", "", "75.0%", "75.0 ms"], ["idle", "", "25.0%", "25.0 ms"]]
+    assert found["widths"][0] == pytest.approx(3 * found["widths"][1], rel=0.01)
+    assert found["cells"][:4] == ["attention", "<b>forward_kernel</b>", "1,200", "150.0 ms"]
+    if memory is None:
+        assert (found["areas"], len(found["rows"])) == ([], 2)
+        return
+    assert found["rows"][2:] == [
+        ["memory at the peak, 3.00 GiB"],
+        ["weights", "", "33.3%", "1.000 GiB"],
+        ["forward pass", "", "66.7%", "2.000 GiB"],
+    ]
+    # 3.15 GiB are 210 high: 1 GiB is 66.7 and 3 GiB are 200, from below.
+    weights, forward = (area.split() for area in found["areas"])
+    assert weights[:5] == ["0.0,143.3", "375.0,143.3", "375.0,143.3", "1000.0,143.3", "1000.0,143.3"]
+    assert forward[:5] == ["0.0,143.3", "375.0,143.3", "375.0,10.0", "1000.0,10.0", "1000.0,76.7"]
+    assert found["cells"][4:] == ["2.000 GiB", "forward pass", "model/gpt.py:7 forward"]

@@ -62,6 +62,20 @@ def test_every_figure_by_hand(clock: Clock) -> None:
     )
 
 
+def test_a_step_in_a_pause_is_in_no_figure_and_is_no_warm_up(clock: Clock) -> None:
+    meter = throughput(clock, warmup_steps=1)
+    for _ in range(2):  # before the warm-up, and in a window
+        with meter.paused():
+            with meter.waiting_for_data():
+                clock.passes(500)
+            steps(meter, clock, 2, seconds=500)
+        steps(meter, clock, 2, seconds=4.0)
+    report = meter.report()
+    assert report["throughput/tokens_per_second"] == pytest.approx(S / 4.0)
+    assert report["time/data_wait_fraction"] == 0
+    assert meter.total_tokens == 3 * S
+
+
 def test_warm_up_steps_are_in_no_figure(clock: Clock) -> None:
     meter = throughput(clock, warmup_steps=3)
     with meter.waiting_for_data():

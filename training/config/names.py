@@ -30,6 +30,9 @@ OTHER_NAMES: dict[str, str] = {
         "precision": "dtype torch_dtype bf16 fp16 fp32 tf32 amp mixed_precision autocast",
         "compile": "torch_compile use_compile",
         "log_every": "log_interval logging_steps log_freq log_every_n_steps print_every",
+        "profile": "profiler profiling enable_profiling use_profiler torch_profiler profile_memory memory_snapshot "
+        "enable_memory_snapshot",
+        "profile_steps": "profile_freq profiler_steps profile_step profile_step_start profile_step_end",
         "eval_every": "eval_interval eval_steps eval_freq val_every val_interval val_check_interval validate_every",
         "eval_tokens": "eval_iters eval_batches val_tokens limit_val_batches",
         "sample_every": "sample_interval generate_every",

@@ -63,6 +63,8 @@ class TrainConfig:
     check_memory: bool
     deterministic: bool
     log_every: int
+    profile: bool
+    profile_steps: list[int]
     eval_every: int
     eval_tokens: int
     sample_every: int
@@ -109,6 +111,13 @@ class TrainConfig:
             )
         micro_batch = self.batch_size * self.seq_len
         require(micro_batch < 2**31, "batch_size × seq_len", micro_batch, "use less than 2³¹ tokens at once")
+        if len(self.profile_steps) != 2 or not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps={self.profile_steps} must be the first and the last step; use [10,12]")
+        if self.profile and self.profile_steps[1] > (last := self.plan.max_steps):
+            raise ValueError(
+                f"profile_steps={self.profile_steps} ends after the last step, {last}; "
+                f"use profile_steps=[{max(1, last - 1)},{last}] or more steps"
+            )
         self.schedule.check_length(self.plan.max_steps, self.plan.tokens_per_step)
         self.model.check_seq_len(self.seq_len)
         self.memory.check_model(self.model)

@@ -350,5 +350,6 @@ function controls() {
 summary();
 legend();
 charts();
+profiles();
 details();
 controls();

@@ -43,6 +43,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "data": json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
         "uplot": _read("uplot/uPlot.iife.min.js"),
         "charts": _read("charts.js"),
+        "profile": _read("profile.js"),
         "script": _read("page.js"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))

@@ -20,6 +20,7 @@ from training.run_folder import LOCK
 from .series import Point, Series
 
 METRICS = "metrics.jsonl"
+PROFILE = "profile/summary.json"
 MOST_SAMPLES, MOST_BAD_STEPS = 30, 200  # the newest; each of a sample's letters is in the page
 SAMPLE = re.compile(
     r"^## step (?P<step>[\d,]+) \((?P<tokens>[\d,]+) tokens\)\n\n(?P<fence>`{3,})text\n(?P<text>.*?)\n(?P=fence)$",
@@ -87,6 +88,7 @@ class RunReader:
             "num_bad_steps": len(bad_steps),
             "samples": [_sample(found) for found in samples[-MOST_SAMPLES:]],
             "num_samples": len(samples),
+            "profile": json.loads(_text(self.folder / PROFILE) or "null"),
         }
 
     def _new_lines(self) -> Iterator[bytes]:

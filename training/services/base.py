@@ -6,13 +6,16 @@ from training.run import Run
 
 
 class Service:
-    """Called at three points of a run. It sees the run, never the loop, and decides itself whether something is due."""
+    """Called at four points of a run. It sees the run, never the loop, and decides itself whether something is due."""
 
     name = ""
     """What `Progress.unfinished` knows it by, for a service whose work a request to stop may cut."""
 
     def begin(self, run: Run) -> None:
         """Once, after the run is restored and before its first step."""
+
+    def before_step(self, run: Run) -> None:
+        """Before each step and its batches; `run.progress.step` is its number."""
 
     def after_step(self, run: Run) -> None:
         """After each step; `run.progress.step` is its number and `run.last` its result."""
