@@ -43,19 +43,8 @@ def model_config(name: str, seq_len: int) -> ModelConfig:
 
 def build(config: ModelConfig, attention: str, seq_len: int, device: torch.device) -> GPT:
     """With random weights, the matrices of linear layers in bf16, as a trained model is loaded."""
-    assert config.n_kv_heads is not None
-    assert config.head_dim is not None
-    spec = AttentionSpec(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        seq_len=seq_len,
-        dtype="bfloat16",
-        capability=torch.cuda.get_device_capability(device),
-        window=config.window,
-        softcap=config.attention_softcap,
-        scale=config.attention_scale,
-    )
+    capability = torch.cuda.get_device_capability(device)
+    spec = AttentionSpec.of(config, seq_len=seq_len, dtype="bfloat16", capability=capability)
     with device:
         model = GPT(config, build_attention(ATTENTIONS[attention](name=attention), spec))
     for module in model.modules():

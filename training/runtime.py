@@ -93,40 +93,43 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this version trains in one process; run python train.py without torchrun")
-    gpu = None if config.device == "cpu" else find_gpu()
-    if config.device == "cuda" and gpu is None:
+    gpu, precision = resolve_device(config.device, config.precision)
+    runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
+    choose_attention(config.attention, attention_spec(config, runtime))
+    return runtime
+
+
+def resolve_device(device: str, precision: str) -> tuple[Gpu | None, str]:
+    """The GPU to run on, None for the CPU, and the precision there.
+
+    Args:
+        device: auto, cuda or cpu. precision: auto, or one of those that `configs/train.yaml` lists.
+    Raises:
+        ValueError: this machine does not have what was asked for.
+    """
+    gpu = None if device == "cpu" else find_gpu()
+    if device == "cuda" and gpu is None:
         raise ValueError(
             "device=cuda, but PyTorch sees no CUDA GPU here; use device=cpu or install a CUDA build of torch"
         )
     has_bf16 = gpu is not None and gpu.capability >= (8, 0)
-    precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
     if product_bytes(precision) == 2 and gpu is not None and not has_bf16:
         raise ValueError(f"precision={precision} needs an A100 or newer, not {gpu.name}; use precision=fp32")
-    runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
-    choose_attention(config.attention, attention_spec(config, runtime))
-    return runtime
+    return gpu, precision
 
 
 def attention_spec(config: TrainConfig, runtime: Runtime, max_documents: int | None = None) -> AttentionSpec:
     """What this run asks of its attention; see `attention_for`."""
-    model = config.model
-    assert model.n_kv_heads is not None
-    assert model.head_dim is not None
-    return AttentionSpec(
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
+    return AttentionSpec.of(
+        config.model,
         seq_len=config.seq_len,
         dtype=runtime.dtype_name,
         capability=runtime.gpu.capability if runtime.gpu else None,
-        window=model.window,
         max_documents=(max_documents or config.seq_len) if config.data.document_mask else None,
-        softcap=model.attention_softcap,
-        scale=model.attention_scale,
     )
 
 

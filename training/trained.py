@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a run folder or a checkpoint, to be used.
+"""A trained model and its tokenizer, from a run folder, a checkpoint or a folder of transformers, to be used.
 
 What can be refused is refused before torch loads.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from model.huggingface.settings import understand
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint
 from .config.saved import saved_settings
-from .machine import find_gpu
+from .runtime import resolve_device
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def _huggingface(place: Path) -> Found:
 
 
 def load_model(
-    path: str,
+    path: str | Found,
     *,
     attention: str = "auto",
     device: str = "auto",
@@ -129,7 +129,7 @@ def load_model(
     make of them at each call. All else stays float32.
 
     Args:
-        path: a run folder, a checkpoint, or a folder of transformers.
+        path: a run folder, a checkpoint, or a folder of transformers; or what `find` found there.
         attention: auto, math, sdpa, flex or flash. device: auto, cuda or cpu.
         precision: auto (bf16 on a GPU from the A100 on, else fp32), bf16, tf32 or fp32.
         seq_len: of the rows to come; None: as in training. max_documents: most of them in a row; None: rows are one.
@@ -137,7 +137,7 @@ def load_model(
     Raises:
         ValueError: one line: nothing there, damaged, or impossible on this machine.
     """
-    found = find(path, notify)
+    found = path if isinstance(path, Found) else find(path, notify)
     config = found.model
     seq_len = seq_len or found.settings.get("seq_len")
     if type(seq_len) is not int:
@@ -149,41 +149,29 @@ def load_model(
             f"{found.tokenizer} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: not its own"
         )
     config.check_seq_len(seq_len)
-    spec, precision = _spec(config, seq_len, device, precision)
-    spec = replace(spec, max_documents=max_documents)
+    spec, precision = _spec(config, seq_len, max_documents, device, precision)
     if attention not in ATTENTIONS:
         raise ValueError(f"attention={attention} is unknown; use {', '.join(ATTENTIONS)}")
     chosen = choose_attention(ATTENTIONS[attention](name=attention), spec)
     return _load(found.weights, config, chosen, spec, precision, found.what, notify), tokenizer
 
 
-def _spec(config: ModelConfig, seq_len: int, device: str, precision: str) -> tuple[AttentionSpec, str]:
+def _spec(
+    config: ModelConfig, seq_len: int, max_documents: int | None, device: str, precision: str
+) -> tuple[AttentionSpec, str]:
     for name, value, allowed in (
         ("device", device, ("auto", "cuda", "cpu")),
         ("precision", precision, PRECISIONS),
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value} is unknown; use {', '.join(allowed)}")
-    gpu = None if device == "cpu" else find_gpu()
-    if device == "cuda" and gpu is None:
-        raise ValueError("device=cuda, but PyTorch sees no CUDA GPU here; use cpu or install a CUDA build of torch")
-    has_bf16 = gpu is not None and gpu.capability >= (8, 0)
-    if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
-    if (precision == "tf32" and not has_bf16) or (precision == "bf16" and gpu is not None and not has_bf16):
-        raise ValueError(f"precision={precision} needs an NVIDIA GPU from the A100 on; use fp32")
-    assert config.n_kv_heads is not None
-    assert config.head_dim is not None
-    spec = AttentionSpec(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+    gpu, precision = resolve_device(device, precision)
+    spec = AttentionSpec.of(
+        config,
         seq_len=seq_len,
         dtype="bfloat16" if precision == "bf16" else "float32",
         capability=gpu.capability if gpu else None,
-        window=config.window,
-        softcap=config.attention_softcap,
-        scale=config.attention_scale,
+        max_documents=max_documents,
     )
     return spec, precision
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -29,6 +31,32 @@ class AttentionSpec:
     softcap: float = 0.0
     scale: float | None = None
     """Multiplies the scores; 1/√head_dim when None."""
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        *,
+        seq_len: int,
+        dtype: str,
+        capability: tuple[int, int] | None = None,
+        max_documents: int | None = None,
+    ) -> AttentionSpec:
+        """What a model asks of its attention."""
+        assert model.n_kv_heads is not None
+        assert model.head_dim is not None
+        return cls(
+            n_heads=model.n_heads,
+            n_kv_heads=model.n_kv_heads,
+            head_dim=model.head_dim,
+            seq_len=seq_len,
+            dtype=dtype,
+            capability=capability,
+            window=model.window,
+            max_documents=max_documents,
+            softcap=model.attention_softcap,
+            scale=model.attention_scale,
+        )
 
     @property
     def device(self) -> str:

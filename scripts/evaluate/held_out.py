@@ -18,7 +18,7 @@ from training.parallel.world import World
 from training.services.evaluation import measure
 from training.step import Forward
 from training.terminal import say
-from training.trained import find, load_model
+from training.trained import Found, find, load_model
 
 from .depths import draw, measure_depths, table
 
@@ -29,10 +29,11 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     Raises:
         ValueError: the model or its text cannot be had.
     """
-    config = config_of(options, notify)
+    found = find(options.run, notify)
+    config = config_of(found, options)
     masked = config.data.document_mask
     model, tokenizer = load_model(
-        options.run,
+        found,
         attention=options.attention,
         device=options.device,
         precision=options.precision,
@@ -48,10 +49,10 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     notify(f"attention  {model.attention.describe()}")
     forward = forward_of(model)
     is_recall = config.data.is_recall
-    found = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, is_recall=is_recall)
-    assert found is not None
-    say_metrics(found)
-    results: dict[str, object] = {"seq_len": config.seq_len, "metrics": found}
+    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, is_recall=is_recall)
+    assert metrics is not None
+    say_metrics(metrics)
+    results: dict[str, object] = {"seq_len": config.seq_len, "metrics": metrics}
     if is_recall:
         pairs = min(8, getattr(config.data, "pairs", 8))
         recall = measure_depths(forward, tokenizer, config.seq_len, pairs, options.documents)
@@ -60,13 +61,12 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     return results
 
 
-def config_of(options: argparse.Namespace, notify: Callable[[str], None]) -> TrainConfig:
+def config_of(found: Found, options: argparse.Namespace) -> TrainConfig:
     """Of the run, with the rows that are asked for now.
 
     Raises:
-        ValueError: there is no run, or no text that it held out.
+        ValueError: there is no text that it held out.
     """
-    found = find(options.run, notify)
     if "data" not in found.settings:
         raise ValueError(f"{found.what} is of no run, so no text was held out; name tasks with --tasks")
     config = load_config(found.settings | {"resume": "auto", "init_from": None})

@@ -13,17 +13,8 @@ from model.gpt import GPT
 
 
 def _build(config: ModelConfig, backend: str = "math", seq_len: int = 64, documents: bool = False) -> GPT:
-    spec = AttentionSpec(
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        seq_len=seq_len,
-        dtype="float32",
-        window=config.window,
-        max_documents=seq_len if documents else None,
-        softcap=config.attention_softcap,
-        scale=config.attention_scale,
-    )
+    max_documents = seq_len if documents else None
+    spec = AttentionSpec.of(config, seq_len=seq_len, dtype="float32", max_documents=max_documents)
     return GPT(config, build_attention(ATTENTIONS[backend](name=backend), spec))
 
 
