@@ -79,17 +79,13 @@ def in_a_process(unit: str, run_dir: str, cache: str, overrides: list[str]) -> d
 
 def measured(unit: str, overrides: list[str]) -> dict[str, float]:
     """One run in this process."""
-    from hydra import compose, initialize_config_dir
-
-    from training import assemble, cli
-    from training.config import load_config
+    from scripts.settings import train_config
+    from training import assemble
     from training.loggers.jsonl import read_metrics
     from training.services.first_step import compile_seconds
     from training.trainer import Trainer
 
-    cli.register_resolvers()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = load_config(compose("train", overrides))
+    config = train_config(overrides)
     assemble.COMPILE_UNIT = unit
     trainer = Trainer(config, lambda line: None)
     trainer.fit()

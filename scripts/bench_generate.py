@@ -24,21 +24,11 @@ from model.config import ModelConfig
 from model.generate import Generator
 from model.generate_config import SamplingConfig
 from model.gpt import GPT
-from scripts.record import ROOT, need_cuda
+from scripts.record import need_cuda
+from scripts.settings import train_config
 
 LENGTHS = (1024, 8192, 32768)
 STEPS, RUNS = 20, 5
-
-
-def model_config(name: str, seq_len: int) -> ModelConfig:
-    from hydra import compose, initialize_config_dir
-
-    from training import cli
-    from training.config import load_config
-
-    cli.register_resolvers()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return load_config(compose("train", [f"model={name}", f"seq_len={seq_len}"])).model
 
 
 def build(config: ModelConfig, attention: str, seq_len: int, device: torch.device) -> GPT:
@@ -93,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     capacity = max(options.length) + STEPS + 2
     lines = ["| | tokens/s | ms | GB/s |", "|---|---:|---:|---:|"]
     for name, attention in product(options.model, options.attention):
-        model = build(model_config(name, capacity), attention, capacity, device)
+        model = build(train_config([f"model={name}", f"seq_len={capacity}"]).model, attention, capacity, device)
         for batch in options.batch:
             settings: dict[str, Any] = {"compile": options.compile, "cuda_graph": True}
             generator = Generator(model, batch, capacity, SamplingConfig(), **settings)

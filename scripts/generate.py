@@ -15,9 +15,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from model.generate_config import SamplingConfig
+from scripts.model_command import Parser, check_positive, exit_code, note
 from training.terminal import plain, say_error, secure
 from training.trained import load_model
 
@@ -30,20 +31,8 @@ LEAST_CAPACITY = 1024
 """Tokens that a cache holds at least, so that the next prompt at the terminal finds one that fits."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        say_error(f"{message}; python -m scripts.generate --help shows what there is")
-        raise SystemExit(2)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    usage = (__doc__ or "").partition("\n\n")
-    parser = Parser(
-        prog="python -m scripts.generate",
-        description=usage[0],
-        epilog=usage[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("generate", __doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("prompt", nargs="*", metavar="PROMPT", help="text to continue; several are continued at once")
@@ -65,45 +54,35 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--chunk", type=int, default=8192, metavar="N", help="tokens of a prompt read at once (default 8192)")
     add("--json", action="store_true", help="one JSON object a prompt: prompt, text, tokens, finish")
     add("--tokens-per-second", action="store_true", help="say how fast it was, on standard error")
-    add("--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)")
-    add("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
     add("--compile", action="store_true", help="compile the step first: for long texts on a GPU")
-    add("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
+    parser.add_machine()
     return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where something cannot be; 130 after Ctrl-C."""
     options = parse(arguments)
-    try:
-        sampling = check(options)
-        prompts = prompts_of(options)
-        model, tokenizer = load_model(
-            options.run,
-            attention=options.attention,
-            device=options.device,
-            precision=options.precision,
-            notify=note,
-        )
-        writer = Writer(model, tokenizer, options, sampling)
-        if prompts is None:
-            converse(writer)
-        else:
-            for begin in range(0, len(prompts), options.batch_size):
-                writer.write(prompts[begin : begin + options.batch_size])
-    except ValueError as error:
-        say_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: generate(options))
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Raises ValueError where something cannot be."""
+    sampling = check(options)
+    prompts = prompts_of(options)
+    model, tokenizer = load_model(
+        options.run, attention=options.attention, device=options.device, precision=options.precision, notify=note
+    )
+    writer = Writer(model, tokenizer, options, sampling)
+    if prompts is None:
+        converse(writer)
+        return
+    for begin in range(0, len(prompts), options.batch_size):
+        writer.write(prompts[begin : begin + options.batch_size])
 
 
 def check(options: argparse.Namespace) -> SamplingConfig:
     """Raises ValueError for numbers that cannot be."""
-    for name in ("max_tokens", "batch_size", "chunk"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more")
+    check_positive(options, ("max_tokens", "batch_size", "chunk"))
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2⁶³ − 1")
     return SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
@@ -132,11 +111,6 @@ def prompts_of(options: argparse.Namespace) -> list[str] | None:
     if not text:
         raise ValueError('no prompt: write one after RUN, such as "Once upon a time"; "" begins with nothing')
     return [text]
-
-
-def note(line: str) -> None:
-    """Standard output is for the text alone."""
-    print(plain(line), file=sys.stderr, flush=True)
 
 
 def converse(writer: Writer) -> None:

@@ -17,15 +17,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from model.arithmetic import train_flops_per_token
 from model.memory import GIB, predict
-from scripts.record import ROOT
+from scripts.settings import train_config
 from train import check
-from training import cli
 from training.capacity import workload
-from training.config import TrainConfig, load_config
+from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
 from training.facts import matmul_peak
 from training.loggers.jsonl import read_metrics
@@ -131,10 +129,8 @@ def pinned_bytes(model: torch.nn.Module) -> int:
 
 
 def settings(words: list[str]) -> TrainConfig:
-    """What train.py would make of them."""
-    cli.register_resolvers()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return load_config(compose("train", [*ALWAYS, *words]))
+    """What train.py would make of them, without what a benchmark leaves out."""
+    return train_config([*ALWAYS, *words])
 
 
 def _say(line: str) -> None:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from data import disk
+from scripts.model_command import Parser, check_positive, exit_code, note
 from training.checkpoint.folder import is_checkpoint
-from training.terminal import plain, say, say_error, secure
+from training.terminal import say, secure
 
 from . import __doc__ as usage
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        say_error(f"{message}; python -m scripts.evaluate --help shows what there is")
-        raise SystemExit(2)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    heading, _, rest = (usage or "").partition("\n\n")
-    parser = Parser(
-        prog="python -m scripts.evaluate",
-        description=heading,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("evaluate", usage)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("--tasks", metavar="NAMES", help="of lm-evaluation-harness, with commas; recall is one of our own")
@@ -40,34 +27,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--documents", type=int, default=64, metavar="N", help="of each length of the recall task (default 64)")
     add("--batch-size", type=int, default=8, metavar="B", help="rows at once (default 8)")
     add("--out", type=Path, metavar="DIR", help="where results.json and recall.svg go (default RUN/evaluation)")
-    add("--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)")
-    add("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
-    add("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
+    parser.add_machine()
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where something cannot be; 130 after Ctrl-C."""
     options = parse(arguments)
-    try:
-        for name in ("limit", "seq_len", "eval_tokens", "documents", "batch_size"):
-            if (value := getattr(options, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-        if options.tasks:
-            from .harness import evaluate_tasks
+    return exit_code(lambda: evaluate(options))
 
-            results = evaluate_tasks(options, note)
-        else:
-            from .held_out import evaluate_held_out
 
-            results = evaluate_held_out(options, note)
-        write(options, results)
-    except ValueError as error:
-        say_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def evaluate(options: argparse.Namespace) -> None:
+    """Raises ValueError where something cannot be."""
+    check_positive(options, ("limit", "seq_len", "eval_tokens", "documents", "batch_size"))
+    if options.tasks:
+        from .harness import evaluate_tasks
+
+        results = evaluate_tasks(options, note)
+    else:
+        from .held_out import evaluate_held_out
+
+        results = evaluate_held_out(options, note)
+    write(options, results)
 
 
 def write(options: argparse.Namespace, results: dict[str, object]) -> None:
@@ -84,11 +65,6 @@ def write(options: argparse.Namespace, results: dict[str, object]) -> None:
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror}); name another place with --out") from error
     say(str(out))
-
-
-def note(line: str) -> None:
-    """Standard output is for the results alone."""
-    print(plain(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

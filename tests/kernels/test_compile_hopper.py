@@ -6,15 +6,13 @@ Gluon is experimental, and another version of it another compiler.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton.experimental.gluon")
+
+from compile_process import compiled
 
 SHARED_MEMORY = 232_448
 FREE_BARRIERS = 5  # hopper/common.py: the forward pass counts on these, of 16, and the rest not being Triton's
@@ -42,12 +40,7 @@ TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pa
 @pytest.mark.parametrize("folder", TRITONS)
 def test_hopper_kernels_fit_use_their_instructions_and_wait_for_no_product(folder: str) -> None:
     """With each Triton four minutes, and some seconds where they have been compiled before."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": folder} if folder else {}
-    command = [sys.executable, str(Path(__file__).with_name("compile_hopper.py"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = compiled("compile_hopper.py", triton=folder)
     assert {row["kernel"] for row in rows} == INSTRUCTIONS.keys()
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY, row

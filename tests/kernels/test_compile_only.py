@@ -1,22 +1,13 @@
 """Every configuration compiles for every GPU it is meant for: it fits, keeps its values in registers, and uses the
-fast instructions.
-
-The kernels are compiled by processes of their own, because in this one they may belong to Triton's interpreter.
-"""
+fast instructions."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+
+from compile_process import compiled
 
 SHARED_MEMORY = {  # bytes that one program can have
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
@@ -34,19 +25,9 @@ pytestmark = pytest.mark.slow
 architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
 
 
-@cache
-def compiled(architecture: str) -> list[dict[str, Any]]:
-    """What compile_only.py says of an architecture: 40 s, and 2 s where it has been compiled before."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compile_only.py")), architecture]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @architectures
 def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
-    rows = compiled(architecture)
+    rows = compiled("compile_only.py", architecture)
     assert len(rows) >= 12
     for row in rows:
         # 16 bits on sm_80 take the tiles that sm_86 and 89 do, which are compiled there with one mask only.
@@ -58,7 +39,7 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
 
 @architectures
 def test_the_fast_instructions_are_used(architecture):
-    for row in compiled(architecture):
+    for row in compiled("compile_only.py", architecture):
         if row["dtype"] == "fp32":
             assert "mma" not in " ".join(row["instructions"]), "IEEE float32 has no matrix unit"
             continue

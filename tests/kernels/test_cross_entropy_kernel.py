@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from compile_process import compiled
 
 from kernels import cross_entropy_kernel
 from kernels.flash_attention.portable import INTERPRETED
@@ -127,12 +125,7 @@ def test_the_whole_loop_runs_through_the_kernel(options, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_configuration_compiles_and_does_not_spill(architecture):
-    """By a process of its own, because in this one the kernel may belong to Triton's interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("compile_cross_entropy.py")), architecture]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = compiled("compile_cross_entropy.py", architecture)
     assert len(found) == 6
     for row in found:
         assert row["stack"] <= 8, row  # two registers, on sm_80

@@ -1,0 +1,59 @@
+"""What the commands that use a trained model share: how they are typed, refused and ended. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from training.terminal import plain, say_error
+
+
+class Parser(argparse.ArgumentParser):
+    """Of `python -m scripts.NAME`; the first paragraph of `usage` says what it does. A mistake is one line."""
+
+    def __init__(self, name: str, usage: str | None) -> None:
+        heading, _, rest = (usage or "").partition("\n\n")
+        super().__init__(
+            prog=f"python -m scripts.{name}",
+            description=heading,
+            epilog=rest,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        say_error(f"{message}; {self.prog} --help shows what there is")
+        raise SystemExit(2)
+
+    def add_machine(self) -> None:
+        """The options that say with what and where the model runs: those of `training.trained.load_model`."""
+        self.add_argument(
+            "--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)"
+        )
+        self.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
+        self.add_argument("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
+
+
+def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Raises ValueError for a number below 1; None is no number."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Of a command: 0; 2 where something cannot be, which one line says; 130 after Ctrl-C."""
+    try:
+        command()
+    except ValueError as error:
+        say_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def note(line: str) -> None:
+    """Standard output is for the results alone."""
+    print(plain(line), file=sys.stderr, flush=True)
