@@ -6,7 +6,7 @@ Shape suffixes beside the backends': C slots of the cache, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class Chunk:
     """The inner backend's, of S queries over N + S keys."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The mask of the next S tokens of each row, wherever the row stands: all of it lies on the device."""
 
     rows_B1: Tensor
@@ -127,11 +126,11 @@ class CachedAttention(AttentionBackend):
         raise TypeError("a cache attends by layers: call what for_layer returns")
 
 
-@dataclass(frozen=True)
 class _CachedLayer:
-    inner: AttentionBackend
-    keys_BCGD: Tensor
-    values_BCGD: Tensor
+    """Not a frozen dataclass, which torch.compile of PyTorch 2.11 cannot build."""
+
+    def __init__(self, inner: AttentionBackend, keys_BCGD: Tensor, values_BCGD: Tensor) -> None:
+        self.inner, self.keys_BCGD, self.values_BCGD = inner, keys_BCGD, values_BCGD
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Chunk | Step) -> Tensor:
         if isinstance(mask, Step):

@@ -20,7 +20,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from .rungs import RUNGS, Rung
 Row = dict[str, Any]
 MOST_CHECKED = 16384
 CHECKED = ["model.n_layers=4", "max_steps=3", "log_every=1"]
+CHECKED_AT_ONCE = 6
 TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
 """Relative: a compiled model rounds elsewhere."""
 POLICIES = ("none", "selective", "full", "offload")
@@ -64,19 +67,15 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
 def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Namespace) -> int:
     """Measure these rungs; exit code 1 where one is wrong or failed."""
     record = Record(args.out, facts)
-    complaints: dict[tuple[str, ...], str | None] = {}
+    settings = {name: [*rung.words, *args.set] for name, rung in chosen.items()}
+    complaints = {} if args.no_check else complaints_about(settings)
     code = 0
     for name, rung in chosen.items():
-        words = [*rung.words, *args.set]
-        policy = tuple(word for word in words if not word.startswith("seq_len="))
-        has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
-        if has_policy and not args.no_check and policy not in complaints:
-            complaints[policy] = complaint(words)
-        wrong = complaints.get(policy)
         steps = min(rung.steps, 2) if args.profile else rung.steps
-        timed = [*words, f"max_steps={steps}", f"log_every={rung.window}"]
+        timed = [*settings[name], f"max_steps={steps}", f"log_every={rung.window}"]
+        wrong = complaints.get(name)
         found: Row = {"wrong": wrong} if wrong else run(timed, profile=bool(args.profile))
-        found |= {"command": command(rung, args.set), "checked": policy in complaints}
+        found |= {"command": command(rung, args.set), "checked": name in complaints}
         if "profile" in found:
             print("\n".join([name, "", *profile_lines(found["profile"])]), flush=True)
             record.add_profile(name, found["profile"])
@@ -103,12 +102,34 @@ def run(words: Sequence[str], profile: bool = False) -> Row:
     return found
 
 
-def complaint(words: Sequence[str]) -> str | None:
-    """What is wrong with the numbers of these settings, on a small model of the kind."""
+def complaints_about(settings: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
+    """What is wrong with the numbers of each rung that has a policy, on a small model of its kind; None: nothing.
+
+    Small runs are not timed, so several share the GPU.
+    """
+    pairs = {name: small_runs(words) for name, words in settings.items() if has_policy(words)}
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        futures = {words: pool.submit(run, words) for words in dict.fromkeys(chain.from_iterable(pairs.values()))}
+        return {
+            name: complaint(futures[ours].result(), futures[theirs].result()) for name, (ours, theirs) in pairs.items()
+        }
+
+
+def has_policy(words: Sequence[str]) -> bool:
+    return any(word.startswith("memory=") and word != "memory=none" for word in words)
+
+
+def small_runs(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Settings of three steps of a model with few layers: as these say, and with everything kept, not compiled."""
     (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
-    small = [*words, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}"]
-    plain = [word for word in small if not word.startswith(("memory=", "memory."))]
-    ours, theirs = run(small), run([*plain, "memory=none", "compile=false"])
+    rest = [word for word in words if not word.startswith("seq_len=")]
+    small = (*rest, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}")
+    plain = (word for word in small if not word.startswith(("memory=", "memory.")))
+    return small, (*plain, "memory=none", "compile=false")
+
+
+def complaint(ours: Row, theirs: Row) -> str | None:
+    """How the first figures differ from those of a run that keeps everything."""
     for what, tolerance in TOLERANCES.items():
         if what not in ours or what not in theirs:
             return f"not checked: {reason(ours) or reason(theirs)}"

@@ -12,7 +12,7 @@ import torch
 
 from model.activations_config import SelectiveConfig
 from scripts.bench_training import ladder
-from scripts.bench_training.ladder import complaint, main, profile_lines
+from scripts.bench_training.ladder import complaints_about, main, profile_lines
 from scripts.bench_training.measure import Clock, measured, settings
 from scripts.bench_training.rungs import RUNGS, Rung
 from training.profiled import Event, covered, events_of, summary
@@ -37,6 +37,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, and in this process, where a run takes a second instead of ten."""
     monkeypatch.setattr(ladder, "need_cuda", lambda script: torch.device("cpu"))
     monkeypatch.setattr(ladder, "run", lambda words, profile=False: measured(list(words)))
+    monkeypatch.setattr(ladder, "CHECKED_AT_ONCE", 1)  # Hydra composes one configuration at a time in a process
 
 
 def record(out: Path) -> dict[str, Row]:
@@ -146,7 +147,7 @@ def test_a_wrong_policy_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return {"losses": [9.0, 8.0], "grad_norms": [1.0, 2.0 * wrong]}
 
     monkeypatch.setattr(ladder, "run", run)
-    said = complaint(SMALL["full"].words)
+    said = complaints_about({"full": SMALL["full"].words})["full"]
     assert said == "grad_norms of step 2: 2.06000, and 2.00000 where everything is kept"
     assert main(["--out", str(tmp_path / "record"), "--rungs", "full"], SMALL) == 1
     row = record(tmp_path / "record")["full"]
@@ -163,7 +164,7 @@ def test_a_policy_is_compared_on_a_short_row_with_keeping_everything(
     asked: list[set[str]] = []
     figures = {"losses": [1.0], "grad_norms": [1.0]}
     monkeypatch.setattr(ladder, "run", lambda words, profile=False: asked.append(set(words)) or figures)
-    assert complaint(words.split()) is None
+    assert complaints_about({"rung": words.split(), "plain": ["memory=none"]}) == {"rung": None}
     ours, theirs = asked
     assert theirs - ours == {"memory=none", "compile=false"}
     assert {word for word in words.split() if word.startswith("memory")} == ours - theirs

@@ -231,7 +231,8 @@ def test_a_run_on_a_gpu_has_a_snapshot_too(config: MakeConfig, tmp_path: Path, m
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert all(found["shares"][kind] > 0 for kind in ("attention", "matrix products", "elementwise", "optimizer"))
     memory = found["memory"]
-    parameters = 4 * sum(p.numel() for p in Trainer(config("device=cuda", *more)).run.model.parameters())
+    another = Trainer(config("device=cuda", f"run_dir={tmp_path / 'another'}", *more))
+    parameters = 4 * sum(p.numel() for p in another.run.model.parameters())
     assert memory["peak"]["weights"] * 2**30 >= 0.9 * parameters
     assert all(memory["peak"][group] > 0 for group in GROUPS)
     assert any("step.py" in frame or "model/" in frame for block in memory["largest"] for frame in block["frames"])
