@@ -16,20 +16,17 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor
 
 from data import disk
 from data.tokenizer import Tokenizer
-from model.config import ModelConfig, RotaryConfig
+from model.config import ModelConfig
 from model.huggingface.folder import read_separator, read_settings, write_json, write_tokenizer
 from model.huggingface.settings import describe, understand
 from model.huggingface.shards import read_weights, write_weights
 from model.huggingface.weights import from_theirs, to_theirs
-from training.checkpoint import folder as checkpoints
 from training.checkpoint.fits import flat
 from training.checkpoint.state import read_tensors
-from training.config.saved import saved_settings
-from training.run_folder import find
+from training.trained import find
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,42 +70,20 @@ def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes:
     Raises:
         ValueError: there is no model, or transformers has none like it.
     """
-    settings, state, tokenizer_file = read_run(run)
-    config = model_of(settings, run)
-    tokenizer = Tokenizer.load(tokenizer_file, settings.get("tokenizer", {}).get("separator"))
-    described = describe(config, settings["seq_len"], dtype, tokenizer.separator_id)
+    found = find(str(run), print)
+    if found.weights.is_dir():
+        raise ValueError(f"{run} is a folder of transformers already; name a run folder or a checkpoint")
+    config, seq_len = found.model, found.settings["seq_len"]
+    tokenizer = Tokenizer.load(found.tokenizer, found.settings.get("tokenizer", {}).get("separator"))
+    described = describe(config, seq_len, dtype, tokenizer.separator_id)
     with disk.part_of(target) as part:
         write_json(part / "config.json", described)
-        parameters = write_weights(part, to_theirs(config, state), DTYPES[dtype], shard_bytes)
-        seq_len = config.n_positions if config.position == "learned" else settings["seq_len"]
-        write_tokenizer(part, tokenizer.to_json(), tokenizer.separator, tokenizer.separator_id, seq_len)
+        parameters = write_weights(part, to_theirs(config, read_tensors(found.weights)), DTYPES[dtype], shard_bytes)
+        most = config.n_positions if config.position == "learned" else seq_len
+        write_tokenizer(part, tokenizer.to_json(), tokenizer.separator, tokenizer.separator_id, most)
         os.replace(part, target)
     print(f"{described['architectures'][0]}, {parameters / 1e6:.1f} M parameters in {dtype}")
     print(target)
-
-
-def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
-    """Settings, weights and tokenizer.json of a run: of a finished one, or of its newest checkpoint that verifies."""
-    folder, home = run, run
-    if checkpoints.is_checkpoint(run) or not (run / "model.safetensors").is_file():
-        if not checkpoints.is_checkpoint(run) and not checkpoints.candidates(run):
-            raise ValueError(f"{run} holds no model.safetensors and no checkpoint; name a run folder or a checkpoint")
-        folder, _ = find(str(run), "RUN", print)
-        home = folder.resolve().parent.parent
-    settings = saved_settings(folder) if folder is home else checkpoints.read_json(folder / checkpoints.CONFIG)
-    if settings is None:
-        raise ValueError(f"{folder} has no config.yaml; name a run folder or a checkpoint")
-    if not (home / "tokenizer.json").is_file():
-        raise ValueError(f"{home} has no tokenizer.json; name a run folder, or a checkpoint inside of one")
-    return settings, read_tensors(folder / "model.safetensors"), home / "tokenizer.json"
-
-
-def model_of(settings: dict[str, Any], run: Path) -> ModelConfig:
-    try:
-        model = dict(settings["model"])
-        return ModelConfig(**(model | {"rotary": RotaryConfig(**model.get("rotary", {}))}))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run} was written by another version: {error}") from error
 
 
 def from_huggingface(source: Path, target: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from model.memory import GIB
+
 from .machine import Gpu
 
 # Dense matrix-multiply peaks in TFLOP/s as (bf16, fp16, tf32), accumulating in fp32, from the makers' data sheets: the
@@ -45,7 +47,6 @@ PEAKS: list[tuple[str, tuple[int, int], Peaks]] = [
     (r"Instinct MI355X", (9, 5), (2516.6, 2516.6, None)),
 ]
 
-GIB = 2**30
 # What `gpu=` of scripts.plan may name. Memory as PyTorch reports it, which is not what the name says.
 CARDS = {
     "h200": Gpu("NVIDIA H200", (9, 0), int(139.8 * GIB)),

@@ -8,11 +8,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from model.memory import GIB
+
 from .loggers.jsonl import read_metrics
 from .metrics import METRICS, short
 from .terminal import INDENT
-
-GIB = 2**30
 
 
 def closing_lines(folder: Path, columns: int | None = None) -> list[str]:

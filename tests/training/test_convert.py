@@ -148,7 +148,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     refusals = {
         ("to-hf", str(capped), new): r"LlamaForCausalLM has no model\.logit_softcap=30",
         ("to-hf", str(tmp_path / "run"), str(out)): r"out is there already; name another folder",
-        ("to-hf", str(tmp_path / "empty"), new): r"empty holds no model\.safetensors and no checkpoint",
+        ("to-hf", str(tmp_path / "empty"), new): r"empty holds no trained model",
         ("to-hf", str(tmp_path / "none"), new): r"none is no folder",
         ("to-hf", str(tmp_path / "run"), new, "--shard-size", "0"): r"--shard-size 0 is not possible",
         ("from-hf", str(tmp_path / "empty"), new): r"empty has no config\.json",
