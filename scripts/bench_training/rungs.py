@@ -43,7 +43,7 @@ RUNGS: dict[str, Rung] = {
     "gpt-1.3b-16k": _short(GPT_1B),
     "gpt-1.3b-16k-selective": _short(f"{GPT_1B} memory=selective"),
     "gpt-1.3b-16k-selective-light": _short(f"{GPT_1B} memory=selective {LIGHT}"),
-    "llama-1b-16k": _short("model=llama-1b seq_len=16k"),
+    "llama-1b-16k": Rung("model=llama-1b seq_len=16k", steps=20, window=5),
     "llama-1b-32k": Rung("model=llama-1b seq_len=32k", steps=20, window=5),
     "llama-1b-64k": Rung("model=llama-1b seq_len=64k", steps=6),
     "llama-1b-64k-full": Rung("model=llama-1b seq_len=64k memory=full", steps=6),

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from scripts.record import write, write_json
+from data import disk
+from scripts.record import png, write, write_json
 from training import cli
 from training.machine import find_gpu
 from training.mistakes import CONFIGS, explain
@@ -181,6 +182,10 @@ def write_report(rows: list[Row], swept: Mapping[str, Sequence[str]], out: Path,
     write(out / "report.html", html(rows, axes, {"title": title, "machine": machine, "command": command}, checks))
     if picture := chart(rows, axes):
         write(out / "report.svg", picture)
+        try:
+            disk.write_whole(out / "report.png", png(picture))
+        except ValueError as error:
+            print(f"no report.png: {error}; report.svg is the same picture")
     folders = [out / "jobs" / slug(row["settings"]) / "run" for row in done]
     runs = [RunReader(folder).read() for folder in folders]
     for run, row in zip(runs, done, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def test_out_of_memory_and_a_refusal_are_results_with_their_line(
 def test_the_page_and_the_picture_hold_a_line_for_each_value(calls: Path, out: Path) -> None:
     main(["attention=math,sdpa,flex", "seq_len=1024,4096,2048", "--out", str(out)])
     picture = ElementTree.fromstring((out / "report.svg").read_text())
+    raster = (out / "report.png").read_bytes()
+    size = struct.unpack(">II", raster[16:24])  # of a PNG's first chunk
+    assert list(size) == [2 * round(float(side)) for side in picture.attrib["viewBox"].split()[2:]]
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     legend = ["sdpa", "flex", "math (out of memory at 4,096)"]
     assert [text for text in texts if text in legend] == legend, "the fastest first"
