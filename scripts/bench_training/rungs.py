@@ -50,7 +50,7 @@ RUNGS: dict[str, Rung] = {
     "llama-1b-64k-offload": Rung("model=llama-1b seq_len=64k memory=offload", steps=6),
     "llama-1b-128k-full": Rung(f"{LLAMA_1B} seq_len=128k memory=full", steps=4),
     "llama-1b-128k-offload": Rung(f"{LLAMA_1B} seq_len=128k memory=offload", steps=4),
-    "llama-1b-256k-full": Rung(f"{LLAMA_1B} seq_len=256k memory=full memory.keep_attention=0.75", steps=3),
+    "llama-1b-256k-full": Rung(f"{LLAMA_1B} seq_len=256k memory=full", steps=3),
     "llama-1b-256k-offload": Rung(f"{LLAMA_1B} seq_len=256k memory=offload", steps=3),
     "llama-1b-512k-full": Rung(
         f"{LLAMA_1B} seq_len=512k memory=full memory.keep_attention=0.125 memory.head_groups=4", steps=2
