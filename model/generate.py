@@ -79,7 +79,7 @@ class Generator:
         self.model, self.sampling, self.chunk = model, sampling, chunk
         self.cache = CachedAttention(attention or model.attention, config.n_layers, batch_size, capacity)
         self.device = self.cache.lengths_B.device
-        dtype = self.cache.keys_LBCGD.dtype
+        dtype = getattr(torch, self.cache.spec.dtype)
         self._autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self._tokens_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         candidates = num_candidates(sampling, config.vocab_size)

@@ -1,6 +1,6 @@
 """A cache of keys and values around any backend: each new token attends to all before it, and none is computed again.
 
-Shape suffixes beside the backends': C slots of the cache, L layers.
+Shape suffixes beside the backends': C slots of the cache.
 """
 
 from __future__ import annotations
@@ -66,20 +66,23 @@ class CachedAttention(AttentionBackend):
             raise ValueError("keys are cached for causal attention alone: here an earlier token would see a later one")
         self.inner, self.capacity = inner, capacity
         slots = capacity if spec.window is None else min(capacity, spec.window - 1 + MOST_QUERIES)
-        shape = (n_layers, batch_size, slots, spec.n_kv_heads, spec.head_dim)
+        shape = (batch_size, slots, spec.n_kv_heads, spec.head_dim)
         options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype), "device": spec.device}
-        self.keys_LBCGD, self.values_LBCGD = (torch.zeros(shape, **options) for _ in range(2))
+        # A tensor for each layer: of one tensor of all layers a compiled step would write a copy for each layer.
+        self.layers = [
+            _CachedLayer(inner, torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in range(n_layers)
+        ]
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int32, device=spec.device)
         """Tokens of each row that are in the cache."""
         self._rows_B1 = torch.arange(batch_size, device=spec.device)[:, None]
 
     @property
     def slots(self) -> int:
-        return self.keys_LBCGD.shape[2]
+        return self.layers[0].keys_BCGD.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys_LBCGD.numel() * self.keys_LBCGD.element_size()
+        return sum(layer.keys_BCGD.nbytes + layer.values_BCGD.nbytes for layer in self.layers)
 
     def describe(self) -> str:
         return f"{self.inner.describe()}; with a cache: {self.inner.decodes_with}"
@@ -120,14 +123,14 @@ class CachedAttention(AttentionBackend):
     # ---- attending
 
     def for_layer(self, layer: int) -> _CachedLayer:
-        return _CachedLayer(self.inner, self.keys_LBCGD[layer], self.values_LBCGD[layer])
+        return self.layers[layer]
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Any) -> Tensor:
         raise TypeError("a cache attends by layers: call what for_layer returns")
 
 
 class _CachedLayer:
-    """Not a frozen dataclass, which torch.compile of PyTorch 2.11 cannot build."""
+    """A layer's keys and values, and attention over them."""
 
     def __init__(self, inner: AttentionBackend, keys_BCGD: Tensor, values_BCGD: Tensor) -> None:
         self.inner, self.keys_BCGD, self.values_BCGD = inner, keys_BCGD, values_BCGD
