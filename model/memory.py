@@ -3,7 +3,7 @@
 A step has moments at which its memory may be highest: the loss, while all layers still hold what they keep; the
 backward pass of each layer, which frees what that layer keeps and makes gradients; and the update. `predict` adds up
 what is alive at each of them and returns the highest. What is predicted is PyTorch's `max_memory_allocated`; the
-measured peaks that it is held against are in tests/training/memory-h200.json.
+measured peaks that it is held against are in docs/benchmarks/long-context-h200.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A token at a time: how fast a whole model generates, at several lengths. On a GPU, in a minute.
 
     python -m scripts.bench_generate                                     # llama-1b and llama-8b, one row
+    python -m scripts.bench_generate --compile --out docs/benchmarks/generate-h200       # the record
     python -m scripts.bench_generate --model llama-8b --batch 16 --compile --attention flash sdpa
 
 Weights are random and the cache is empty: neither changes what is read or computed. A step is one CUDA graph, sampling
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +27,13 @@ from model.config import ModelConfig
 from model.generate import Generator
 from model.generate_config import SamplingConfig
 from model.gpt import GPT
-from scripts.record import need_cuda
+from scripts.record import collect_facts, heading, need_cuda, write, write_json
 from scripts.settings import train_config
 
 LENGTHS = (1024, 8192, 32768)
 STEPS, RUNS = 20, 5
+
+Row = dict[str, Any]
 
 
 def build(config: ModelConfig, attention: str, seq_len: int, device: torch.device) -> GPT:
@@ -78,25 +83,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="rows; default 1")
     parser.add_argument("--length", nargs="+", type=int, default=list(LENGTHS), help="tokens; default 1k 8k 32k")
     parser.add_argument("--compile", action="store_true", help="compile the step")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     options = parser.parse_args(argv)
     device = need_cuda("bench_generate")
+    facts = collect_facts("bench_generate", sys.argv[1:] if argv is None else argv, device)
     capacity = max(options.length) + STEPS + 2
-    lines = ["| | tokens/s | ms | GB/s |", "|---|---:|---:|---:|"]
+    rows: list[Row] = []
     for name, attention in product(options.model, options.attention):
         model = build(train_config([f"model={name}", f"seq_len={capacity}"]).model, attention, capacity, device)
         for batch in options.batch:
             settings: dict[str, Any] = {"compile": options.compile, "cuda_graph": True}
             generator = Generator(model, batch, capacity, SamplingConfig(), **settings)
             for length in options.length:
-                ms = step_ms(generator, length)
-                speed, rate = 1000 * batch / ms, bytes_read(model, batch, length) / ms / 1e6
-                lines.append(f"| {name}, {attention}, {batch} × {length:,} | {speed:,.1f} | {ms:.3f} | {rate:,.0f} |")
-                print(lines[-1], flush=True)
+                ms, read = step_ms(generator, length), bytes_read(model, batch, length)
+                case = {"model": name, "attention": attention, "batch": batch, "length": length}
+                rows.append({**case, "ms": ms, "tokens_per_second": 1000 * batch / ms, "gb_per_s": read / ms / 1e6})
+                print(line(rows[-1]), flush=True)
             del generator
         del model
         torch.cuda.empty_cache()
-    print("\n".join(lines))
+    table = ["| | tokens/s | ms | GB/s |", "|---|---:|---:|---:|", *map(line, rows)]
+    if options.out:
+        write_json(options.out, facts, rows)
+        page = [*heading("Generating a token at a time, random weights in bf16", facts), *table]
+        write(options.out.with_name(options.out.name + ".md"), "\n".join(page) + "\n")
+    print("\n".join(table))
     return 0
+
+
+def line(row: Row) -> str:
+    what = f"{row['model']}, {row['attention']}, {row['batch']} × {row['length']:,}"
+    return f"| {what} | {row['tokens_per_second']:,.1f} | {row['ms']:.3f} | {row['gb_per_s']:,.0f} |"
 
 
 if __name__ == "__main__":
