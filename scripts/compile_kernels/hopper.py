@@ -22,6 +22,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MASKS = {
     "causal": (True, False, False),
     "full": (False, False, False),
+    "window": (True, True, False),
     "documents": (True, False, True),
     "everything": (False, True, True),
 }
@@ -30,7 +31,7 @@ MASKS = {
 def configurations(architecture: str) -> Iterator[Configuration]:
     """Everything that the Hopper kernels can be asked for, as far as the compiler can tell; with every mask in bf16."""
     for head_dim, mask, softcap in product((64, 128, 256), MASKS, (False, True)):
-        if softcap and mask in ("full", "documents"):
+        if softcap and mask in ("full", "window", "documents"):
             continue
         row = {"head_dim": head_dim, "mask": mask, "softcap": softcap, "dtype": "bf16", "group": 4}
         yield from attention(row)
@@ -45,13 +46,13 @@ def configurations(architecture: str) -> Iterator[Configuration]:
 
 def attention(row: dict[str, Any], sinks: bool | None = None) -> Iterator[Configuration]:
     """The forward and backward kernels for a head_dim, mask and dtype."""
-    head_dim, softcap = row["head_dim"], row["softcap"]
-    causal, window, starts = MASKS[row["mask"]]
+    head_dim, mask, softcap = row["head_dim"], row["mask"], row["softcap"]
+    causal, window, starts = MASKS[mask]
     kind = Kind(8, row["group"], causal, window, starts, softcap)
     sinks = softcap if sinks is None else sinks
     for seq_len in (1024, 4096) if head_dim == 64 else (4096,):
         yield forward(row, kind, seq_len, sinks)
-    if head_dim == 64 and window:
+    if head_dim == 64 and mask == "window":
         yield forward(row, kind, 4096, sinks, window=1024)
     if head_dim > 128:
         yield backward(row, kind, backward_wide.dkdv_kernel)
