@@ -28,7 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import DecodeTiles, choose_decode_tiles
-from .portable import INTERPRETED, LN2, LOG2E, _capability, cdiv, padded, tanh
+from .portable import INTERPRETED, _capability
+from .problem import cdiv, padded
+from .scores import LN2, LOG2E, tanh
 
 
 @triton.jit

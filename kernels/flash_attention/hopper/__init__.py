@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import portable
+from ..problem import Problem, aligned, cdiv, dsinks_of
 from .backward_pass import CONSUMERS, Backward, M, backward_kernel, prepare_kernel
 from .backward_wide import dkdv_kernel, dq_kernel
 from .common import Kind
@@ -100,12 +100,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and LSE, as `portable.forward`."""
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
-    q, k, v = portable.aligned(q), portable.aligned(k), portable.aligned(v)
+    q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    mask = portable.Mask(causal, window, starts, softcap, scale)
-    config, n = forward_config(_kind(mask, H, G), D, S_k, window)
-    n_tiles = portable.cdiv(S, 64 * config.consumers)
+    problem = Problem(causal, window, starts, softcap, scale)
+    config, n = forward_config(_kind(problem, H, G), D, S_k, window)
+    n_tiles = cdiv(S, 64 * config.consumers)
     n_items = n_tiles * B * H
     multiprocessors = _multiprocessors(q.device)
     # Documents make tiles long and short in any order: of 1k, head_dim 64, 387 instead of 377.
@@ -114,8 +114,8 @@ def forward(
     with torch.cuda.device_of(q):
         launch(
             forward_kernel, min(n_items, multiprocessors),
-            rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, mask.starts, sinks, queue_counter(q.device),
-            n_items, n_tiles, mixed, S, S_k, *mask.numbers, CONFIG=config,
+            rows(q, 64), rows(k, n), rows(v, n), rows(out, 64), lse, problem.starts, sinks, queue_counter(q.device),
+            n_items, n_tiles, mixed, S, S_k, *problem.scalars, CONFIG=config,
         )  # fmt: skip
     return out, lse
 
@@ -132,39 +132,39 @@ def backward(
     is never summed in memory, and always the same.
     """
     (B, S, H, D), G = q.shape, k.shape[2]
-    q, k, v, dout = (portable.aligned(x) for x in (q, k, v, dout))
+    q, k, v, dout = (aligned(x) for x in (q, k, v, dout))
     dlse = None if dlse is None else dlse.contiguous()
-    mask = portable.Mask(causal, window, starts, softcap, scale)
-    config = backward_config(_kind(mask, H, G), D, deterministic)
+    problem = Problem(causal, window, starts, softcap, scale)
+    config = backward_config(_kind(problem, H, G), D, deterministic)
     # Tile after tile: numbers of its rows.
-    shape = B, H, portable.cdiv(S, M.value), config.numbers // M.value, M.value
+    shape = B, H, cdiv(S, M.value), config.numbers // M.value, M.value
     statistics = torch.empty(shape, dtype=torch.float32, device=q.device)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     compute = _dkdv_then_dq if D > 128 else _fused
     with torch.cuda.device_of(q):
-        compute(config, mask, scale, (q, k, v, dout), (out, lse, dlse), statistics, (dq, dk, dv))
+        compute(config, problem, scale, (q, k, v, dout), (out, lse, dlse), statistics, (dq, dk, dv))
     dsinks = None
     if sinks is not None:
-        dsinks = portable.dsinks_of(sinks, lse, statistics[:, :, :, 1].flatten(2)[:, :, :S])
+        dsinks = dsinks_of(sinks, lse, statistics[:, :, :, 1].flatten(2)[:, :, :S])
     return dq, dk, dv, dsinks
 
 
 def _prepare(
-    config: Backward, mask: portable.Mask, dout: Tensor, outputs: Outputs, S_k: int, statistics: Tensor,
+    config: Backward, problem: Problem, dout: Tensor, outputs: Outputs, S_k: int, statistics: Tensor,
     sums: Tensor | None = None, counts: tuple[Tensor | None, ...] = (None,) * 3, n_places: int = 0, n_heads: int = 0,
 ) -> Tensor | None:  # fmt: skip
     """The rows' statistics, and where dQ is summed in memory the places and counts for that.
 
-    Returns the rows that see each tile of keys (`rows_by_starts`), where there are documents.
+    Returns the rows that see each tile of keys (`queries_by_starts`), where there are documents.
     """
     out, lse, dlse = outputs
     (B, S, H, _), query_tiles = out.shape, statistics.shape[2]
     ends = None
-    if mask.starts is not None:
-        ends = torch.empty(B, portable.cdiv(S_k, config.n), 2, dtype=torch.int32, device=out.device)
+    if problem.starts is not None:
+        ends = torch.empty(B, cdiv(S_k, config.n), 2, dtype=torch.int32, device=out.device)
     launch(
         prepare_kernel, B * H * query_tiles,
-        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, mask.starts, statistics, ends, sums, *counts,
+        plain_rows(out, M.value), plain_rows(dout, M.value), lse, dlse, problem.starts, statistics, ends, sums, *counts,
         S, S_k, query_tiles, n_places, n_heads, H=H, M=M.value, N=config.n, D=config.width,
         SUMMED=sum(config.shares), NUMBERS=config.numbers,
     )  # fmt: skip
@@ -172,12 +172,12 @@ def _prepare(
 
 
 def _fused(
-    config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
+    config: Backward, problem: Problem, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
     gradients: Tensors,
 ) -> None:  # fmt: skip
     (q, k, v, dout), (dq, dk, dv) = inputs, gradients
     (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
-    query_tiles, n_tiles = portable.cdiv(S, M.value), portable.cdiv(S_k, config.n)
+    query_tiles, n_tiles = cdiv(S, M.value), cdiv(S_k, config.n)
     n_items = n_tiles * B * G
     programs = min(n_items, _multiprocessors(q.device))
     lag, places, mixed = sums_plan(config, B * G, n_tiles, programs)
@@ -187,12 +187,12 @@ def _fused(
     turns = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
     sum_rows = (numbers(sums, M.value * columns // 32, 32) for columns in config.shares)
     counts = added, cleared, turns
-    ends = _prepare(config, mask, dout, outputs, S_k, statistics, sums, counts, n_places, B * G)
+    ends = _prepare(config, problem, dout, outputs, S_k, statistics, sums, counts, n_places, B * G)
     sorted_tiles = None
     if ends is not None and not config.deterministic:  # turns are in the order of the keys
         sorted_tiles = torch.empty(B, n_tiles, dtype=torch.int32, device=q.device)
         launch(
-            sort_kernel, B * portable.cdiv(n_tiles, 64),
+            sort_kernel, B * cdiv(n_tiles, 64),
             ends, sorted_tiles, S_k - S, n_tiles, N=config.n, CHUNK=64, CAUSAL=config.causal,
         )  # fmt: skip
     launch(
@@ -200,36 +200,37 @@ def _fused(
         rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value),
         numbers(statistics, config.numbers), *sum_rows, numbers(sums, 32, 32), rows(dq, M.value, 16),
         rows(dk, config.n), rows(dv, config.n), sums, ends, sorted_tiles, queue_counter(q.device), *counts,
-        places, lag, n_items, n_tiles, mixed, S, S_k, *mask.numbers, scale, CONFIG=config,
+        places, lag, n_items, n_tiles, mixed, S, S_k, *problem.scalars, scale, CONFIG=config,
     )  # fmt: skip
 
 
 def _dkdv_then_dq(
-    config: Backward, mask: portable.Mask, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
+    config: Backward, problem: Problem, scale: float, inputs: Tensors, outputs: Outputs, statistics: Tensor,
     gradients: Tensors,
 ) -> None:  # fmt: skip
     (q, k, v, dout), (dq, dk, dv) = inputs, gradients
     (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
-    query_tiles = portable.cdiv(S, M.value)
-    n_tiles, m_tiles = portable.cdiv(S_k, config.n), portable.cdiv(query_tiles, CONSUMERS.value)
+    query_tiles = cdiv(S, M.value)
+    n_tiles, m_tiles = cdiv(S_k, config.n), cdiv(query_tiles, CONSUMERS.value)
     tiles = rows(q, M.value), rows(k, config.n), rows(v, config.n), rows(dout, M.value)
     # Nothing is summed in memory, so there is room to mix more.
     items = (16 if config.starts else 4) * _multiprocessors(q.device)
-    ends = _prepare(config, mask, dout, outputs, S_k, statistics)
+    ends = _prepare(config, problem, dout, outputs, S_k, statistics)
     launch(
         dkdv_kernel, n_tiles * B * G,
         *tiles, numbers(statistics, config.numbers), rows(dk, config.n), rows(dv, config.n), ends,
-        n_tiles, log_mixed(config, B * G, n_tiles, items), S, S_k, *mask.numbers, scale, CONFIG=config,
+        n_tiles, log_mixed(config, B * G, n_tiles, items), S, S_k, *problem.scalars, scale, CONFIG=config,
     )  # fmt: skip
     launch(
         dq_kernel, m_tiles * B * H,
-        *tiles, rows(dq, M.value), statistics, mask.starts,
-        m_tiles, log_mixed(config, B * G, m_tiles * config.group, items), S, S_k, *mask.numbers, scale, CONFIG=config,
+        *tiles, rows(dq, M.value), statistics, problem.starts,
+        m_tiles, log_mixed(config, B * G, m_tiles * config.group, items), S, S_k, *problem.scalars, scale,
+        CONFIG=config,
     )  # fmt: skip
 
 
-def _kind(mask: portable.Mask, H: int, G: int) -> Kind:
-    flags = mask.flags
+def _kind(problem: Problem, H: int, G: int) -> Kind:
+    flags = problem.flags
     return Kind(H, H // G, flags["CAUSAL"], flags["WINDOW"], flags["STARTS"], flags["SOFTCAP"])
 
 

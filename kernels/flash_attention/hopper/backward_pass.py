@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..portable import rows_by_starts
+from ..intervals import queries_by_starts
 from . import parts
 from .common import (
     LOG2E,
@@ -683,7 +683,7 @@ def prepare_kernel(
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of M queries, one after the other: LSE in base 2; delta = Σ out · dout − dlse; the starts of their documents, as
-    bits. Of each tile of N keys: `rows_by_starts`. Places for sums of dQ, and everybody's counts, begin at 0."""
+    bits. Of each tile of N keys: `queries_by_starts`. Places for sums of dQ, and everybody's counts, begin at 0."""
     program = tl.program_id(0)
     head = program // n_tiles
     b, h = head // H, head % H
@@ -708,7 +708,7 @@ def prepare_kernel(
             key_tiles = tl.cdiv(S_k, N)
             for tile in range(program % n_tiles, key_tiles, n_tiles):
                 n1 = tl.minimum(tile * N + N, S_k) - 1
-                some_to, full_to = rows_by_starts(starts_ptr + b.to(tl.int64) * S, tile * N, n1, S, M)
+                some_to, full_to = queries_by_starts(starts_ptr + b.to(tl.int64) * S, tile * N, n1, S, M)
                 tl.store(ends_ptr + 2 * (b * key_tiles + tile), some_to)
                 tl.store(ends_ptr + 2 * (b * key_tiles + tile) + 1, full_to)
     if turns_ptr is not None:

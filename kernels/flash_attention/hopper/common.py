@@ -14,13 +14,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .. import portable
+from .. import intervals, scores
 
-LOG2E = gl.constexpr(portable.LOG2E.value)
-LN2 = gl.constexpr(portable.LN2.value)
+LOG2E = gl.constexpr(scores.LOG2E.value)
+LN2 = gl.constexpr(scores.LN2.value)
 
-keys_seen = gluon.jit(portable.keys_seen.fn)
-tanh = gluon.jit(portable.tanh.fn)
+keys_seen = gluon.jit(intervals.keys_seen.fn)
+tanh = gluon.jit(scores.tanh.fn)
 
 
 class Mask(NamedTuple):
@@ -32,7 +32,7 @@ class Mask(NamedTuple):
     starts_ptr: Any
     """int32 (B, S), where there are documents: the first key of each query's."""
     ends_ptr: Any
-    """int32 (B, tiles of keys, 2), in the backward's kernels: what `rows_by_starts` says of each tile."""
+    """int32 (B, tiles of keys, 2), in the backward's kernels: what `queries_by_starts` says of each tile."""
     cap: Any
     factor: Any
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
-from .. import portable
+from .. import problem
 
 Descriptor = TypeVar("Descriptor", TensorDescriptor, PlainDescriptor)
 
@@ -87,7 +87,7 @@ def queue_counter(device: torch.device) -> Tensor:
 
 def padded(D: int) -> int:
     """D as tiles have it: 64, 128 or 256."""
-    return max(64, portable.padded(D))
+    return max(64, problem.padded(D))
 
 
 def _of(blank: Descriptor, base: Tensor) -> Descriptor:

@@ -48,8 +48,9 @@ def place_of(item, order, GROUP: gl.constexpr, CONFIG: gl.constexpr):
 
 @triton.jit(do_not_specialize=["shift", "n_tiles"])
 def sort_kernel(ends_ptr, sorted_ptr, shift, n_tiles, N: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr):
-    """`Order.sorted_ptr`, by the ends of the queries that see each tile of N keys (`rows_by_starts`): of CHUNK tiles,
-    how many come before. Query m is at position m + shift. A window shortens tiles, but makes none the longer of two.
+    """`Order.sorted_ptr`, by the ends of the queries that see each tile of N keys (`queries_by_starts`): of CHUNK
+    tiles, how many come before. Query m is at position m + shift. A window shortens tiles, but makes none the longer of
+    two.
     """
     chunks = tl.cdiv(n_tiles, CHUNK)
     first = tl.program_id(0) // chunks * n_tiles  # of the batch
