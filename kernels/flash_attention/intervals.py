@@ -44,15 +44,13 @@ def sees(n, t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, S
 
 
 @triton.jit
-def queries_of_keys(
-    n0, n1, some_to, full_to, S, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
+def queries_of_keys(n0, n1, shift, some_to, full_to, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Which queries see the keys n0 to n1, documents aside: (some_from, full_from, some_to, full_to).
 
     Queries [some_from, some_to) hold every one that sees some of these keys; each of [full_from, full_to) sees all of
-    them. Both begin below 0 where the first query does; `some_to` and `full_to` come in as the ends of all queries.
+    them. A query's position is its number plus `shift`. `some_to` and `full_to` come in as the ends of all queries; the
+    first query may be past 0, or below it.
     """
-    shift = S_k - S
     some_from, full_from = 0, 0
     if CAUSAL:
         some_from, full_from = n0 - shift, n1 - shift

@@ -244,7 +244,7 @@ def dkdv_kernel(
     n1 = tl.minimum(n0 + N, S_k) - 1
     # Rows [some_from, some_to) hold every query that sees some key of the tile; all of [full_from, full_to) see all.
     shift = S_k - S
-    some_from, full_from, some_to, full_to = queries_of_keys(n0, n1, S, S, S, S_k, window, CAUSAL, WINDOW)
+    some_from, full_from, some_to, full_to = queries_of_keys(n0, n1, shift, S, S, window, CAUSAL, WINDOW)
     if STARTS:
         starts_ptr += b.to(tl.int64) * S
         by_start, all_by_start = queries_by_starts(starts_ptr, n0, n1, S, M)

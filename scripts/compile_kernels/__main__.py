@@ -5,9 +5,10 @@
     python -m scripts.compile_kernels --only hopper backward D128 causal --ptx ptx
 
 Each line has a configuration's name; hashes of the normalised PTX and of the machine code; registers per thread at the
-launch; bytes of shared memory; bytes per thread spilled. The PTX is normalised by leaving out comments, source lines,
-debug sections and the names of functions, and nothing else. A kernel is compiled again only if its source, Triton or
-the reader has changed (docs/testing.md).
+launch; bytes of shared memory; bytes per thread spilled. In the PTX, comments, source lines, debug sections and the
+names of functions, virtual registers and labels do not count. The machine code follows from the PTX, but ptxas may
+choose registers by the names of virtual ones. A kernel is compiled again only if its source, Triton or the reader has
+changed (docs/testing.md).
 
 Exit codes: 0 all equal, 1 some differ, 2 the comparison cannot be made.
 """

@@ -55,6 +55,7 @@ def compile_anew(source: Any, target: GPUTarget, options: dict[str, Any]) -> tup
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(log):
         os.environ["TRITON_CACHE_DIR"] = scratch  # else Triton keeps every stage: half a MB a kernel
         triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.disable_line_info = True  # else ptxas may number registers by the source's lines
         return triton.compile(source, target=target, options=options), log.getvalue()
 
 

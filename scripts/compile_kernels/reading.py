@@ -6,6 +6,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def read(compiled: Any, log: str) -> dict[str, Any]:
     Args:
         compiled: Triton's CompiledKernel. log: what ptxas -v said while it was made.
     Returns:
-        ptx: hash of the normalised PTX (or AMD's assembly). code: hash of the machine code.
+        ptx: hash of the normalised PTX (or AMD's assembly). code: hash of the machine code, which is the same for the
+            same PTX without line information.
         shared: bytes of shared memory. registers: per thread, at the launch. stack, spilled: bytes per thread.
         serialized: ptxas makes asynchronous products wait for one another.
         instructions: those of INSTRUCTIONS that it has. barriers: the named barriers that Triton chose for itself.
@@ -65,8 +67,12 @@ def digest(text: str) -> str:
 
 
 def normalised(assembly: str, comment: str = "//") -> str:
-    """PTX, or AMD's assembly, without what no instruction depends on: comments, the lines of the source, debug sections
-    with their labels, and the names of functions."""
+    """PTX, or AMD's assembly, without what no instruction depends on.
+
+    Left out are comments, the lines of the source, debug sections with their labels, and labels that nothing jumps to.
+    Functions, virtual registers and labels are renamed in the order in which they appear, and the registers' counts are
+    left out: what remains says which instructions there are, in which order, and which result each of them takes.
+    """
     text = re.split(r"^\s*\.section\s+\.debug", assembly, maxsplit=1, flags=re.M)[0]
     text = re.sub(re.escape(comment) + ".*", "", text)
     text = re.sub(r"^\s*\.(loc|file)\b.*", "", text, flags=re.M)
@@ -75,7 +81,27 @@ def normalised(assembly: str, comment: str = "//") -> str:
     functions += re.findall(r"^\s*\.(?:globl|type)\s+(\w+)", text, flags=re.M)  # AMD
     for i, name in enumerate(dict.fromkeys(functions)):
         text = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", f"function{i}", text)
+    text = re.sub(r"^\s*\.reg\s+\.\w+\s+%\w+<\d+>;", "", text, flags=re.M)
+    text = in_order(r"%[a-z]+\d+\b", text)
+    jumps = Counter(re.findall(r"\$L__BB\w+", text))
+    text = re.sub(r"^(\$L__BB\w+):", lambda label: label[0] if jumps[label[1]] > 1 else "", text, flags=re.M)
+    text = in_order(r"\$L__BB\w+", text)
     return "\n".join(line for line in map(str.rstrip, text.splitlines()) if line) + "\n"
+
+
+def in_order(pattern: str, text: str) -> str:
+    """Names like %r12 numbered anew, each kind by itself, in the order in which they appear."""
+    new: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+
+    def renamed(found: re.Match[str]) -> str:
+        if found[0] not in new:
+            kind = found[0].rstrip("0123456789")
+            new[found[0]] = f"{kind}{counts[kind]}"
+            counts[kind] += 1
+        return new[found[0]]
+
+    return re.sub(pattern, renamed, text)
 
 
 def machine_code(cubin: bytes) -> str:

@@ -53,10 +53,12 @@ from .common import (
     make_queue,
     matrix,
     next_item,
+    queries_of_keys,
     receive_item,
+    score_gradient,
     sees,
-    tanh,
     wait_until_added,
+    weigh_raw,
 )
 from .order import Order, place_of
 
@@ -190,14 +192,9 @@ def locate(item, order, mask, CONFIG: gl.constexpr):
     n0 = tile * CONFIG.n
     n1 = gl.minimum(n0 + CONFIG.n, mask.S_k) - 1
     shift = mask.S_k - mask.S
-    some_from, full_from, some_to, full_to = 0, 0, mask.S, gl.cdiv(mask.S, M) * M
-    if CONFIG.causal:
-        some_from, full_from = n0 - shift, n1 - shift
-    if CONFIG.window:
-        if not CONFIG.causal:
-            some_from, full_from = n0 - mask.window + 1 - shift, n1 - mask.window + 1 - shift
-        some_to = gl.minimum(some_to, n1 + mask.window - shift)
-        full_to = gl.minimum(full_to, n0 + mask.window - shift)
+    some_from, full_from, some_to, full_to = queries_of_keys(
+        n0, n1, shift, mask.S, gl.cdiv(mask.S, M) * M, mask.window, CONFIG.causal, CONFIG.window
+    )
     if CONFIG.starts:
         ends_ptr = mask.ends_ptr + 2 * (b * order.n_tiles + tile)
         some_to, full_to = gl.minimum(some_to, gl.load(ends_ptr)), gl.minimum(full_to, gl.load(ends_ptr + 1))
@@ -536,9 +533,7 @@ def consume(
 
     lse = statistics.slice(0, M, 0).load(query)
     s = warpgroup_mma_wait(PRODUCTS, deps=[s])
-    if CONFIG.softcap:
-        s = tanh(s * mask.cap)
-    p = gl.exp2(s * mask.factor - gl.expand_dims(lse, 0))
+    p, s = weigh_raw(s, gl.expand_dims(lse, 0), mask.cap, mask.factor, CONFIG.softcap)
     if masked:
         m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + c * 64 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
@@ -549,10 +544,7 @@ def consume(
     weight = p.to(dtype)
     delta = statistics.slice(M, M, 0).load(query)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    ds = p * (dp - gl.expand_dims(delta, 0))
-    if CONFIG.softcap:
-        ds *= 1 - s * s
-    ds = ds.to(dtype)
+    ds = score_gradient(p, dp, gl.expand_dims(delta, 0), s, CONFIG.softcap).to(dtype)
 
     if not FIRST:  # the other consumer has used dS of the step before the last, whose place this one takes
         mbarrier.wait(sums.ds_full.index(0), (step & 1) ^ 1)

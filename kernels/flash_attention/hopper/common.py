@@ -20,7 +20,11 @@ LOG2E = gl.constexpr(scores.LOG2E.value)
 LN2 = gl.constexpr(scores.LN2.value)
 
 keys_seen = gluon.jit(intervals.keys_seen.fn)
+interval_sees = gluon.jit(intervals.sees.fn)
+queries_of_keys = gluon.jit(intervals.queries_of_keys.fn)
 tanh = gluon.jit(scores.tanh.fn)
+weigh_raw = gluon.jit(scores.weigh.fn)
+score_gradient = gluon.jit(scores.score_gradient.fn)
 
 
 class Mask(NamedTuple):
@@ -68,19 +72,9 @@ def seen_by(mask, m, b, CONFIG: gl.constexpr):
 
 @gluon.jit
 def sees(mask, m, start, n, CONFIG: gl.constexpr):
-    """Whether query m, of a document that begins at `start`, sees key n: what `seen_by` says, without the ends of m's
-    interval in registers."""
+    """Whether query m, of a document that begins at `start`, sees key n."""
     t = m + (mask.S_k - mask.S)
-    seen = n < mask.S_k
-    if CONFIG.causal:
-        seen = n <= t
-    if CONFIG.window:
-        seen &= n > t - mask.window
-        if not CONFIG.causal:
-            seen &= n < t + mask.window
-    if CONFIG.starts:
-        seen &= n >= start
-    return seen
+    return interval_sees(n, t, start, mask.S_k, mask.window, CONFIG.causal, CONFIG.window, CONFIG.starts)
 
 
 @gluon.jit
