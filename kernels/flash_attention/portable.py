@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import Tiles, choose_tiles
 from .intervals import keys_seen, queries_by_starts, queries_of_keys
 from .problem import Problem, aligned, cdiv, dsinks_of, padded
-from .scores import LN2, LOG2E, score_gradient, tanh, weigh
+from .scores import LN2, LOG2E, capped, score_gradient, weigh
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -143,8 +143,7 @@ def forward_kernel(
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * cap)
+        s = capped(s, cap, SOFTCAP)
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             s = tl.where((n >= first[:, None]) & (n < end[:, None]), s, float("-inf"))
@@ -215,7 +214,8 @@ def dq_kernel(
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        p, s = weigh(s, lse[:, None], cap, factor, SOFTCAP)
+        s = capped(s, cap, SOFTCAP)
+        p = weigh(s, lse[:, None], factor)
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             p = tl.where((n >= first[:, None]) & (n < end[:, None]), p, 0.0)
@@ -273,7 +273,8 @@ def dkdv_kernel(
         delta = tl.load(delta_ptr + row, mask=m < S, other=0.0)
         # [N, M]: transposed, so that the sums over queries are plain products
         s = tl.dot(k, q.T, input_precision=PRECISION)
-        p, s = weigh(s, lse[None, :], cap, factor, SOFTCAP)
+        s = capped(s, cap, SOFTCAP)
+        p = weigh(s, lse[None, :], factor)
         if (m0 < full_from) | (m0 + M > full_to):
             start = 0
             if STARTS:

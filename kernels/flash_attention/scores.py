@@ -22,14 +22,17 @@ def tanh(x):
 
 
 @triton.jit
-def weigh(s, lse, cap, factor, SOFTCAP: tl.constexpr):
-    """P of raw products, and the tanh of a soft cap (without one s as it was), which `score_gradient` needs.
-
-    `lse` is in base 2, along the rows of s. One of ∞ makes every weight of its row 0.
-    """
+def capped(s, cap, SOFTCAP: tl.constexpr):
+    """Raw products as `weigh` and `score_gradient` take them: the tanh of a soft cap, or s as it is."""
     if SOFTCAP:
         s = tanh(s * cap)
-    return tl.exp2(s * factor - lse), s
+    return s
+
+
+@triton.jit
+def weigh(s, lse, factor):
+    """P of capped products, from LSE in base 2 along the rows of s. One of ∞ makes all weights of its row 0."""
+    return tl.exp2(s * factor - lse)
 
 
 @triton.jit

@@ -10,9 +10,9 @@ import torch
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import backward_pass, backward_wide, forward_pass, host, order
-from kernels.flash_attention.hopper.common import Kind
+from kernels.flash_attention.hopper import backward_pass, backward_split, config, forward_pass, host, scheduler
+from kernels.flash_attention.hopper.config import QUERIES, Kind
+from kernels.flash_attention.hopper.preprocess import preprocess_kernel
 
 from .configuration import Configuration, target_of
 
@@ -55,8 +55,8 @@ def attention(row: dict[str, Any], sinks: bool | None = None) -> Iterator[Config
     if head_dim == 64 and mask == "window":
         yield forward(row, kind, 4096, sinks, window=1024)
     if head_dim > 128:
-        yield backward(row, kind, backward_wide.dkdv_kernel)
-        yield backward(row, kind, backward_wide.dq_kernel)
+        yield backward(row, kind, backward_split.dkdv_kernel)
+        yield backward(row, kind, backward_split.dq_kernel)
     else:
         yield backward(row, kind, backward_pass.backward_kernel)
         yield backward(row, kind, backward_pass.backward_kernel, deterministic=True)
@@ -84,58 +84,62 @@ def rows(n_rows: int, head_dim: int, dtype: str, *, n_columns: int | None = None
 
 def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: int | None = None) -> Configuration:
     head_dim, dtype = row["head_dim"], row["dtype"]
-    config, n = hopper.forward_config(kind, head_dim, seq_len, window)
-    types = dict.fromkeys(("n_items", "n_tiles", "log_mixed", "S", "S_k", "window"), "i32")
+    constants = config.forward_config(kind, head_dim, seq_len, window)
+    types = dict.fromkeys(("n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
     types |= {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
-    types |= {name: rows(64, head_dim, dtype) for name in ("q_rows", "out_rows")}
-    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows")}
+    types |= {name: rows(QUERIES, head_dim, dtype) for name in ("q_rows", "out_rows")}
+    types |= {name: rows(constants.n, head_dim, dtype) for name in ("k_rows", "v_rows")}
     absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
     if not sinks:
         absent["sinks_ptr"] = None
     row = {"kernel": "forward"} | row | {"seq_len": seq_len, "window": window, "sinks": sinks}
-    return configuration(row, forward_pass.forward_kernel, {"CONFIG": config} | absent, types)
+    return configuration(row, forward_pass.forward_kernel, {"CONFIG": constants} | absent, types)
 
 
 def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: bool = False) -> Configuration:
     head_dim, dtype = row["head_dim"], row["dtype"]
-    config = hopper.backward_config(kind, head_dim, deterministic)
-    m, n = backward_pass.M.value, config.n
+    constants = config.backward_config(kind, head_dim, deterministic)
+    m, n = QUERIES, constants.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
-    types = dict.fromkeys(("count", "lag", "n_items", "n_tiles", "log_mixed", "S", "S_k", "window"), "i32") | scalars
+    types = (
+        dict.fromkeys(("count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
+        | scalars
+    )
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
-    types |= dict.fromkeys(("added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
     types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
     if kernel is backward_pass.backward_kernel:
-        for i, columns in enumerate(config.shares):
-            types[f"sum{i}_rows"] = type_of(host.numbers(torch.empty(m * columns), m * columns // 32, 32))
-        types["chunk_rows"] = type_of(host.numbers(torch.empty(1024), 32, 32))
+        for i, columns in enumerate(constants.dq_columns):
+            types[f"sum{i}_rows"] = type_of(host.floats(torch.empty(m * columns), m * columns // 32, 32))
+        types["chunk_rows"] = type_of(host.floats(torch.empty(1024), 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
-    absent = {} if kind.starts else {"starts_ptr" if kernel is backward_wide.dq_kernel else "ends_ptr": None}
+    absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "ends_ptr": None}
     if kernel is backward_pass.backward_kernel:
         if not deterministic:
-            absent["turns_ptr"] = None
+            absent["semaphore_ptr"] = None
         if deterministic or not kind.starts:
             absent["sorted_ptr"] = None
-    types["stat_rows"] = type_of(host.numbers(torch.empty(config.numbers), config.numbers))
+    types["stat_rows"] = type_of(host.floats(torch.empty(constants.row_stats), constants.row_stats))
     row = {"kernel": kernel.__name__.removesuffix("_kernel")} | row | {"deterministic": deterministic}
-    return configuration(row, kernel, {"CONFIG": config} | absent, types)
+    return configuration(row, kernel, {"CONFIG": constants} | absent, types)
 
 
 def preprocess(head_dim: int, dtype: str) -> Configuration:
     row = {"kernel": "preprocess", "head_dim": head_dim, "dtype": dtype}
-    m = backward_pass.M.value
-    width = hopper.padded(head_dim)
-    constants = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "NUMBERS": 4 * m}
+    m, width = QUERIES, config.padded(head_dim)
+    constants = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "ROW_STATS": 4 * m}
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
-    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "turns_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
-    types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_places", "n_heads"), "i32")
-    return configuration(row, backward_pass.prepare_kernel, constants, types)
+    types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_accumulators", "n_heads"), "i32")
+    return configuration(row, preprocess_kernel, constants, types)
 
 
 def sort() -> Configuration:
     types = {"ends_ptr": "*i32", "sorted_ptr": "*i32", "shift": "i32", "n_tiles": "i32"}
-    return configuration({"kernel": "sort"}, order.sort_kernel, {"N": 128, "CHUNK": 64, "CAUSAL": True}, types)
+    return configuration(
+        {"kernel": "sort"}, scheduler.sort_kernel, {"N": 128, "CHUNK": scheduler.SORT_CHUNK, "CAUSAL": True}, types
+    )
