@@ -11,8 +11,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def read_compiled(read: Reader, source: Any, target: GPUTarget, options: dict[st
             which is part of the key.
         source: an ASTSource, or Gluon's.
     """
-    file = FOLDER / f"{key(read, source, target, options)}.json"
+    with settings():  # part of the key
+        file = FOLDER / f"{key(read, source, target, options)}.json"
     try:
         return json.loads(file.read_text("utf-8"))
     except (FileNotFoundError, ValueError):
@@ -52,11 +53,18 @@ def read_compiled(read: Reader, source: Any, target: GPUTarget, options: dict[st
 def compile_anew(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
     """The compiled kernel, and what ptxas -v said of it."""
     log = io.StringIO()
-    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(log):
-        os.environ["TRITON_CACHE_DIR"] = scratch  # else Triton keeps every stage: half a MB a kernel
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.disable_line_info = True  # else ptxas may number registers by the source's lines
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(log), settings():
+        triton.knobs.cache.dir = scratch  # else Triton keeps every stage: half a MB a kernel
         return triton.compile(source, target=target, options=options), log.getvalue()
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope(), knobs.cache.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.disable_line_info = True  # else ptxas may number registers by the source's lines
+        yield
 
 
 def key(read: Reader, source: Any, target: GPUTarget, options: dict[str, Any]) -> str:

@@ -110,10 +110,10 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
-    types |= {"stat_ptr": "*fp32", "sum_ptr": "*fp32"}
+    types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
     if kernel is backward_pass.backward_kernel:
         for i, columns in enumerate(constants.dq_columns):
-            types[f"sum{i}_rows"] = type_of(host.floats(torch.empty(m * columns), m * columns // 32, 32))
+            types[f"accum{i}_rows"] = type_of(host.floats(torch.empty(m * columns), m * columns // 32, 32))
         types["chunk_rows"] = type_of(host.floats(torch.empty(1024), 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "ends_ptr": None}
@@ -131,7 +131,7 @@ def preprocess(head_dim: int, dtype: str) -> Configuration:
     row = {"kernel": "preprocess", "head_dim": head_dim, "dtype": dtype}
     m, width = QUERIES, config.padded(head_dim)
     constants = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "ROW_STATS": 4 * m}
-    types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "sum_ptr"), "*fp32")
+    types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "accum_ptr"), "*fp32")
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
     types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_accumulators", "n_heads"), "i32")

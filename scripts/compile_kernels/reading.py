@@ -17,6 +17,9 @@ INSTRUCTIONS = (
     "setmaxnreg", "v_mfma",
 )  # fmt: skip
 
+MOVES_BUFFERS = triton.__version__.startswith("3.6.")
+"""Triton 3.6 places buffers in shared memory by how their values reach the partitions, which is no part of the code."""
+
 
 def read(compiled: Any, log: str) -> dict[str, Any]:
     """Hashes and resources of a kernel, for JSON.
@@ -71,7 +74,8 @@ def normalised(assembly: str, comment: str = "//") -> str:
 
     Left out are comments, the lines of the source, debug sections with their labels, and labels that nothing jumps to.
     Functions, virtual registers and labels are renamed in the order in which they appear, and the registers' counts are
-    left out: what remains says which instructions there are, in which order, and which result each of them takes.
+    left out: what remains says which instructions there are, in which order, and which result each of them takes. With
+    Triton 3.6 addresses in shared memory are left out, too.
     """
     text = re.split(r"^\s*\.section\s+\.debug", assembly, maxsplit=1, flags=re.M)[0]
     text = re.sub(re.escape(comment) + ".*", "", text)
@@ -81,6 +85,8 @@ def normalised(assembly: str, comment: str = "//") -> str:
     functions += re.findall(r"^\s*\.(?:globl|type)\s+(\w+)", text, flags=re.M)  # AMD
     for i, name in enumerate(dict.fromkeys(functions)):
         text = re.sub(rf"\b{re.escape(name)}(?=\b|_param_)", f"function{i}", text)
+    if MOVES_BUFFERS:
+        text = re.sub(r"(add\.s32\s+%r\d+, %r\d+, |\[[^\]\s]*\+)\d{4,6}\b", r"\1ADDRESS", text)
     text = re.sub(r"^\s*\.reg\s+\.\w+\s+%\w+<\d+>;", "", text, flags=re.M)
     text = in_order(r"%[a-z]+\d+\b", text)
     jumps = Counter(re.findall(r"\$L__BB\w+", text))

@@ -106,7 +106,7 @@ def backward(
 
 def _preprocess(
     config: Backward, problem: Problem, dout: Tensor, outputs: Outputs, S_k: int, row_stats: Tensor,
-    sums: Tensor | None = None, counters: tuple[Tensor | None, ...] = (None,) * 3, n_accumulators: int = 0,
+    accum: Tensor | None = None, counters: tuple[Tensor | None, ...] = (None,) * 3, n_accumulators: int = 0,
     n_heads: int = 0,
 ) -> Tensor | None:  # fmt: skip
     """The rows' statistics, and where dQ is accumulated in memory the accumulators and counters for that, cleared.
@@ -120,7 +120,7 @@ def _preprocess(
         ends = torch.empty(B, cdiv(S_k, config.n), 2, dtype=torch.int32, device=out.device)
     launch(
         preprocess_kernel, B * H * query_tiles,
-        plain_rows(out, QUERIES), plain_rows(dout, QUERIES), lse, dlse, problem.starts, row_stats, ends, sums,
+        plain_rows(out, QUERIES), plain_rows(dout, QUERIES), lse, dlse, problem.starts, row_stats, ends, accum,
         *counters, S, S_k, query_tiles, n_accumulators, n_heads, H=H, M=QUERIES, N=config.n, D=config.width,
         SUMMED=sum(config.dq_columns), ROW_STATS=config.row_stats,
     )  # fmt: skip
@@ -138,13 +138,13 @@ def _fused(
     programs = min(n_work_tiles, _multiprocessors(q.device))
     lag, count, interleaved = accumulator_plan(config, B * G, n_tiles, programs)
     n_accumulators = count * H // G * query_tiles  # of a tile of queries each
-    sums = torch.empty(n_accumulators * QUERIES * sum(config.dq_columns), dtype=torch.float32, device=q.device)
+    accum = torch.empty(n_accumulators * QUERIES * sum(config.dq_columns), dtype=torch.float32, device=q.device)
     added, cleared = (torch.empty(B * G, dtype=torch.int32, device=q.device) for _ in range(2))
     semaphores = torch.empty(B * H * query_tiles, dtype=torch.int32, device=q.device) if config.deterministic else None
     row, chunk_columns = CHUNK_ROW.value, CHUNK_COLUMNS.value
-    sum_rows = (floats(sums, QUERIES * columns // row, row) for columns in config.dq_columns)
+    accum_rows = (floats(accum, QUERIES * columns // row, row) for columns in config.dq_columns)
     counters = added, cleared, semaphores
-    ends = _preprocess(config, problem, dout, outputs, S_k, row_stats, sums, counters, n_accumulators, B * G)
+    ends = _preprocess(config, problem, dout, outputs, S_k, row_stats, accum, counters, n_accumulators, B * G)
     sorted_tiles = None
     if ends is not None and not config.deterministic:  # where the order of the sum is that of the keys
         sorted_tiles = torch.empty(B, n_tiles, dtype=torch.int32, device=q.device)
@@ -155,8 +155,8 @@ def _fused(
     launch(
         backward_kernel, programs if config.persistent else n_work_tiles + lag * n_tiles,
         rows(q, QUERIES), rows(k, config.n), rows(v, config.n), rows(dout, QUERIES),
-        floats(row_stats, config.row_stats), *sum_rows, floats(sums, QUERIES * chunk_columns // row, row),
-        rows(dq, QUERIES, chunk_columns), rows(dk, config.n), rows(dv, config.n), sums, ends, sorted_tiles,
+        floats(row_stats, config.row_stats), *accum_rows, floats(accum, QUERIES * chunk_columns // row, row),
+        rows(dq, QUERIES, chunk_columns), rows(dk, config.n), rows(dv, config.n), accum, ends, sorted_tiles,
         queue_counter(q.device), *counters, count, lag, n_work_tiles, n_tiles, interleaved, S, S_k, *problem.scalars,
         scale, CONFIG=config,
     )  # fmt: skip

@@ -61,6 +61,7 @@ from .mask import Mask, capped, score_gradient, sees, weigh
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
 
+OWN_KEYS = gl.constexpr(64)  # of a tile, each consumer's
 DS_STAGES = gl.constexpr(3)  # tiles of dS: one being read, one complete, one being written
 READERS = gl.constexpr(4)  # of the queue: two consumers, reducer, finisher
 
@@ -181,7 +182,7 @@ def compute(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
     scale, scheduler, keys, queries, exchange, staging, mask = args
     stage = n % CONFIG.key_stages
     k, v = matrix(keys.k.tiles, stage), matrix(keys.v, stage)
-    k_own, v_own = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
+    k_own, v_own = k.slice(c * OWN_KEYS, OWN_KEYS, 0), v.slice(c * OWN_KEYS, OWN_KEYS, 0)
     k_parts, v_parts = split_d.split(k_own, CONFIG), split_d.split(v_own, CONFIG)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     descending = descends(work_tile, scheduler, CONFIG)
@@ -238,7 +239,8 @@ def step_of_queries(
     # [64 keys, M queries]: transposed
     k_operand, v_operand = operands
     if not CONFIG.keys_in_registers:
-        k_operand, v_operand = k.slice(c * 64, 64, 0), v.slice(c * 64, 64, 0)
+        k_operand = k.slice(c * OWN_KEYS, OWN_KEYS, 0)
+        v_operand = v.slice(c * OWN_KEYS, OWN_KEYS, 0)
     queries.q.wait_at(stage, phase)
     s = split_d.multiply_transposed(split_d.split(k_operand, CONFIG), q)  # (1) Sᵀ = K Qᵀ
     queries.dout.wait_at(stage, phase)
@@ -250,7 +252,7 @@ def step_of_queries(
     p = weigh(s, gl.expand_dims(lse, 0), mask.factor)
     if masked:
         m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
-        n = gl.expand_dims(n0 + c * 64 + gl.arange(0, 64, gl.SliceLayout(1, scores)), 1)
+        n = gl.expand_dims(n0 + c * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, scores)), 1)
         start = 0
         if CONFIG.starts:
             start = gl.expand_dims(row_stats.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
@@ -262,7 +264,7 @@ def step_of_queries(
 
     if not FIRST:  # dS of the step before is there, so that of the step before the last, which this replaces, was used
         wait_for_ds(step, exchange)
-    exchange.tiles.index(step % DS_STAGES).slice(c * 64, 64, 0).store(ds)
+    exchange.tiles.index(step % DS_STAGES).slice(c * OWN_KEYS, OWN_KEYS, 0).store(ds)
     mbarrier.arrive(exchange.full.index(0), count=1)
     dv = split_d.multiply(weight, dout, dv)  # (3) dV += Pᵀ dO
     if not FIRST:
@@ -298,16 +300,16 @@ def multiply_dq(c: gl.constexpr, step, k, exchange, CONFIG: gl.constexpr):
 
 @gluon.jit
 def reduce_partition(
-    sum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG: gl.constexpr
+    accum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG: gl.constexpr
 ):
-    args = (sum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask)
+    args = (accum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask)
     for_each_work_tile(receive, add_and_store, 0, False, queue, 0, 0, args, CONFIG)
 
 
 @gluon.jit
 def add_and_store(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
-    sum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask = args
-    step = add(work_tile, step, sum_rows, accumulators, scheduler, staging, mask, CONFIG)
+    accum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask = args
+    step = add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CONFIG)
     store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG)
     return step
 
@@ -330,8 +332,8 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
 
 @gluon.jit(do_not_specialize=["count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, sum0_rows, sum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
-    sum_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, semaphore_ptr, count, lag,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, accum0_rows, accum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
+    accum_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, semaphore_ptr, count, lag,
     n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV."""
@@ -347,8 +349,8 @@ def backward_kernel(
     queries = Queries(q_channel, row_stats, Channel(dout, allocate_barriers(STAGES, 1), empty))
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
     ds = gl.allocate_shared_memory(dtype, [DS_STAGES, CONFIG.n, M], ds_layout)
-    dq0 = gl.allocate_shared_memory(gl.float32, sum0_rows.block_shape, sum0_rows.layout)
-    dq1 = gl.allocate_shared_memory(gl.float32, sum1_rows.block_shape, sum1_rows.layout)
+    dq0 = gl.allocate_shared_memory(gl.float32, accum0_rows.block_shape, accum0_rows.layout)
+    dq1 = gl.allocate_shared_memory(gl.float32, accum1_rows.block_shape, accum1_rows.layout)
     exchange = DsExchange(ds, allocate_barriers(1, CONSUMERS))
     staging = DqStaging((dq0, dq1), allocate_barriers(CONSUMERS, 1), allocate_barriers(CONSUMERS, 1))
     complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_rows.block_shape, chunk_rows.layout)
@@ -358,7 +360,7 @@ def backward_kernel(
     queue = make_queue(n_work_tiles, taken_ptr, READERS)
     scheduler = TileScheduler(n_tiles, n_work_tiles // n_tiles, log_interleaved, sorted_ptr)
     fence_async_shared()
-    sum_rows = (sum0_rows, sum1_rows)
+    accum_rows = (accum0_rows, accum1_rows)
     gl.warp_specialize(
         [
             (mma_partition, (0, scale, queue, scheduler, keys, queries, exchange, staging, mask, CONFIG)),
@@ -372,13 +374,13 @@ def backward_kernel(
             ),
             (
                 reduce_partition,
-                (sum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG),
+                (accum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG),
             ),
             (
                 finish_partition,
-                (sum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG),
+                (accum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG),
             ),
         ],
-        [4, 1, 1, 2],
+        [4, 1, 1, 2],  # warps
         CONFIG.registers,
     )  # fmt: skip

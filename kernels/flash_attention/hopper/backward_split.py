@@ -247,7 +247,7 @@ def dkdv_kernel(
                 (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, CONFIG),
             ),
         ],
-        [4, 1],
+        [4, 1],  # warps
         REGISTERS,
     )
 
@@ -398,6 +398,6 @@ def dq_kernel(
             (dq_partition, (1, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG)),
             (dq_load_partition, (q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, CONFIG)),
         ],
-        [4, 1],
+        [4, 1],  # warps
         REGISTERS,
     )

@@ -113,9 +113,9 @@ def additions_before(n0, t, n_tiles, descending, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def add(work_tile, step, sum_rows, accumulators, scheduler, staging, mask, CONFIG: gl.constexpr):
+def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CONFIG: gl.constexpr):
     """Add what a work tile's consumers put into `staging` to the accumulator; returns the steps so far."""
-    ROWS: gl.constexpr = sum_rows[0].block_shape[0] + sum_rows[1].block_shape[0]
+    ROWS: gl.constexpr = accum_rows[0].block_shape[0] + accum_rows[1].block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     keys = locate(work_tile, scheduler, mask, CONFIG)
     descending = descends(work_tile, scheduler, CONFIG)
@@ -143,7 +143,7 @@ def add(work_tile, step, sum_rows, accumulators, scheduler, staging, mask, CONFI
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(staging.full.index(c), step & 1)
             fence_async_shared()
-            async_add(sum_rows[c], [now * ROWS + c * sum_rows[0].block_shape[0], 0], staging.tiles[c])
+            async_add(accum_rows[c], [now * ROWS + c * accum_rows[0].block_shape[0], 0], staging.tiles[c])
         if CONFIG.deterministic:
             # For the next step, under this one: the answer takes half as long as a step. A load and no atomic:
             # compiler.py (L4). 491 TFLOP/s instead of 457 at head_dim 64.
@@ -165,10 +165,10 @@ def add(work_tile, step, sum_rows, accumulators, scheduler, staging, mask, CONFI
 
 @gluon.jit
 def finish_partition(
-    sum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG: gl.constexpr
+    accum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG: gl.constexpr
 ):
     """Converts sums to dQ. After the last head, `lag` more are left: there are extra numbers of work tiles for them."""
-    args = (sum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask)
+    args = (accum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask)
     for_each_work_tile(receive, finish, 0, True, queue, scheduler.n_tiles, accumulators.lag, args, CONFIG)
     tma.store_wait(0)
 
@@ -177,7 +177,7 @@ def finish_partition(
 def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
     """A work tile's share of the head `lag` before its own: some tiles of queries, in chunks of 16 columns, from the
     order of `send_dq`. Returns the chunks read so far."""
-    sum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask = args
+    accum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask = args
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     ROWS: gl.constexpr = chunk_rows.block_shape[0]
     COLUMNS: gl.constexpr = dq_rows.block_shape[3]
@@ -199,14 +199,14 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
         row = (head % accumulators.count * tiles + tile) * (PER_TILE * ROWS)
         offsets = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1) * CHUNK_ROW
         offsets += gl.expand_dims(gl.arange(0, CHUNK_ROW, gl.SliceLayout(0, layout)), 0)
-        sum_ptr += row.to(gl.int64) * CHUNK_ROW
+        accum_ptr += row.to(gl.int64) * CHUNK_ROW
         wait_for_count(accumulators.added_ptr + head, scheduler.n_tiles)
         for i in gl.static_range(STAGES):
             load_chunk(chunk_rows, row + i * ROWS, read + i, i < n_chunks, chunks)
         for i in range(0, n_chunks):
             mbarrier.wait(chunks.full.index(read % STAGES), read // STAGES & 1)
             dq = chunks.sums.index(read % STAGES).load(layout)
-            gl.store(sum_ptr + offsets, gl.zeros([ROWS, CHUNK_ROW], gl.float32, layout))
+            gl.store(accum_ptr + offsets, gl.zeros([ROWS, CHUNK_ROW], gl.float32, layout))
             dq = dq.reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([M, COLUMNS])
             tma.store_wait(1)
             rounded = chunks.rounded.index(read % 2)
@@ -215,7 +215,7 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
             async_store(dq_rows, [b, h, t * M, column], rounded)
             load_chunk(chunk_rows, row + (i + STAGES) * ROWS, read + STAGES, i + STAGES < n_chunks, chunks)
             read += 1
-            sum_ptr += ROWS * CHUNK_ROW
+            accum_ptr += ROWS * CHUNK_ROW
             column += COLUMNS
             t = gl.where(column == SUMMED, t + 1, t)
             column = gl.where(column == SUMMED, 0, column)

@@ -263,11 +263,11 @@ def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
 
 @gluon.jit
 def store(
-    c: gl.constexpr, n, repeating, place, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask,
+    c: gl.constexpr, n, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
-    work_tile, b, h, m0 = place
+    work_tile, b, h, m0 = where
     row: gl.constexpr = row_max.type.layout
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
         # NaN, and so is all that the work tile leaves behind until it is repeated.
@@ -414,11 +414,11 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
 
             outs = multiply_values(p, step, values, outs, CONFIG)
             excess += softmax.rounding_excess(p, block, wanted)
-            place = work_tile, tile.b, tile.h, tile.m0
+            where = work_tile, tile.b, tile.h, tile.m0
             if not JOINED:
                 outs = split_d.wait(0, outs)
                 values.release(step)
-                store(c, n, repeating, place, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG)
+                store(c, n, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG)
                 release_queries(queries, c, n, CONFIG)
             n += 1
             work_tile, tile, begun, s, held = begin(
@@ -429,7 +429,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 if held:
                     values.release(step)
                 store(
-                    c, n - 1, repeating, place, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG
+                    c, n - 1, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG
                 )
             s = warpgroup_mma_wait(0, deps=[s])
             if work_tile < queue.n_work_tiles:
@@ -482,7 +482,7 @@ def forward_kernel(
                 (mma_partition, (1, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
                 (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, CONFIG)),
             ],
-            [4, 1],
+            [4, 1],  # warps
             CONFIG.registers,
         )
     else:
@@ -493,6 +493,6 @@ def forward_kernel(
                 (mma_partition, (2, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
                 (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, CONFIG)),
             ],
-            [4, 4, 1],
+            [4, 4, 1],  # warps
             CONFIG.registers,
         )

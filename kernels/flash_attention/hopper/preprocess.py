@@ -12,7 +12,7 @@ from ..scores import LOG2E
 @triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_accumulators", "n_heads"])
 def preprocess_kernel(
     out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, ends_ptr,
-    sum_ptr, added_ptr, cleared_ptr, semaphore_ptr,
+    accum_ptr, added_ptr, cleared_ptr, semaphore_ptr,
     S, S_k, n_tiles, n_accumulators, n_heads,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, ROW_STATS: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,9 @@ def preprocess_kernel(
                 tl.store(ends_ptr + 2 * (b * key_tiles + tile) + 1, full_to)
     if semaphore_ptr is not None:
         tl.store(semaphore_ptr + program, 0)
-    if sum_ptr is not None:
+    if accum_ptr is not None:
         if program < n_accumulators:
-            accumulator_ptr = sum_ptr + program.to(tl.int64) * (M * SUMMED) + tl.arange(0, M * COLUMNS)
+            accumulator_ptr = accum_ptr + program.to(tl.int64) * (M * SUMMED) + tl.arange(0, M * COLUMNS)
             for i in tl.static_range(0, SUMMED, COLUMNS):
                 tl.store(accumulator_ptr + i * M, tl.zeros([M * COLUMNS], tl.float32))
         if program < n_heads:

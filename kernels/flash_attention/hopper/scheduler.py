@@ -120,6 +120,8 @@ def for_each_work_tile(
     A persistent program gets work tile after work tile, by `take` or `receive`; another one has that of its own number.
     Where EXTRA, `work` is also called with the numbers beyond the last work tile, n_tiles for each of `extra_heads`.
 
+    The forward's loops are its own: a tile's prologue runs under the epilogue of the one before.
+
     `c` is the consumer's number, and a parameter of its own: inside of `args` it would be no constant.
     """
     n = 0
