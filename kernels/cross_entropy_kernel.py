@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .flash_attention.portable import LN2, LOG2E, tanh
+from .flash_attention.scores import LN2, LOG2E, tanh
 
 BLOCK, NUM_WARPS, NUM_STAGES = 4096, 8, 3
 """Logits that a program reads at a time: 16 a thread take 70 registers on sm_90, so that three programs share an SM."""

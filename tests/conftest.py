@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 # Files begin first that take longest: one process runs all of a file, with what its tests share.
-LONGEST = ("test_command_line.py", "test_compile_hopper.py", "test_compile_only.py")
+LONGEST = ("test_command_line.py", "test_compile_hopper.py", "test_compile_portable.py")
 LEFT_OUT = pytest.StashKey[str]()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-FILES = ["tests/data/test_loader.py", "tests/kernels/test_compile_only.py"]
+FILES = ["tests/data/test_loader.py", "tests/kernels/test_compile_portable.py"]
 
 
 @pytest.mark.slow

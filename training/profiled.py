@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 KINDS: dict[str, str] = {
     # The first that matches. Inductor's kernels have the names of what they fuse in theirs: they are no attention.
-    "attention": r"^(forward|backward|prepare|delta|sort|dq|dkdv)_kernel|^triton_tem_.*flex|"
+    "attention": r"^(forward|backward|preprocess|delta|sort|dq|dkdv)_kernel|^triton_tem_.*flex|"
     r"(?i:^(?!triton_).*(flash|fmha|attention|sdpa))",
     "optimizer": r"^Optimizer\.step|multi_tensor_apply|(?i:adam|muon)",
     "matrix products": r"(?i:gemm|nvjet|cutlass|cublas|splitk|matmul|triton_tem_.*mm)|"

@@ -1,7 +1,7 @@
 """Tile sizes of the portable kernels: measured on an H100, compiled for the others. No torch, no Triton here.
 
 `python -m scripts.tune_attention` times every candidate; the reasons below are from its runs (bf16, 16k tokens,
-heads · head_dim = 2048, TFLOP/s of the products that the kernel really does). tests/kernels/test_compile_only.py
+heads · head_dim = 2048, TFLOP/s of the products that the kernel really does). tests/kernels/test_compile_portable.py
 compiles each entry for each architecture: it must fit into shared memory and keep its values in registers.
 """
 

@@ -28,7 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import DecodeTiles, choose_decode_tiles
-from .portable import INTERPRETED, LN2, LOG2E, _capability, cdiv, padded, tanh
+from .portable import INTERPRETED, _capability
+from .problem import cdiv, padded
+from .scores import LN2, LOG2E, capped
 
 
 @triton.jit
@@ -101,8 +103,7 @@ def split_kernel(
         k = tl.load(k_ptr + slot[:, None] * k_row + d[None, :], mask=is_loaded, other=0.0)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * cap)
+        s = capped(s, cap, SOFTCAP)
         is_seen = is_key[None, :] & (n[None, :] <= t[:, None])
         if WINDOW:
             is_seen = is_seen & (n[None, :] >= oldest[:, None])

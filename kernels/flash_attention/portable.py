@@ -33,9 +33,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tiles, choose_tiles
+from .intervals import keys_seen, queries_by_starts, queries_of_keys
+from .problem import Problem, aligned, cdiv, dsinks_of, padded
+from .scores import LN2, LOG2E, capped, score_gradient, weigh
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
@@ -92,21 +93,6 @@ def _pointers(x, b, h, row, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.co
 
 
 @triton.jit
-def keys_seen(t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr):
-    """The interval [first, end) of keys that the query at position t sees; t and start are numbers or vectors."""
-    first = t * 0
-    end = first + S_k
-    if STARTS:
-        first = start
-    if WINDOW:
-        first = tl.maximum(first, t - window + 1)
-        end = tl.minimum(end, t + window)
-    if CAUSAL:
-        end = tl.minimum(end, t + 1)
-    return first, end
-
-
-@triton.jit
 def _keys_of_tile(
     starts_ptr, b, m0, S, S_k, window,
     M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr,
@@ -124,14 +110,6 @@ def _keys_of_tile(
     some_from, full_to = keys_seen(m0 + shift, start0, S_k, window, CAUSAL, WINDOW, STARTS)
     full_from, some_to = keys_seen(m1 + shift, start1, S_k, window, CAUSAL, WINDOW, STARTS)
     return first, end, tl.maximum(some_from, 0), some_to, full_from, full_to
-
-
-@triton.jit
-def tanh(x):
-    """tanh x = 1 − 2 / (1 + e^2x); near 0 that difference would lose the digits that the series keeps."""
-    x2 = x * x
-    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 - x2 * (17 / 315))))
-    return tl.where(x2 < 0.04, series, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
 
 
 @triton.jit
@@ -165,8 +143,7 @@ def forward_kernel(
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * cap)
+        s = capped(s, cap, SOFTCAP)
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             s = tl.where((n >= first[:, None]) & (n < end[:, None]), s, float("-inf"))
@@ -237,33 +214,15 @@ def dq_kernel(
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * cap)
-        p = tl.exp2(s * factor - lse[:, None])
+        s = capped(s, cap, SOFTCAP)
+        p = weigh(s, lse[:, None], factor)
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             p = tl.where((n >= first[:, None]) & (n < end[:, None]), p, 0.0)
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds *= 1 - s * s
+        ds = score_gradient(p, dp, delta[:, None], s, SOFTCAP)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     _store(dq_rows, b, h, m0, (dq * scale).to(q.dtype), M, D, HEAD_DIM, TMA)
-
-
-@triton.jit
-def rows_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
-    """Rows [0, some_to) hold every query whose document starts at n1 or before; in all of [0, full_to) it does so at
-    n0 or before. To a tile's precision: one look at the first start of each tile, instead of a search row by row."""
-    CHUNK: tl.constexpr = 1024
-    some = 0
-    full = 0
-    for i in range(0, tl.cdiv(S, M), CHUNK):
-        m = (i + tl.arange(0, CHUNK)) * M
-        starts = tl.load(starts_ptr + m, mask=m < S, other=2147483647)
-        some += tl.sum((starts <= n1).to(tl.int32), 0)
-        full += tl.sum((starts <= n0).to(tl.int32), 0)
-    return some * M, (full - 1) * M + 1
 
 
 @triton.jit
@@ -285,16 +244,10 @@ def dkdv_kernel(
     n1 = tl.minimum(n0 + N, S_k) - 1
     # Rows [some_from, some_to) hold every query that sees some key of the tile; all of [full_from, full_to) see all.
     shift = S_k - S
-    some_from, full_from, some_to, full_to = 0, 0, S, S
-    if CAUSAL:
-        some_from, full_from = n0 - shift, n1 - shift
-    if WINDOW:
-        if not CAUSAL:
-            some_from, full_from = n0 - window + 1 - shift, n1 - window + 1 - shift
-        some_to, full_to = tl.minimum(S, n1 + window - shift), tl.minimum(S, n0 + window - shift)
+    some_from, full_from, some_to, full_to = queries_of_keys(n0, n1, shift, S, S, window, CAUSAL, WINDOW)
     if STARTS:
         starts_ptr += b.to(tl.int64) * S
-        by_start, all_by_start = rows_by_starts(starts_ptr, n0, n1, S, M)
+        by_start, all_by_start = queries_by_starts(starts_ptr, n0, n1, S, M)
         some_to, full_to = tl.minimum(some_to, by_start), tl.minimum(full_to, all_by_start)
     some_from = tl.maximum(some_from, 0)
     steps = tl.cdiv(tl.maximum(some_to - some_from, 0), M)
@@ -320,9 +273,8 @@ def dkdv_kernel(
         delta = tl.load(delta_ptr + row, mask=m < S, other=0.0)
         # [N, M]: transposed, so that the sums over queries are plain products
         s = tl.dot(k, q.T, input_precision=PRECISION)
-        if SOFTCAP:
-            s = tanh(s * cap)
-        p = tl.exp2(s * factor - lse[None, :])
+        s = capped(s, cap, SOFTCAP)
+        p = weigh(s, lse[None, :], factor)
         if (m0 < full_from) | (m0 + M > full_to):
             start = 0
             if STARTS:
@@ -330,9 +282,8 @@ def dkdv_kernel(
             first, end = keys_seen(m + shift, start, S_k, window, CAUSAL, WINDOW, STARTS)
             p = tl.where((n[:, None] >= first[None, :]) & (n[:, None] < end[None, :]), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, dout.T, input_precision=PRECISION) - delta[None, :])
-        if SOFTCAP:
-            ds *= 1 - s * s
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        ds = score_gradient(p, dp, delta[None, :], s, SOFTCAP)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     _store(dk_rows, b, g, n0, (dk * scale).to(k.dtype), N, D, HEAD_DIM, TMA)
@@ -361,13 +312,13 @@ def forward(
     q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-    mask = Mask(causal, window, starts, softcap, scale)
-    tiles = tiles or mask.tiles("forward", q)
+    problem = Problem(causal, window, starts, softcap, scale)
+    tiles = tiles or _tiles("forward", q, problem)
     with torch.cuda.device_of(q):
         forward_kernel[(cdiv(S, tiles.m) * B * H,)](
-            _rows(q, tiles.m), _rows(k, tiles.n), _rows(v, tiles.n), _rows(out, tiles.m), lse, mask.starts, sinks,
-            S, S_k, *mask.numbers,
-            H=H, GROUP=H // G, SINKS=sinks is not None, **mask.flags, **_options(q, tiles),
+            _rows(q, tiles.m), _rows(k, tiles.n), _rows(v, tiles.n), _rows(out, tiles.m), lse, problem.starts, sinks,
+            S, S_k, *problem.scalars,
+            H=H, GROUP=H // G, SINKS=sinks is not None, **problem.flags, **_options(q, tiles),
         )  # fmt: skip
     return out, lse
 
@@ -395,16 +346,6 @@ def backward(
     return dq(dout, q, k, v, lse, delta, starts, **options), dk, dv, dsinks
 
 
-def dsinks_of(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of sinks (H,), from LSE and delta = Σ out · dout − dlse, float32 (B, H, S).
-
-    A sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta). One of −∞ is none, also for a query that
-    sees nothing, where −∞ − (−∞) would be NaN.
-    """
-    p = torch.exp(sinks[:, None] - lse).masked_fill(sinks[:, None] == float("-inf"), 0.0)
-    return -(p * delta).sum((0, 2)).to(sinks.dtype)
-
-
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     """Σ out · dout − dlse of each row: (B, H, S) float32."""
     B, S, H, D = out.shape
@@ -425,13 +366,13 @@ def dq(
     """The gradient of q, as `backward` calls it."""
     (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    mask = Mask(causal, window, starts, softcap, scale)
-    tiles = tiles or mask.tiles("dq", q)
+    problem = Problem(causal, window, starts, softcap, scale)
+    tiles = tiles or _tiles("dq", q, problem)
     with torch.cuda.device_of(q):
         dq_kernel[(cdiv(S, tiles.m) * B * H,)](
             _rows(q, tiles.m), _rows(k, tiles.n), _rows(v, tiles.n), _rows(dout, tiles.m), _rows(result, tiles.m),
-            lse, delta, mask.starts, S, S_k, *mask.numbers, scale,
-            H=H, GROUP=H // G, **mask.flags, **_options(q, tiles),
+            lse, delta, problem.starts, S, S_k, *problem.scalars, scale,
+            H=H, GROUP=H // G, **problem.flags, **_options(q, tiles),
         )  # fmt: skip
     return result
 
@@ -443,61 +384,29 @@ def dkdv(
     """The gradients of k and v, as `backward` calls it."""
     (B, S, H, _), S_k, G = q.shape, k.shape[1], k.shape[2]
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    mask = Mask(causal, window, starts, softcap, scale)
-    tiles = tiles or mask.tiles("dkdv", q)
+    problem = Problem(causal, window, starts, softcap, scale)
+    tiles = tiles or _tiles("dkdv", q, problem)
     with torch.cuda.device_of(q):
         dkdv_kernel[(cdiv(S_k, tiles.n) * B * G,)](
             _rows(q, tiles.m), _rows(k, tiles.n), _rows(v, tiles.n), _rows(dout, tiles.m),
-            _rows(dk, tiles.n), _rows(dv, tiles.n), lse, delta, mask.starts,
-            S, S_k, *mask.numbers, scale,
-            H=H, GROUP=H // G, **mask.flags, **_options(q, tiles),
+            _rows(dk, tiles.n), _rows(dv, tiles.n), lse, delta, problem.starts,
+            S, S_k, *problem.scalars, scale,
+            H=H, GROUP=H // G, **problem.flags, **_options(q, tiles),
         )  # fmt: skip
     return dk, dv
 
 
-class Mask:
-    """The mask and the scores' scaling as the kernels take them."""
-
-    def __init__(self, causal: bool, window: int | None, starts: Tensor | None, softcap: float, scale: float) -> None:
-        self.starts = None if starts is None else starts.contiguous()
-        self.flags = {
-            "CAUSAL": causal, "WINDOW": window is not None, "STARTS": starts is not None, "SOFTCAP": softcap > 0
-        }  # fmt: skip
-        # window, cap, factor: a raw product s becomes factor · s, or factor · tanh(cap · s), in base 2.
-        cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
-        self.numbers = (window or 0, cap, factor * LOG2E.value)
-
-    def tiles(self, kernel: str, q: Tensor) -> Tiles:
-        return choose_tiles(
-            kernel, q.shape[3], _capability(q.device), float32=q.dtype == torch.float32,
-            causal=self.flags["CAUSAL"], local=self.flags["WINDOW"] or self.flags["STARTS"],
-            softcap=self.flags["SOFTCAP"],
-        )  # fmt: skip
+def _tiles(kernel: str, q: Tensor, problem: Problem) -> Tiles:
+    return choose_tiles(
+        kernel, q.shape[3], _capability(q.device), float32=q.dtype == torch.float32,
+        causal=problem.flags["CAUSAL"], local=problem.flags["WINDOW"] or problem.flags["STARTS"],
+        softcap=problem.flags["SOFTCAP"],
+    )  # fmt: skip
 
 
 def _needs_upcast(q: Tensor) -> bool:
     """Triton's interpreter computes bf16 products wrongly, without an error."""
     return INTERPRETED and q.dtype == torch.bfloat16
-
-
-def padded(D: int) -> int:
-    """D as the kernels' tiles have it: the next power of 2. (Triton's own function takes 5 µs, five times a call.)"""
-    return 1 << (D - 1).bit_length()
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; again without Triton's 5 µs."""
-    return -(-a // b)
-
-
-def aligned(x_BSHD: Tensor) -> Tensor:
-    """x, or a copy where the kernels could not read x: TMA wants 16-byte multiples, and rows without gaps in them;
-    pointers count in 32 bits from a tile's first row to its last (128 at most)."""
-    *strides, last = x_BSHD.stride()
-    fits = last == 1 and x_BSHD.data_ptr() % 16 == 0 and strides[1] * 128 < 2**31
-    for stride in strides:
-        fits = fits and stride > 0 and stride * x_BSHD.element_size() % 16 == 0
-    return x_BSHD if fits else x_BSHD.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(x_BSHD: Tensor, rows: int) -> Any:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from compile_process import compiled
-from test_compile_only import PRODUCTS, SHARED_MEMORY
+from test_compile_portable import PRODUCTS, SHARED_MEMORY
 
 pytestmark = pytest.mark.slow
 architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
@@ -18,7 +18,7 @@ ALLOWED_STACK = 8  # bytes per thread: two registers
 
 @architectures
 def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
-    rows = compiled("compile_decode.py", architecture)
+    rows = compiled("decode", architecture)
     assert len(rows) == 27
     for row in rows:
         assert row["shared"] <= min(SHARED_MEMORY[architecture], LARGEST), row
@@ -27,7 +27,7 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
 
 @architectures
 def test_one_query_takes_a_tile_of_16_rows_and_the_keys_are_loaded_ahead(architecture):
-    for row in compiled("compile_decode.py", architecture):
+    for row in compiled("decode", architecture):
         if row["kernel"] == "merge" or row["dtype"] == "fp32":
             continue
         # 16 rows are too few for wgmma; where a tile has more, the compiler may choose.

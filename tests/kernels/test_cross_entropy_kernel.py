@@ -125,7 +125,7 @@ def test_the_whole_loop_runs_through_the_kernel(options, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_configuration_compiles_and_does_not_spill(architecture):
-    found = compiled("compile_cross_entropy.py", architecture)
+    found = compiled("cross_entropy", architecture)
     assert len(found) == 6
     for row in found:
         assert row["stack"] <= 8, row  # two registers, on sm_80

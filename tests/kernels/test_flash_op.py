@@ -26,7 +26,7 @@ from kernels import (
     flash_attention_varlen,
     starts_from_separators,
 )
-from kernels.flash_attention import op, portable
+from kernels.flash_attention import op, portable, problem
 from kernels.flash_attention.config import choose_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() and not portable.INTERPRETED else "cpu"
@@ -337,8 +337,8 @@ for package in (kernels, flash_gpt):
 def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied():
     """With the sequence first, a tile's last row may lie more than 2³¹ elements after its first."""
     near, far = (torch.empty(200, batch, 8, 256, device="meta").transpose(0, 1) for batch in (8000, 9000))
-    assert portable.aligned(near) is near
-    assert portable.aligned(far).is_contiguous()
+    assert problem.aligned(near) is near
+    assert problem.aligned(far).is_contiguous()
 
 
 def test_float32_products_are_ieee_unless_pytorch_allows_tf32():

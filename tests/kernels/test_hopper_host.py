@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import mean
@@ -15,10 +16,10 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import host
-from kernels.flash_attention.hopper.backward_pass import falls
-from kernels.flash_attention.hopper.common import Kind
-from kernels.flash_attention.hopper.order import Order, place_of, sort_kernel
+from kernels.flash_attention.hopper import config, host, key_tiles
+from kernels.flash_attention.hopper.config import Kind
+from kernels.flash_attention.hopper.key_tiles import descends
+from kernels.flash_attention.hopper.scheduler import TileScheduler, is_interleaved, sort_kernel, tile_of
 
 
 class Kernel:
@@ -80,7 +81,7 @@ ARGUMENTS: dict[str, tuple[Any, Any]] = {
     "absence": (None, torch.zeros(8, dtype=torch.int32)),
     "descriptor's dtype": (host.rows(inputs(), 64), host.rows(inputs(torch.float16), 64)),
     "descriptor's tile": (host.rows(inputs(), 64), host.rows(inputs(), 128)),
-    "descriptor's rank": (host.numbers(torch.zeros(512), 256), host.numbers(torch.zeros(512), 8, 32)),
+    "descriptor's rank": (host.floats(torch.zeros(512), 256), host.floats(torch.zeros(512), 8, 32)),
 }
 
 
@@ -153,17 +154,17 @@ def test_the_order_has_every_tile_of_every_head_once(
     n_tiles: int, n_groups: int, group: int, causal: bool, rounds: int
 ) -> None:
     kind = replace(CAUSAL, group=group, causal=causal)
-    mixed = hopper.log_mixed(kind, n_groups, n_tiles * group, rounds * PROGRAMS)
-    order = Order(n_tiles, n_groups, mixed)
-    places = [place_of.fn(item, order, group, kind) for item in range(n_tiles * n_groups * group)]
-    assert sorted(places) == [(head, tile) for head in range(n_groups * group) for tile in range(n_tiles)]
+    interleaved = config.log_interleaved(kind, n_groups, n_tiles * group, rounds * PROGRAMS)
+    scheduler = TileScheduler(n_tiles, n_groups, interleaved)
+    order = [tile_of.fn(work_tile, scheduler, group, kind) for work_tile in range(n_tiles * n_groups * group)]
+    assert sorted(order) == [(head, tile) for head in range(n_groups * group) for tile in range(n_tiles)]
     for head in range(n_groups * group):  # and the longest first
-        tiles = [tile for h, tile in places if h == head]
+        tiles = [tile for h, tile in order if h == head]
         assert tiles == sorted(tiles)
 
 
 def last_over_mean(times: Iterable[float]) -> float:
-    """When the last program ends, over when they end on average, if who is free takes the next item."""
+    """When the last program ends, over when they end on average, if who is free takes the next work tile."""
     ends = [0.0] * PROGRAMS
     for time in times:
         heapq.heapreplace(ends, ends[0] + time)
@@ -173,28 +174,31 @@ def last_over_mean(times: Iterable[float]) -> float:
 @pytest.mark.parametrize(("n_tiles", "n_heads"), [(8, 256), (32, 64), (64, 32), (128, 16)])
 def test_with_a_causal_mask_programs_end_at_about_the_same_time(n_tiles: int, n_heads: int) -> None:
     """Where one head's tiles came after another's to the end, they waited up to 7 % of their time for the last ones."""
-    order = Order(n_tiles, n_heads, hopper.log_mixed(CAUSAL, n_heads, n_tiles, PROGRAMS))
-    tiles = (place_of.fn(item, order, 1, CAUSAL)[1] for item in range(n_tiles * n_heads))
+    scheduler = TileScheduler(n_tiles, n_heads, config.log_interleaved(CAUSAL, n_heads, n_tiles, PROGRAMS))
+    tiles = (tile_of.fn(work_tile, scheduler, 1, CAUSAL)[1] for work_tile in range(n_tiles * n_heads))
     assert last_over_mean(n_tiles - tile + 1 for tile in tiles) < 1.035
 
 
 @pytest.mark.parametrize(("n_tiles", "n_heads"), [(32, 64), (64, 32), (128, 16)])
-def test_programs_that_take_turns_end_at_about_the_same_time_too(n_tiles: int, n_heads: int) -> None:
-    """And nobody waits for the turn of a program that begins later, or long for one that has begun."""
-    config = hopper.backward_config(CAUSAL, 128, True)
-    order = Order(n_tiles, n_heads, hopper.log_mixed(CAUSAL, n_heads, n_tiles, PROGRAMS))
+def test_deterministic_programs_end_at_about_the_same_time_too(
+    n_tiles: int, n_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none waits for an addition of a program that starts later, or long for that of one that has started."""
+    monkeypatch.setattr(key_tiles, "is_interleaved", is_interleaved.fn)
+    kind = config.backward_config(CAUSAL, 128, True)
+    scheduler = TileScheduler(n_tiles, n_heads, config.log_interleaved(CAUSAL, n_heads, n_tiles, PROGRAMS))
     ends = [0.0] * PROGRAMS
     added: dict[tuple[int, int], float] = {}  # when a tile of queries was last added to
     waited = 0.0
-    for item in range(n_tiles * n_heads):
-        head, tile = place_of.fn(item, order, 1, config)
-        down = falls.fn(item, order, config)
-        queries = range(n_tiles - 1, tile - 1, -1) if down else range(n_tiles - 1 - tile, n_tiles)  # `locate`
+    for work_tile in range(n_tiles * n_heads):
+        head, tile = tile_of.fn(work_tile, scheduler, 1, kind)
+        descending = descends.fn(work_tile, scheduler, kind)
+        queries = range(n_tiles - 1, tile - 1, -1) if descending else range(n_tiles - 1 - tile, n_tiles)  # `locate`
         now = ends[0]
         for t in queries:
-            turn = added.get((head, t), 0.0) + 0.5  # a sum takes as long as half of such a tile to arrive
-            waited += max(0.0, turn - now - 1)
-            now = added[head, t] = max(now + 1, turn)
+            arrived = added.get((head, t), 0.0) + 0.5  # an addition takes half as long to arrive as such a tile
+            waited += max(0.0, arrived - now - 1)
+            now = added[head, t] = max(now + 1, arrived)
         heapq.heapreplace(ends, now + 1)
     assert max(ends) < 1.035 * sum(ends) / PROGRAMS
     assert waited < 0.02 * sum(ends)
@@ -202,19 +206,19 @@ def test_programs_that_take_turns_end_at_about_the_same_time_too(n_tiles: int, n
 
 @pytest.mark.parametrize("n_heads", [12, 16, 32])
 def test_with_documents_programs_end_at_about_the_same_time(n_heads: int) -> None:
-    """Their tiles are long and short in any order, and to begin a long one last would cost 3 to 7 %: nobody does."""
+    """Their tiles are long and short in any order, and to begin a long one last would cost 3 to 7 %: none does."""
     kind, n_tiles = replace(CAUSAL, starts=True), 128
-    _, _, mixed = hopper.sums_plan(kind, n_heads, n_tiles, PROGRAMS)
-    order = Order(n_tiles, n_heads, mixed)
-    places = [place_of.fn(item, order, 1, kind)[1] for item in range(n_tiles * n_heads)]
-    first = (n_heads - 2**mixed) * n_tiles  # of the mixed items
+    _, _, interleaved = config.accumulator_plan(kind, n_heads, n_tiles, PROGRAMS)
+    scheduler = TileScheduler(n_tiles, n_heads, interleaved)
+    order = [tile_of.fn(work_tile, scheduler, 1, kind)[1] for work_tile in range(n_tiles * n_heads)]
+    first = (n_heads - 2**interleaved) * n_tiles  # of the interleaved tiles
     generator, unsorted, as_it_is = torch.Generator().manual_seed(0), [], []
     for _ in range(20):
         cuts = (torch.randperm(n_tiles - 1, generator=generator)[:15] + 1).tolist()
         lengths = [min(end for end in [*cuts, n_tiles] if end > tile) - tile + 2 for tile in range(n_tiles)]
         longest = sorted(lengths, reverse=True)
-        unsorted.append(last_over_mean(lengths[place] for place in places))
-        as_it_is.append(last_over_mean([lengths[i] for i in places[:first]] + [longest[i] for i in places[first:]]))
+        unsorted.append(last_over_mean(lengths[place] for place in order))
+        as_it_is.append(last_over_mean([lengths[i] for i in order[:first]] + [longest[i] for i in order[first:]]))
     assert mean(as_it_is) < 1.045
     assert mean(unsorted) - mean(as_it_is) > 0.025
 
@@ -237,15 +241,50 @@ def test_tiles_of_documents_are_sorted_by_the_queries_that_see_them(n_tiles: int
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("n_tiles", [1, 2, 7, 8, 31, 66, 128, 132, 133, 1000])
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 16, 33, 512])
-def test_no_item_of_the_backward_waits_for_a_later_one(n_tiles: int, n_heads: int, starts: bool, causal: bool) -> None:
-    """For a place of sums: the heads before must have left it. To turn sums into dQ: all must have added to them."""
+def test_no_work_tile_of_the_backward_waits_for_a_later_one(
+    n_tiles: int, n_heads: int, starts: bool, causal: bool
+) -> None:
+    """For an accumulator: the head before must have left it. To convert sums to dQ: all must have added to them."""
     kind = replace(CAUSAL, causal=causal, starts=starts)
-    lag, count, mixed = hopper.sums_plan(kind, n_heads, n_tiles, min(n_tiles * n_heads, PROGRAMS))
-    order = Order(n_tiles, n_heads, mixed)
-    heads = [place_of.fn(item, order, 1, kind)[0] for item in range(n_tiles * n_heads)]
-    last = {head: item for item, head in enumerate(heads)}  # that adds to a head's sums
-    for item, head in enumerate(heads):
-        if head >= count:  # `await_place`: until the items that clear it have
-            assert (head - count + lag) * n_tiles + n_tiles - 1 < item
-        if item // n_tiles >= lag:  # `finish`
-            assert last[item // n_tiles - lag] < item
+    lag, count, interleaved = config.accumulator_plan(kind, n_heads, n_tiles, min(n_tiles * n_heads, PROGRAMS))
+    scheduler = TileScheduler(n_tiles, n_heads, interleaved)
+    heads = [tile_of.fn(work_tile, scheduler, 1, kind)[0] for work_tile in range(n_tiles * n_heads)]
+    last = {head: work_tile for work_tile, head in enumerate(heads)}  # that adds to a head's sums
+    for work_tile, head in enumerate(heads):
+        if head >= count:  # `wait_for_accumulator`: until the work tiles that clear it have
+            assert (head - count + lag) * n_tiles + n_tiles - 1 < work_tile
+        if work_tile // n_tiles >= lag:  # `finish`
+            assert last[work_tile // n_tiles - lag] < work_tile
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("documents", [True, False])
+def test_each_launch_has_what_its_kernel_has_parameters_for(
+    head_dim: int, deterministic: bool, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+
+    def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        names = list(inspect.signature(kernel.fn).parameters)
+        launched.append(kernel.fn.__name__)
+        assert names[len(args) :] == list(constants)
+        for name, arg in zip(names, args, strict=False):
+            if name.endswith("_rows"):
+                assert hasattr(arg, "block_shape"), name
+            elif name.endswith("_ptr"):
+                assert arg is None or isinstance(arg, torch.Tensor), name
+            else:
+                assert type(arg) is (float if name in ("cap", "factor", "scale") else int), name
+
+    monkeypatch.setattr(hopper, "launch", launch)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
+    monkeypatch.setattr(hopper, "queue_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    q, k = (torch.zeros(2, 300, heads, head_dim, dtype=torch.bfloat16) for heads in (4, 2))
+    starts = torch.zeros(2, 300, dtype=torch.int32) if documents else None
+    options: dict[str, Any] = {"causal": True, "window": None, "softcap": 0.0, "scale": 0.1}
+    out, lse = hopper.forward(q, k, k, starts, None, **options)
+    hopper.backward(out, None, q, k, k, out, lse, starts, None, deterministic=deterministic, **options)
+    sorts = ["sort_kernel"] if documents and not deterministic else []
+    backward = ["dkdv_kernel", "dq_kernel"] if head_dim > 128 else [*sorts, "backward_kernel"]
+    assert launched == ["forward_kernel", "preprocess_kernel", *backward]

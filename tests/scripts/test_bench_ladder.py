@@ -221,7 +221,7 @@ def test_a_profiled_step_is_trained_besides_those_that_are_measured() -> None:
 
 NAMES = {
     "attention": [
-        "forward_kernel", "backward_kernel", "prepare_kernel", "dkdv_kernel", "pytorch_flash::flash_fwd_kernel<…>",
+        "forward_kernel", "backward_kernel", "preprocess_kernel", "dkdv_kernel", "pytorch_flash::flash_fwd_kernel<…>",
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "triton_tem_fused_flex_attention_0",
     ],
     "matrix products": [

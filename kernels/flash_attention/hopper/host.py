@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
-from .. import portable
+from .config import padded
 
 Descriptor = TypeVar("Descriptor", TensorDescriptor, PlainDescriptor)
 
@@ -61,13 +61,14 @@ def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
     return _of(_plain_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows), x_BSHD)
 
 
-def numbers(x: Tensor, *tile: int) -> TensorDescriptor:
-    """Tiles of float32 numbers of x, in rows as wide as a tile's. TMA wants 16 bytes or more of them."""
-    return _of(_numbers(x.numel(), tile), x)
+def floats(x: Tensor, *tile: int) -> TensorDescriptor:
+    """A float32 tensor as TMA reads and writes it: tiles of its elements, in rows as wide as a tile's, which take 16
+    bytes or more."""
+    return _of(_floats(x.numel(), tile), x)
 
 
 def queue_counter(device: torch.device) -> Tensor:
-    """int32 [1], 0: what `common.Queue` counts in.
+    """int32 [1], 0: what `scheduler.WorkQueue` counts in.
 
     A kernel leaves it at 0, so the kernels of a stream, which run one after the other, have the same; graphs, which may
     be replayed on any stream, each have one that they clear.
@@ -83,11 +84,6 @@ def queue_counter(device: torch.device) -> Tensor:
             _counters[key] = thread.submit(lambda: torch.zeros(1, dtype=torch.int32, device=device)).result()
         stream.wait_stream(torch.cuda.default_stream(device))
     return _counters[key]
-
-
-def padded(D: int) -> int:
-    """D as tiles have it: 64, 128 or 256."""
-    return max(64, portable.padded(D))
 
 
 def _of(blank: Descriptor, base: Tensor) -> Descriptor:
@@ -114,7 +110,7 @@ def _plain_rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.d
 
 
 @lru_cache(maxsize=4096)
-def _numbers(count: int, tile: tuple[int, ...]) -> TensorDescriptor:
+def _floats(count: int, tile: tuple[int, ...]) -> TensorDescriptor:
     *outer, width = tile
     shape, strides, swizzle = ([count // width, width], [width, 1], 128) if outer else ([count], [1], 0)
     layout = gl.NVMMASharedLayout(swizzle, element_bitwidth=32, rank=len(tile))

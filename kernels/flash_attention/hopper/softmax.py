@@ -1,17 +1,18 @@
-"""The forward pass's softmax, block by block, and how it stays exact without a maximum in every block.
+"""The forward pass's softmax, block by block, and how it stays exact without a row maximum in every block.
 
-Softmax is the same whatever is subtracted from a row's scores, as long as nothing overflows or vanishes. So a row's
-pivot is the maximum of its first block, and later blocks are not searched for a higher one, which would be a quarter of
-a step's instructions. Two things follow.
+Softmax is the same whatever is subtracted from a row's scores, as long as nothing overflows or vanishes. So `row_max`,
+which is subtracted, is the maximum of a row's first blocks, up to the first key that all queries of the tile see. Later
+blocks are not searched for a higher one, which would be a quarter of a step's instructions (L11). A row whose maximum
+comes late is therefore weighed against an earlier one, and three things follow.
 
-A weight above 1 is rounded for the product with the values; the row's maximum, with the weight 1, would not be. If one
-key has nearly all of a row's weight, its rounding must not show: out would not be that key's value, and the backward's
-dP − delta would not vanish. So where a block outweighs what came before, the row's outputs are divided by the sum of
-its weights as they were multiplied, rounded: `rounding_excess` is the difference. LSE has the sum of the weights
-themselves.
-
-Where scores rise so far above the pivot that a row's sum comes to `LIMIT`, or an output is not finite, the item is
-computed again with the maximum of every block: the usual online softmax.
+- *A weight above 1 is rounded* for P·V; the row's maximum, with the weight 1, would not be. If one key has nearly all
+  of a row's weight, its rounding must not show: out would not be that key's value, and the backward's dP − delta would
+  not vanish. So where a block outweighs what came before (`outweighs`), the row's outputs are divided by the sum of its
+  weights as they were multiplied, rounded: `rounding_excess` is the difference. LSE has the sum of the weights
+  themselves (L14).
+- *A row may overflow.* Where its sum comes to `LIMIT`, or an output is not finite (`overflown`), the program computes
+  the work tile again after all others, with the maximum of every block: the usual online softmax.
+- *float16* weights end at 65,504, so there every block is searched.
 
 [64, 4] is one number for each thread of a row: four threads share a row of a product [64, N].
 """
@@ -21,51 +22,53 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from . import parts
-from .common import LOG2E, tanh
+from . import split_d
+from .mask import LOG2E, capped
 
 LIMIT = gl.constexpr(2.0**60)
-"""A row whose sum comes to this is computed again: weights may have overflown, or outputs, which are sums of them."""
+"""A row whose sum comes to this is computed again: its weights may have overflown, or its outputs."""
 FLOAT16_RISE = gl.constexpr(8)
-"""In float16, where every block is searched for its maximum, a higher one becomes a row's pivot if it is this far
-above, in powers of two: nearly all blocks then leave the outputs so far alone, which a higher pivot rescales."""
+"""In float16, where every block is searched, a higher maximum replaces `row_max` only if it is this far above, in
+powers of two: so nearly no block rescales the outputs so far."""
 
 
 @gluon.jit
 def nothing_seen(s, sinks_ptr, tile):
-    """Each row's pivot, its four sums, the sinks' where there are any, and their excess before its first scores."""
+    """`row_max`, its four sums and their rounding excess, before a row's first scores: those of the sink, if any."""
     row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    pivot = gl.full([64], float("-inf"), gl.float32, row)
+    row_max = gl.full([64], float("-inf"), gl.float32, row)
     row_sum = by_thread(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
     excess = row_sum * 0
     if sinks_ptr is not None:
-        pivot = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
+        row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
         row_sum += 0.25
-    return pivot, row_sum, excess
+    return row_max, row_sum, excess
 
 
 @gluon.jit
-def maximum(s, pivot, row_sum, tile, n0, careful, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
-    """The first half of a block's online softmax: the masked scores, the rows' pivots, −inf where nothing is seen yet,
-    what to subtract, the factor for everything before, and the sums, infinite once they have come to LIMIT."""
+def maximum(s, row_max, row_sum, tile, n0, careful, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
+    """The first half of a block's online softmax.
+
+    Returns the masked scores; `row_max`, −inf where nothing is seen yet; what to subtract; the factor for everything
+    before; and the sums, infinite once they have come to LIMIT.
+    """
     N: gl.constexpr = s.shape[1]
     RISE: gl.constexpr = FLOAT16_RISE if dtype == gl.float16 else 0
-    if CONFIG.softcap:
-        s = tanh(s * mask.cap)
+    s = capped(s, mask.cap, CONFIG.softcap)
     if (n0 < tile.full_from) | (n0 + N > tile.full_to):
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         s = hide(s, n, tile.first, tile.width)
-    subtract = pivot
-    rescale = gl.full([64], 1.0, gl.float32, pivot.type.layout)
+    subtract = row_max
+    rescale = gl.full([64], 1.0, gl.float32, row_max.type.layout)
     if careful | (n0 < tile.settled):
         highest = gl.max(s, 1) * mask.factor
-        highest = gl.where(highest > pivot + RISE, highest, pivot)
+        highest = gl.where(highest > row_max + RISE, highest, row_max)
         # A row that has seen nothing yet has nothing to subtract: −inf − (−inf) would be NaN.
         subtract = gl.where(highest == float("-inf"), 0.0, highest)
-        rescale = gl.exp2(pivot - subtract)
-        pivot = highest
+        rescale = gl.exp2(row_max - subtract)
+        row_max = highest
         row_sum = gl.where(row_sum >= LIMIT, float("inf"), row_sum)
-    return s, pivot, subtract, rescale, row_sum
+    return s, row_max, subtract, rescale, row_sum
 
 
 @gluon.jit
@@ -74,7 +77,7 @@ def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
     p = gl.exp2(s * mask.factor - gl.expand_dims(subtract, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.
     block = by_thread(p)
-    return p.to(dtype), block, row_sum * parts.along_rows(rescale, row_sum) + block
+    return p.to(dtype), block, row_sum * split_d.along_rows(rescale, row_sum) + block
 
 
 @gluon.jit
@@ -87,8 +90,8 @@ def by_thread(x):
 def hide(s, n, first, width):
     """s, with −inf where a key n is not in its row's [first, first + width).
 
-    In words of PTX, since ptxas would compare all of them before it chooses among any, and put the answers away bit by
-    bit: 453 instructions with 160 registers where this takes 161.
+    In PTX, since ptxas would make all comparisons first and pack their results bit by bit: 453 instructions with 160
+    registers, where this takes 161 (L7).
     """
     n, _ = gl.broadcast(n, s)
     first, _ = gl.broadcast(gl.expand_dims(first, 1), s)
@@ -102,7 +105,8 @@ def hide(s, n, first, width):
 
 @gluon.jit
 def outweighs(block, row_sum):
-    """[64, 4] int32: 1 if in some row of the warp a thread's part of this block has more than 4/5 of its sum so far."""
+    """[64, 4] int32: 1 if, in some row of the warp, a thread's part of this block is more than 4/5 of its sum so
+    far."""
     OUTWEIGHS: gl.constexpr = """{
         .reg .pred any; .reg .f32 most;
         mul.f32 most, $4, 0f3F4CCCCD; setp.gt.f32 any, $2, most;
@@ -120,7 +124,7 @@ def rounding_excess(p, block, wanted):
     """[64, 4]: by how much a block's weights, rounded as in `p`, sum to more than themselves, `block`, in each row; a
     quarter of it for each thread. 0 where `wanted` is 0, which all threads of a warp agree on.
 
-    In words of PTX, since Gluon branches for a whole warp group, which would have to meet first.
+    In PTX, since Gluon branches for a whole warp group and synchronises it first.
     """
     N: gl.constexpr = p.shape[1] // 2  # numbers of a thread
     ASM: gl.constexpr = excess_of_rounding(N, p.dtype == gl.bfloat16)
@@ -171,7 +175,7 @@ def overflown(outs, row_sum):
 def overflown_part(x, row_sum):
     N: gl.constexpr = x.shape[1] // 2  # numbers of a thread
     ASM: gl.constexpr = overflow_of(N)
-    REGISTERS: gl.constexpr = parts.registers(N)
+    REGISTERS: gl.constexpr = split_d.registers(N)
     found = gl.inline_asm_elementwise(
         ASM, REGISTERS, [x, as_product(row_sum, x)], dtype=gl.float32, is_pure=True, pack=N
     )

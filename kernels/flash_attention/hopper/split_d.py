@@ -1,7 +1,7 @@
-"""Tiles with head_dim columns, cut into parts with a power of two of them, as products have it: 96 is 64 + 32.
+"""Tiles with head_dim columns, split into parts with a power of two of them, as a product has: 96 is 64 + 32.
 
-In shared memory such a tile is one, with the next power of two of columns, and those beyond the parts are left alone.
-Cut, and in registers, it is a tuple. A kernel's CONFIG says in `columns` how many each part has.
+In shared memory such a tile is one, with the next power of two of columns; columns beyond the parts are never read.
+Split, and in registers, it is a tuple of parts. CONFIG.columns has the columns of each.
 """
 
 # mypy: disable-error-code="assignment"
@@ -12,18 +12,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from .common import matrix
+from .pipeline import matrix
+
+
+@gluon.constexpr_function
+def mma_layout(columns):
+    """How the four warps of a warp group hold a product [64, columns]."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
 def of(tiles, stage, CONFIG: gl.constexpr):
-    """One of several tiles in shared memory, cut."""
-    return cut(matrix(tiles, stage), CONFIG)
+    """One of several tiles in shared memory, split."""
+    return split(matrix(tiles, stage), CONFIG)
 
 
 @gluon.jit
-def cut(tile, CONFIG: gl.constexpr):
-    """The parts of a tile in shared memory. One that has one part may be in registers."""
+def split(tile, CONFIG: gl.constexpr):
+    """The parts of a tile in shared memory. A tile that has one part may be in registers."""
     parts = ()
     for i in gl.static_range(len(CONFIG.columns)):
         parts += (part(tile, i, CONFIG),)
@@ -40,7 +46,7 @@ def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
 
 @gluon.jit
 def zeros(like):
-    """[64, columns], float32, with the columns of a tile that is cut."""
+    """[64, columns], float32, with the columns of a tile that is split."""
     tile = ()
     for i in gl.static_range(len(like)):
         tile += (zero_part(like[i].shape[1]),)
@@ -49,16 +55,14 @@ def zeros(like):
 
 @gluon.jit
 def zero_part(COLUMNS: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    return gl.zeros([64, COLUMNS], gl.float32, layout)
+    return gl.zeros([64, COLUMNS], gl.float32, mma_layout(COLUMNS))
 
 
 @gluon.jit
 def multiply_transposed(a, b):
-    """Start a bᵀ of two tiles that are cut, [64, N]; as many products as there are parts."""
+    """Start a · bᵀ of two tiles that are split, [64, N]; as many products as there are parts."""
     N: gl.constexpr = b[0].shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    c = gl.zeros([64, N], gl.float32, layout)
+    c = gl.zeros([64, N], gl.float32, mma_layout(N))
     c = warpgroup_mma(a[0], b[0].permute((1, 0)), c, use_acc=False, is_async=True)
     for i in gl.static_range(1, len(b)):
         c = warpgroup_mma(a[i], b[i].permute((1, 0)), c, is_async=True)
@@ -66,12 +70,12 @@ def multiply_transposed(a, b):
 
 
 @gluon.jit
-def multiply(a, b, sums):
-    """Start sums + a b, where a is [64, N], in registers or not, and the tile b cut; as many products as there are
-    parts."""
+def multiply(a, b, acc):
+    """Start acc + a · b, where a is [64, N], in registers or not, and the tile b is split; as many products as there
+    are parts."""
     products = ()
     for i in gl.static_range(len(b)):
-        products += (multiply_part(a, b[i], sums[i]),)
+        products += (multiply_part(a, b[i], acc[i]),)
     return products
 
 
@@ -85,7 +89,7 @@ def multiply_part(a, b, c):
 
 @gluon.jit
 def wait(PENDING: gl.constexpr, tile):
-    """What `multiply` started, complete; of the products that were started later all but PENDING are, too."""
+    """What `multiply` started, complete. Of the products that were started later, at most the last PENDING are not."""
     tile = warpgroup_mma_wait(PENDING, deps=tile)
     return tile if isinstance(tile, gl.tuple) else (tile,)
 
@@ -101,7 +105,7 @@ def scale(tile, factor):
 
 @gluon.jit
 def rescale(tile, factor):
-    """`scale` for factors of rows that nearly always are all 1: a warp for which they are multiplies nothing."""
+    """`scale` for factors of rows that nearly always are all 1: a warp for which they are multiplies nothing (L10)."""
     products = ()
     for i in gl.static_range(len(tile)):
         products += (rescale_part(tile[i], factor),)
@@ -119,8 +123,8 @@ def rescale_part(x, factor):
 
 @gluon.constexpr_function
 def rescaling(n):
-    """PTX, since Gluon branches for a whole warp group, which would have to meet first. A thread's n numbers are of two
-    rows, whose factors come with the first four."""
+    """PTX, since Gluon branches for a whole warp group and synchronises it first. A thread's n numbers are of two rows,
+    whose factors come with the first four."""
     copies = " ".join(f"mov.b32 ${i}, ${n + i};" for i in range(n))
     compares = " ".join(f"setp.neu.or.f32 needed, ${2 * n + i}, 0f3F800000, needed;" for i in range(1, 4))
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
@@ -147,7 +151,7 @@ def along_rows(x, like):
 
 
 @gluon.jit
-def store(tile, places):
-    """Put a tile, rounded, where there is one in shared memory, which is cut."""
-    for i in gl.static_range(len(places)):
-        places[i].store(tile[i].to(places[i].dtype))
+def store(tile, shared):
+    """Write a tile, rounded, over one in shared memory that is split."""
+    for i in gl.static_range(len(shared)):
+        shared[i].store(tile[i].to(shared[i].dtype))

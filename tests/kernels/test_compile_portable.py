@@ -27,7 +27,7 @@ architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
 
 @architectures
 def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
-    rows = compiled("compile_only.py", architecture)
+    rows = compiled("portable", architecture)
     assert len(rows) >= 12
     for row in rows:
         # 16 bits on sm_80 take the tiles that sm_86 and 89 do, which are compiled there with one mask only.
@@ -39,7 +39,7 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
 
 @architectures
 def test_the_fast_instructions_are_used(architecture):
-    for row in compiled("compile_only.py", architecture):
+    for row in compiled("portable", architecture):
         if row["dtype"] == "fp32":
             assert "mma" not in " ".join(row["instructions"]), "IEEE float32 has no matrix unit"
             continue

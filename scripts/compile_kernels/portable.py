@@ -1,32 +1,21 @@
-"""Compile the attention kernels for a GPU that is not here, and read what the assembler says of them.
-
-python tests/kernels/compile_only.py sm_90        every configuration's resources, one line each
-"""
+"""The portable attention kernels."""
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from compile_cache import read_compiled
 
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
+
+from .configuration import ARCHITECTURES, Configuration, target_of
+
+__all__ = ["ARCHITECTURES", "configurations"]
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
 TILED_BY_KEYS = ("k", "v", "dk", "dv")
@@ -42,26 +31,20 @@ MASKS = {
 }
 
 
-INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "v_mfma")
-
-
-def compile_kernel(
-    name: str, tiles: Tiles, head_dim: int, target: GPUTarget, mask: str = "causal", dtype: str = "bf16",
-    group: int = 1,
-) -> dict[str, Any]:  # fmt: skip
-    """What the compiler makes of one kernel for one target, as `resources` reads it.
+def configuration(architecture: str, name: str, head_dim: int, mask: str, dtype: str, tiles: Tiles) -> Configuration:
+    """One kernel for one GPU, with four query heads per key/value head.
 
     Args:
         name: forward, dq or dkdv. mask: of MASKS. dtype: in Triton's words (bf16, fp16, fp32), or tf32: fp32 with
             products in TF32.
-        group: query heads per key/value head.
     """
-    kernel, flags = KERNELS[name], MASKS[mask]
+    row = {"kernel": name, "head_dim": head_dim, "mask": mask, "dtype": dtype, "tiles": asdict(tiles)}
+    kernel, flags, target = KERNELS[name], MASKS[mask], target_of(architecture)
     D = triton.next_power_of_2(head_dim)
     precision, dtype = ("tf32", "fp32") if dtype == "tf32" else ("ieee", dtype)
     tma = target.backend == "cuda" and target.arch >= 90 and dtype != "fp32"
     constants: dict[str, Any] = {
-        **flags, "H": 8, "GROUP": group, "M": tiles.m, "N": tiles.n, "D": D, "HEAD_DIM": head_dim,
+        **flags, "H": 8, "GROUP": 4, "M": tiles.m, "N": tiles.n, "D": D, "HEAD_DIM": head_dim,
         "PRECISION": precision, "STAGES": tiles.num_stages, "TMA": tma,
     }  # fmt: skip
     signature: dict[str, Any] = {}
@@ -91,41 +74,11 @@ def compile_kernel(
             signature[p] = "fp32" if p in ("cap", "factor", "scale") else "i32"
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return read_compiled(resources, source, target, options)
+    return Configuration(row, source, target, options)
 
 
-def resources(compiled: Any) -> dict[str, Any]:
-    """Bytes of shared memory; per thread registers, as Triton's own cuobjdump reads them, and bytes of stack, which is
-    registers spilled to memory; and the INSTRUCTIONS that it has."""
-    if "amdgcn" in compiled.asm:
-        assembly = compiled.asm["amdgcn"]
-        spilled = re.search(r"\.private_segment_fixed_size: (\d+)", assembly)
-        registers, stack = 0, int(spilled[1]) if spilled else 0
-    else:
-        assembly = compiled.asm["ptx"]
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-        assert found, text
-        registers, stack = int(found[1]), int(found[2])
-    instructions = [instruction for instruction in INSTRUCTIONS if instruction in assembly]
-    return {
-        "shared": compiled.metadata.shared, "registers": registers, "stack": stack, "instructions": instructions,
-    }  # fmt: skip
-
-
-def target_of(architecture: str) -> GPUTarget:
-    """From sm_90 or gfx942."""
-    if architecture.startswith("gfx"):
-        return GPUTarget("hip", architecture, 64)
-    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-
-def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tiles]]:
-    """Everything that `choose_tiles` can choose there: kernel, head_dim, mask, dtype, tiles.
+def configurations(architecture: str) -> Iterator[Configuration]:
+    """Everything that `choose_tiles` can choose there.
 
     Architectures that share a table and an instruction set with another are compiled with every mask at once only. Only
     forward has tiles of its own for full attention, so a soft cap without anything else is compiled with these alone.
@@ -139,19 +92,14 @@ def configurations(architecture: str) -> Iterator[tuple[str, int, str, str, Tile
                 continue
             if mask == "full-capped" and name != "forward":
                 continue
-            yield name, head_dim, mask, dtype, tiles_for(name, head_dim, mask, dtype, capability)
+            yield configuration(
+                architecture, name, head_dim, mask, dtype, tiles_for(name, head_dim, mask, dtype, capability)
+            )
     for name in KERNELS:
-        yield name, 80, "causal", "fp16", tiles_for(name, 80, "causal", "fp16", capability)
+        yield configuration(architecture, name, 80, "causal", "fp16", tiles_for(name, 80, "causal", "fp16", capability))
 
 
 def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple[int, int]) -> Tiles:
     flags = MASKS[mask]
     return choose_tiles(name, head_dim, capability, float32=dtype in ("fp32", "tf32"), causal=flags["CAUSAL"],
                         local=flags["WINDOW"] or flags["STARTS"], softcap=flags["SOFTCAP"])  # fmt: skip
-
-
-if __name__ == "__main__":
-    for name, head_dim, mask, dtype, tiles in configurations(sys.argv[1]):
-        compiled = compile_kernel(name, tiles, head_dim, target_of(sys.argv[1]), mask, dtype, group=4)
-        row = {"kernel": name, "head_dim": head_dim, "mask": mask, "dtype": dtype, "tiles": asdict(tiles)}
-        print(json.dumps(row | compiled), flush=True)

@@ -1,47 +1,40 @@
-"""Compile the decoding kernels for a GPU that is not here: as `compile_only`, whose reading it shares.
-
-python tests/kernels/compile_decode.py sm_90        every configuration's resources, one line each
-"""
+"""The decoding kernels."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.compiler import ASTSource
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from compile_cache import read_compiled
-from compile_only import resources, target_of
-
 from kernels.flash_attention import decode_kernels
 from kernels.flash_attention.config import choose_decode_tiles
+
+from .configuration import ARCHITECTURES, Configuration, target_of
+
+__all__ = ["ARCHITECTURES", "configurations"]
 
 POINTERS = {"lengths_ptr": "*i32", "lse_ptr": "*fp32", "sinks_ptr": "*fp32", "partial_out_ptr": "*fp32",
             "partial_lse_ptr": "*fp32"}  # fmt: skip
 
 
-def configurations() -> Iterator[dict[str, Any]]:
+def configurations(architecture: str) -> Iterator[Configuration]:
     """One query and many rows of a tile, without and with everything; merging."""
     for head_dim, dtype, rows in product((64, 128, 256), ("bf16", "fp32", "tf32"), (4, 64)):
         for everything in (False, True) if dtype == "bf16" else (True,):
-            yield {"kernel": "split", "head_dim": head_dim, "dtype": dtype, "rows": rows, "everything": everything}
+            yield configuration(architecture, "split", head_dim, dtype, rows, everything)
     for head_dim in (64, 256):
-        yield {"kernel": "merge", "head_dim": head_dim, "dtype": "bf16", "rows": 4, "everything": True}
-    yield {"kernel": "split", "head_dim": 80, "dtype": "fp16", "rows": 4, "everything": False}
+        yield configuration(architecture, "merge", head_dim, "bf16", 4, everything=True)
+    yield configuration(architecture, "split", 80, "fp16", 4, everything=False)
 
 
-def compile_kernel(
-    architecture: str, *, kernel: str, head_dim: int, dtype: str, rows: int, everything: bool
-) -> dict[str, Any]:
-    """What the compiler makes of one kernel, as `resources` reads it; rows of a tile are those of one query."""
+def configuration(
+    architecture: str, kernel: str, head_dim: int, dtype: str, rows: int, everything: bool
+) -> Configuration:
+    """Rows of a tile are those of one query."""
+    row = {"kernel": kernel, "head_dim": head_dim, "dtype": dtype, "rows": rows, "everything": everything}
     function = getattr(decode_kernels, f"{kernel}_kernel")
     precision, dtype = ("tf32", "fp32") if dtype == "tf32" else ("ieee", dtype)
     is_amd = architecture.startswith("gfx")
@@ -69,9 +62,4 @@ def compile_kernel(
     constexprs = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     source = ASTSource(function, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": tiles.num_warps if kernel == "split" else 2, "num_stages": tiles.num_stages}
-    return read_compiled(resources, source, target_of(architecture), options)
-
-
-if __name__ == "__main__":
-    for configuration in configurations():
-        print(json.dumps(configuration | compile_kernel(sys.argv[1], **configuration)), flush=True)
+    return Configuration(row, source, target_of(architecture), options)

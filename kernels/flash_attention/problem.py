@@ -1,0 +1,51 @@
+"""What every implementation takes from the interface: the mask and the scaling as numbers, and tensors it can read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scores import LOG2E
+
+
+class Problem:
+    """The mask and the scores' scaling as the kernels take them."""
+
+    def __init__(self, causal: bool, window: int | None, starts: Tensor | None, softcap: float, scale: float) -> None:
+        self.starts = None if starts is None else starts.contiguous()
+        self.flags = {
+            "CAUSAL": causal, "WINDOW": window is not None, "STARTS": starts is not None, "SOFTCAP": softcap > 0
+        }  # fmt: skip
+        # window, cap, factor: see scores.py
+        cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+        self.scalars = (window or 0, cap, factor * LOG2E.value)
+
+
+def aligned(x_BSHD: Tensor) -> Tensor:
+    """x, or a copy where the kernels could not read x: TMA wants 16-byte multiples, and rows without gaps in them;
+    pointers count in 32 bits from a tile's first row to its last (128 at most)."""
+    *strides, last = x_BSHD.stride()
+    fits = last == 1 and x_BSHD.data_ptr() % 16 == 0 and strides[1] * 128 < 2**31
+    for stride in strides:
+        fits = fits and stride > 0 and stride * x_BSHD.element_size() % 16 == 0
+    return x_BSHD if fits else x_BSHD.clone(memory_format=torch.contiguous_format)
+
+
+def dsinks_of(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of sinks (H,), from LSE and delta = Σ out · dout − dlse, float32 (B, H, S).
+
+    A sink is a key without a value: p = exp(sink − lse), ds = p · (0 − delta). One of −∞ is none, also for a query that
+    sees nothing, where −∞ − (−∞) would be NaN.
+    """
+    p = torch.exp(sinks[:, None] - lse).masked_fill(sinks[:, None] == float("-inf"), 0.0)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def padded(D: int) -> int:
+    """D as the kernels' tiles have it: the next power of 2. (Triton's own function takes 5 µs, five times a call.)"""
+    return 1 << (D - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; again without Triton's 5 µs."""
+    return -(-a // b)
