@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from model.memory import GIB, predict, state_bytes
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
+from .parallel.world import World
 from .runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus) -> dict[str, Any]:
-    """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command."""
+def run_facts(
+    config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus, world: World
+) -> dict[str, Any]:
+    """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command. All ranks ask."""
+    here = {"host": socket.gethostname(), "device": hardware.describe_device(runtime.device)["name"]}
     count = parameter_count(config.model)
     return {
         "parameters": count.total,
@@ -33,9 +38,10 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "train_flops_per_token": train_flops_per_token(config.model, config.seq_len / 2),
         "attention": f"{attention.name}: {attention.describe()}",
         "device": hardware.describe_device(runtime.device),
+        "ranks": world.gather(here),
         "precision": runtime.precision,
         "compile": runtime.compile,
-        "peak_flops": matmul_peak(runtime),
+        "peak_flops": matmul_peak(runtime, world.size),
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
         "data": corpus.manifest,
@@ -43,12 +49,13 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
     }
 
 
-def matmul_peak(runtime: Runtime) -> float | None:
-    """Dense peak in FLOP/s of the units this run's matrix products use; None where it is not known."""
+def matmul_peak(runtime: Runtime, num_gpus: int = 1) -> float | None:
+    """Dense peak in FLOP/s of the units this run's matrix products use, on all its GPUs; None where it is not known."""
     if runtime.device.type != "cuda" or runtime.precision == "fp32":  # fp32 products do not use the tensor cores
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
-    return hardware.peak_flops(name, runtime.dtype, capability)
+    peak = hardware.peak_flops(name, runtime.dtype, capability)
+    return None if peak is None else num_gpus * peak
 
 
 def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:

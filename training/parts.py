@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.linear import refresh
 
+from .parallel.sharding import local, local_part
+
 
 class Part(Protocol):
     """Something of a run that must survive it. `name` is the part's key in a checkpoint."""
@@ -60,7 +62,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 class Weights:
-    """The parameters of a model."""
+    """The parameters of a model. Of a sharded one they are DTensors; `load` takes those, or whole tensors."""
 
     name = "model"
 
@@ -79,7 +81,7 @@ class Weights:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[name])
+            local(parameter).copy_(local_part(tensors[name], parameter))
         refresh(self.model)
 
 
