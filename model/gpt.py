@@ -233,6 +233,7 @@ class GPT(nn.Module):
         positions_BS: Tensor | None = None,
         attention: AttentionBackend | None = None,
         per_token: bool = False,
+        places_BS: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with targets the summed loss.
 
@@ -244,8 +245,9 @@ class GPT(nn.Module):
                 whole, and places are counted from `starts_BS`.
             attention: another backend for this call only, uncompiled (such as a cache around one).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
+            places_BS: bool; without targets, where logits are wanted: there are no others.
         Returns:
-            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the
+            logits (B, S, V) without targets, (places, V) with places, in the order of rows; with targets Σ −log p(target) in nats, a float32 scalar (and what the
             head adds to it in training), or with per_token each −log p(target), float32 (B, S), 0 where no loss is
             wanted.
         """
@@ -256,7 +258,10 @@ class GPT(nn.Module):
         is_whole = attention is None and torch.is_grad_enabled()
         steps = self._compiled if is_whole and self._compiled else self.steps
         attention = attention or self.attention
-        return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S), per_token)
+        mask = attention.prepare(starts_BS, S)
+        if places_BS is not None:
+            return self.logits(self.hidden(tokens_BS, positions_BS, attention, mask)[places_BS])
+        return steps(tokens_BS, targets_BS, positions_BS, attention, mask, per_token)
 
     def steps(
         self,

@@ -11,7 +11,6 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
 
-from .parallel import sharding
 from .parallel.config import FsdpConfig, ParallelConfig
 from .parallel.world import World
 
@@ -52,8 +51,8 @@ def assemble(
     model.head.z_loss, model.head.label_smoothing = z_loss, label_smoothing
     # 2. Precision.
     model.residual_dtype = residual_dtype
-    is_sharded = isinstance(parallel, FsdpConfig)
-    if working_dtype is not None and not is_sharded:
+    sharded = parallel if isinstance(parallel, FsdpConfig) else None
+    if working_dtype is not None and not sharded:
         keep_working_copies(model, working_dtype)
     # 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
@@ -62,15 +61,17 @@ def assemble(
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or ("block" if is_sharded or isinstance(memory, FullConfig) else COMPILE_UNIT))
+        model.compile(unit or ("block" if sharded or isinstance(memory, FullConfig) else COMPILE_UNIT))
     # 5. Sharding, whose hooks surround what is compiled.
-    if isinstance(parallel, FsdpConfig):
+    if sharded:
+        from .parallel import fsdp
+
         assert world.mesh is not None
-        sharding.shard(model, world.mesh, parallel, working_dtype)
+        fsdp.shard(model, world.mesh, sharded, working_dtype)
     # 6. Memory and first weights.
     torch.manual_seed(seed)
-    if isinstance(parallel, FsdpConfig):
-        sharding.materialize(model, world.device, parallel.offload)
+    if sharded:
+        fsdp.materialize(model, world.device, sharded.offload)
     else:
         model.materialize(world.device)
     refresh(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
 from .optimizer_config import ROUNDED_AT_ONCE
-from .parallel.sharding import local, local_part, sharded_as, whole
+from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
 from .parts import check_tensors
 
 MOMENTS = (torch.float32, torch.bfloat16)
@@ -30,7 +30,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
         self.parameters, self.device = dict(model.named_parameters()), device
         # Of a sharded parameter this rank's part is updated, as a parameter of its own that lies in the same memory.
-        self.parts = {name: p if local(p) is p else nn.Parameter(local(p)) for name, p in self.parameters.items()}
+        self.parts = {name: nn.Parameter(local(p)) if is_sharded(p) else p for name, p in self.parameters.items()}
         hidden = [name for name, p in self.parts.items() if name.startswith("blocks.") and p.dim() == 2]
         by_muon = set(hidden) if isinstance(config, MuonConfig) else set()
         self.moments: torch.dtype = getattr(torch, config.moments)

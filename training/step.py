@@ -59,11 +59,11 @@ class Forward:
     def predictions(self, batch: Batch) -> Tensor:
         """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
         these places only; nothing is compiled."""
-        batch, model = batch.to(self.device), self.model
+        batch = batch.to(self.device)
         with self.autocast():
-            mask = model.attention.prepare(batch.starts_BS, batch.tokens_BS.shape[1])
-            x_BSE = model.hidden(batch.tokens_BS, batch.positions_BS, model.attention, mask)
-            return model.logits(x_BSE[batch.targets_BS != IGNORE_INDEX]).argmax(-1)
+            places_BS = batch.targets_BS != IGNORE_INDEX
+            logits: Tensor = self.model(batch.tokens_BS, None, batch.starts_BS, batch.positions_BS, places_BS=places_BS)
+            return logits.argmax(-1)
 
     def _loss(self, batch: Batch, per_token: bool) -> Tensor:
         batch = batch.to(self.device)

@@ -49,7 +49,7 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     notify(f"attention  {model.attention.describe()}")
     forward = forward_of(model)
     is_recall = config.data.is_recall
-    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, is_recall=is_recall)
+    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, batches.world, is_recall=is_recall)
     assert metrics is not None
     say_metrics(metrics)
     results: dict[str, object] = {"seq_len": config.seq_len, "metrics": metrics}

@@ -12,7 +12,7 @@ from torch import nn
 
 from data import disk
 from training.errors import SaveFailed
-from training.parallel.sharding import local, whole
+from training.parallel.sharding import is_sharded, whole
 
 from .saver import check_written, save_problem
 
@@ -26,7 +26,7 @@ def save_weights(model: nn.Module, run_dir: Path, is_first: bool = True) -> None
         SaveFailed: with one line that says why.
     """
     target = run_dir / "model.safetensors"
-    shards = {name: whole(p.detach()) for name, p in model.named_parameters() if local(p) is not p}
+    shards = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
     if not is_first:
         return
     try:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .sharding import local, sharded_modules
+from .sharding import is_sharded, local
 from .world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 BUCKET = 2**24
 """Numbers that are added up in one collective: 64 MiB. A gradient of more is a bucket of its own, and not copied."""
@@ -25,9 +29,13 @@ class Gradients:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.world, parameters = world, list(model.parameters())
-        self.sharded = [p for p in parameters if local(p) is not p]
-        self.whole = [p for p in parameters if local(p) is p]
-        self.modules = list(sharded_modules(model))
+        self.sharded = [p for p in parameters if is_sharded(p)]
+        self.whole = [p for p in parameters if not is_sharded(p)]
+        self.modules: list[FSDPModule] = []
+        if self.sharded:
+            from .fsdp import sharded_modules
+
+            self.modules = list(sharded_modules(model))
 
     def begin(self, is_last: bool) -> None:
         """A backward pass comes: whether it is the last one of the step."""

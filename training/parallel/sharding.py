@@ -1,100 +1,25 @@
-"""Parameters in shards: PyTorch's FSDP2 (`fully_shard`), a block at a time.
-
-Matrices are split by their rows (dimension 0) over the ranks of `World.mesh`, as `DTensor`s; norms and biases are small
-and stay whole on every rank. With precision=bf16 matrices are gathered in bf16, which is also what linear layers
-multiply with, so that sharded models have no working copies (`model.linear`). Gradients are summed in float32.
-"""
+"""Tensors of which every rank holds a shard (PyTorch's `DTensor`), and those that are whole, alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
-from model.gpt import GPT
-
-from .config import FsdpConfig
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
-def shard(model: GPT, mesh: DeviceMesh, config: FsdpConfig, dtype: torch.dtype | None) -> None:
-    """Shard a model on the meta device: each block by itself, and embedding and head with the model.
-
-    Args:
-        dtype: in which parameters are gathered; None: their own.
-    """
-    whole = {parameter for parameter in model.parameters() if parameter.dim() < 2}
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload else OffloadPolicy()
-    # Inputs stay what they are: autocast and the residual stream decide their dtypes.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(
-            block,
-            mesh=mesh,
-            reshard_after_forward=config.reshard,
-            mp_policy=policy,
-            offload_policy=offload,
-            ignored_params=whole,
-        )
-    fully_shard(
-        model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload, ignored_params=whole
-    )
-    for module in sharded_modules(model):
-        # The loss is divided by the targets of the whole step: gradients are added up, not averaged.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-@torch.no_grad()
-def materialize(model: GPT, device: torch.device, offload: bool) -> None:
-    """`GPT.materialize` for a sharded model: the weights that one process would begin with, each in its shards.
-
-    Every rank draws all numbers, one parameter at a time.
-
-    Args:
-        offload: keep shards in the host's memory.
-    """
-
-    def empty(tensor: Tensor) -> Tensor:
-        on_host = offload and isinstance(tensor, DTensor)
-        return torch.empty_like(tensor, device="cpu" if on_host else device)
-
-    model._apply(empty)
-    with device:
-        for module in model.modules():
-            with _whole_parameters(module, device):
-                getattr(module, "reset_parameters", lambda: None)()
-        model.begin()
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            model.draw(name, drawn)
-            local(parameter).copy_(local_part(drawn, parameter))
-        else:
-            model.draw(name, parameter)
-
-
-@contextmanager
-def _whole_parameters(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module's own parameters, whole and uninitialised in place of their shards."""
-    shards = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
-    for name, parameter in shards.items():
-        module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
-    yield
-    module._parameters.update(shards)
+def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # where nobody imported it, nothing is sharded
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, in the same memory, without its gradient; of a tensor that is whole, the tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
     shard: Tensor = tensor.to_local()
     return shard.detach()
@@ -102,7 +27,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which every rank has a shard, gathered on every rank: all call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor, like: Tensor) -> Tensor:
@@ -111,19 +36,21 @@ def local_part(tensor: Tensor, like: Tensor) -> Tensor:
     Args:
         tensor: whole, and the same on every rank; or split so already.
     """
-    if isinstance(tensor, DTensor):
-        assert isinstance(like, DTensor)
+    if is_sharded(tensor):
+        assert is_sharded(like)
         assert tensor.placements == like.placements
         return local(tensor)
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    from torch.distributed.tensor import distribute_tensor
+
+    return local(distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None))
 
 
 def sharded_as(shard: Tensor, like: Tensor) -> Tensor:
     """A shard of this rank as a part of what `like` is a part of; where `like` is whole, the tensor."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return shard
-    return DTensor.from_local(
+    return type(like).from_local(
         shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
