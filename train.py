@@ -48,11 +48,13 @@ def train(composed: DictConfig) -> dict[str, float]:
 
     doing("loading PyTorch")
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
+    from training.parallel.watch import watched
     from training.parallel.world import World
     from training.trainer import Trainer
 
     world = World.start(runtime.device, config.parallel)
     with (
+        watched(world),
         run_folder.claimed(config, is_named=jobs.is_typed("run_dir") or not world.is_first) as config,
         out_of_memory_explained(config, runtime),
     ):

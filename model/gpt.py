@@ -247,9 +247,9 @@ class GPT(nn.Module):
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
             places_BS: bool; without targets, where logits are wanted: there are no others.
         Returns:
-            logits (B, S, V) without targets, (places, V) with places, in the order of rows; with targets Σ −log p(target) in nats, a float32 scalar (and what the
-            head adds to it in training), or with per_token each −log p(target), float32 (B, S), 0 where no loss is
-            wanted.
+            logits (B, S, V) without targets, or those of the places (places, V) in the order of rows; with targets
+            Σ −log p(target) in nats, a float32 scalar (and what the head adds to it in training), or with per_token
+            each −log p(target), float32 (B, S), 0 where no loss is wanted.
         """
         S = tokens_BS.shape[1]
         if positions_BS is None:

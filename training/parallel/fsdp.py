@@ -1,8 +1,8 @@
 """Parameters in shards: PyTorch's FSDP2 (`fully_shard`), a block at a time.
 
 Matrices are split by their rows (dimension 0) over the ranks of `World.mesh`; norms and biases are small and stay whole
-on every rank. With precision=bf16 matrices are gathered in bf16, which is also what linear layers multiply with, so that
-sharded models have no working copies (`model.linear`). Gradients are summed in float32.
+on every rank. With precision=bf16 matrices are gathered in bf16, which is also what linear layers multiply with, so
+that sharded models have no working copies (`model.linear`). Gradients are summed in float32.
 
 Only runs with sharded parameters import this: it costs the start of a process half a second.
 """

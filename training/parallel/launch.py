@@ -36,6 +36,11 @@ class Launch:
         return launch
 
 
+def speaks() -> bool:
+    """Whether this process is the one of several that says what all know."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, default)
     try:

@@ -19,9 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .config import FsdpConfig, ParallelConfig
 from .launch import Launch
+from .watch import Watch
 
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective. Ranks wait for each other's data, compilation and files; `heartbeat` finds those that are lost."""
+"""Of a collective. Ranks wait for each other's data, compilation and files; `watch` finds those that are lost."""
+_watches: list[Watch] = []
+"""The one of this process, where its world has several ranks."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class World:
     mesh: DeviceMesh | None = None
     """Over which parameters are sharded: ("shard",), or ("replica", "shard") where there are several copies of them;
     None where each rank holds all."""
+    watch: Watch | None = None
+    """Of the other ranks; None in a world of one."""
 
     @classmethod
     def start(cls, device: torch.device, parallel: ParallelConfig | None = None) -> World:
@@ -56,10 +61,19 @@ class World:
         if not dist.is_initialized():
             # Small numbers that the hosts agree on go through gloo, so that they need not wait for the devices.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            if launch.is_launched:
-                dist.init_process_group(backend, timeout=TIMEOUT)
-            else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store: dist.Store = dist.HashStore()
+            if launch.size > 1:
+                store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("world", store),
+                timeout=TIMEOUT,
+                rank=launch.rank,
+                world_size=launch.size,
+            )
+            if launch.size > 1:
+                another: Any = store  # a thread has a connection of its own
+                _watches.append(Watch(dist.PrefixStore("watch", another.clone()), launch.rank, launch.size))
         data_size, shards = parallel.data_size(launch.size), parallel.shard_size(launch)
         group = mesh = None
         if parallel.context > 1:
@@ -70,7 +84,8 @@ class World:
             if sizes["replica"] == 1:
                 del sizes["replica"]
             mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return cls(device, launch.rank, launch.size, parallel.context, group, mesh)
+        watch = _watches[0] if _watches else None
+        return cls(device, launch.rank, launch.size, parallel.context, group, mesh, watch)
 
     @property
     def is_first(self) -> bool:
