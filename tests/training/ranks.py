@@ -2,13 +2,16 @@
 
     RANK=… WORLD_SIZE=… python tests/training/ranks.py CASES.json OUT.pt
 
-CASES.json: name → words of train.py. OUT.pt: name → `trained`. Every rank runs the same cases, one after the other, in
-one process group; rank 0 writes.
+CASES.json: name → arguments of `trained`; OUT.pt: name → what it returned. Every rank runs the same cases, one after the
+other, in one process group; rank 0 writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,46 +19,88 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 900.0
 
 
-def trained(words: list[str]) -> dict[str, Any]:
-    """Losses and norms of every step, evaluation's loss before and after, and the weights at the end."""
+def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, Any]:
+    """What every step did, an evaluation before and after, and the weights and moments at the end.
+
+    Args:
+        words: of train.py. poisoned: a step, and the data rank whose loss is NaN in it.
+    """
     from scripts.settings import train_config
     from training.parallel.sharding import whole
     from training.run import Run
     from training.runtime import resolve_runtime
+    from training.services.evaluation import measure
 
     config = train_config(words)
     run = Run(config, resolve_runtime(config), lambda line: None)
+
+    def evaluated() -> dict[str, float] | None:
+        count_bytes = run.batches.corpus.tokenizer.count_bytes
+        return measure(run.train_step, run.batches.val_batches, count_bytes, run.world, is_recall=config.data.is_recall)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
+
+    loss = run.train_step.loss
+    first, before, steps = weights(), evaluated(), []
     run.batches.open()
-    losses, norms, good, tokens = [], [], [], []
     try:
         for step in run.remaining_steps():
-            micro_batches = run.batches.next(run.plan.accumulation)
-            result = run.train_step(micro_batches, step, run.learning_rate())
-            losses.append(result.loss.item())
-            norms.append(result.grad_norm.item())
-            good.append(bool(result.good))
-            tokens.append((result.num_tokens, result.visible_pairs))
+            is_poisoned = poisoned == [step, run.world.data_rank]
+            run.train_step.loss = lambda batch, bad=is_poisoned: loss(batch) * (torch.nan if bad else 1.0)  # type: ignore[method-assign, misc]
+            result = run.train_step(run.batches.next(run.plan.accumulation), step, run.learning_rate())
+            steps.append([tensor.item() for tensor in result[:3]] + list(result[3:]))
     finally:
         run.batches.close()
-    weights = {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
     return {
-        "losses": losses,
-        "norms": norms,
-        "good": good,
-        "tokens": tokens,
+        "steps": steps,
         "rows": run.batches.rows,
-        "weights": weights,
+        "evaluations": [before, evaluated()],
+        "first": first,
+        "weights": weights(),
+        "moments": {name: whole(tensor).clone() for name, tensor in run.optimizer.tensors().items()},
     }
 
 
-def main(cases: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    from training.parallel.launch import Launch
+def launch(program: list[str], size: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """`size` ranks of a program on this machine, each with its output in a pipe."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
+    return [
+        subprocess.Popen(
+            [sys.executable, *program],
+            cwd=ROOT,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
 
-    results = {name: trained(words) for name, words in json.loads(cases.read_text()).items()}
-    if Launch.here().rank == 0:
+
+def trained_by_ranks(cases: dict[str, dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
+    """Name → what `trained` returned on rank 0 of `size`."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    ranks = launch([__file__, str(folder / "cases.json"), str(folder / "out.pt")], size)
+    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
+    results: dict[str, Any] = torch.load(folder / "out.pt")
+    return results
+
+
+def main(cases: Path, out: Path) -> None:
+    from training.parallel.launch import speaks
+
+    torch.set_num_threads(1)
+    results = {name: trained(**case) for name, case in json.loads(cases.read_text()).items()}
+    if speaks():
         torch.save(results, out)
 
 

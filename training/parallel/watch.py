@@ -163,7 +163,7 @@ def watched(world: World) -> Iterator[None]:
     except Exception as error:
         is_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if is_connection and (verdict := watch.wait_for_verdict()) is not None:
-            leave("", verdict[1])
+            leave(verdict[0] if verdict == GONE and watch.rank == 1 else "", verdict[1])
         if watch.rank > 0:
             time.sleep(1.0)
         line = " ".join(str(error).split())
