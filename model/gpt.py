@@ -225,6 +225,11 @@ class GPT(nn.Module):
         self._compiled_blocks = [block.compile_forward(**options) for block in blocks]
         self._compiled_loss = torch.compile(self.loss, **options)
 
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether training sees the whole model as one compiled graph, so that blocks are not called one by one."""
+        return self._compiled is not None
+
     def forward(
         self,
         tokens_BS: Tensor,

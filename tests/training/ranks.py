@@ -2,8 +2,8 @@
 
     RANK=… WORLD_SIZE=… python tests/training/ranks.py CASES.json OUT.pt
 
-CASES.json: name → arguments of `trained`; OUT.pt: name → what it returned. Every rank runs the same cases, one after the
-other, in one process group; rank 0 writes.
+CASES.json: name → arguments of `trained`; OUT.pt: name → what it returned. Every rank runs the same cases, one after
+the other, in one process group; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ def trained_by_ranks(cases: dict[str, dict[str, Any]], size: int, folder: Path) 
 
 
 def main(cases: Path, out: Path) -> None:
+    from training.parallel import gradients
     from training.parallel.launch import speaks
 
     torch.set_num_threads(1)
+    gradients.SMALL = 1000  # some of these are added up where they lie, others together
     results = {name: trained(**case) for name, case in json.loads(cases.read_text()).items()}
     if speaks():
         torch.save(results, out)
