@@ -20,6 +20,7 @@ from model.memory import GIB, predict, state_bytes
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
+from .parallel.launch import Launch
 from .parallel.world import World
 from .runtime import Runtime
 
@@ -62,14 +63,17 @@ def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any])
     """What a person should know before the first step."""
     execution = "torch.compile" if facts["compile"] else "eager"
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
+    data_size = config.parallel.data_size(len(facts["ranks"]))
+    on = f" on each of {data_size}" if data_size > 1 else ""
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
         *memory_lines(config, runtime),
+        *parallel_lines(config, facts["ranks"]),
         f"plan       {plan.max_steps:,} steps × {plan.tokens_per_step:,} tokens "
-        f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}){epochs(plan, facts['data'])}",
+        f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}{on}){epochs(plan, facts['data'])}",
     ]
 
 
@@ -87,6 +91,20 @@ def memory_lines(config: TrainConfig, runtime: Runtime) -> list[str]:
         host = f" and {plan.host / GIB:.1f} GiB of the host" if plan.host else ""
         said.append(f"{plan.total / GIB:.1f}{of} GiB{host} by prediction")
     return [f"memory     {policy.name}: {'; '.join(said)}"] if said else []
+
+
+def parallel_lines(config: TrainConfig, ranks: list[dict[str, str]]) -> list[str]:
+    """How the run is spread over its processes; nothing of one process with all of the model."""
+    parallel, hosts = config.parallel, len({rank["host"] for rank in ranks})
+    shards = parallel.shard_size(Launch.here())
+    if len(ranks) == 1 and parallel.name == "data":
+        return []
+    said = [f"{len(ranks)} processes on {hosts} {'hosts' if hosts > 1 else 'host'}"]
+    if parallel.context > 1:
+        said.append(f"{parallel.context} share each row")
+    if parallel.name != "data":
+        said.append(f"{len(ranks) // shards} × {shards} shards" if len(ranks) > shards else f"{shards} shards")
+    return [f"parallel   {parallel.name}: {', '.join(said)}"]
 
 
 def epochs(plan: Plan, manifest: dict[str, Any]) -> str:

@@ -98,6 +98,12 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     """
     config.parallel.check(Launch.here())
     gpu, precision = resolve_device(config.device, config.precision)
+    launch = Launch.here()
+    if gpu is not None and gpu.count is not None and launch.local_rank >= gpu.count:
+        raise ValueError(
+            f"{launch.local_size} processes want a GPU each of this machine, which offers {gpu.count}; "
+            f"use torchrun --nproc-per-node={gpu.count}"
+        )
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
     choose_attention(config.attention, attention_spec(config, runtime))
     return runtime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,15 @@ def test_processes_that_cannot_be_arranged_so_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(ValueError, match=says):
         resolve_runtime(refused)
+
+
+def test_more_processes_than_gpus_are_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.runtime.find_gpu", lambda: replace(A100, count=2))
+    environment = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "6", "LOCAL_RANK": "2"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"4 processes want a GPU each .* offers 2; use torchrun --nproc-per-node=2"):
+        resolve_runtime(config("device=cuda"))
 
 
 def test_autocast_is_on_for_bf16_alone() -> None:
