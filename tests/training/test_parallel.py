@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ import pytest
 import ranks
 import torch
 from conftest import TINY
+from processes import LIMIT_S, wait_until
+
+from training.checkpoint.folder import candidates
+from training.loggers import read_metrics
 
 SIZE = 4
 # A vocabulary and a width that four shards do not divide evenly.
@@ -86,3 +94,61 @@ def test_first_weights_are_those_of_one_process_bit_for_bit(
     for name, four in results[1].items():
         for key, tensor in results[0][name.partition("/")[0]]["first"].items():
             assert torch.equal(four["first"][key], tensor), f"{name}: {key}"
+
+
+# ---- ranks that fail, vanish or are asked to stop
+
+FAILS = """
+import sys, torch
+from training.parallel.watch import watched
+from training.parallel.world import World
+
+world = World.start(torch.device("cpu"))
+with watched(world):
+    if str(world.rank) in sys.argv[1]:
+        raise ValueError("no room on this disk")
+    world.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "says"),
+    [("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]), ("01", [r"error: no room on this disk\n", r""])],
+)
+def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str]) -> None:
+    both = ranks.launch(["-c", FAILS, failing], 2, TORCH_CPP_LOG_LEVEL="ERROR")
+    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in both]
+    assert [rank.returncode for rank in both] == [2, 2], said
+    for pattern, text in zip(says, said, strict=True):
+        assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*SMALL, "data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "batch_size=1"]
+    words += ["tokens_per_step=384", "max_steps=1000000", "eval_every=0", "checkpoint.every=5", f"run_dir={run}"]
+
+    def begun(number: int, parallel: str) -> list[subprocess.Popen[str]]:
+        processes = ranks.launch(["train.py", *words, f"parallel={parallel}"], number)
+        newest = max((path.name for path in candidates(run)), default="")
+        wait_until(lambda: max((path.name for path in candidates(run)), default="") > newest, processes[0])
+        return processes
+
+    three = begun(3, "data")
+    three[2].kill()
+    said = [process.communicate(timeout=LIMIT_S)[0] for process in three]
+    assert [process.returncode for process in three] == [75, 75, -9]
+    assert len(re.findall(r"error: rank 2 on \S+ is lost: it has not answered for \d+ s", "".join(said))) == 1
+    assert "Traceback" not in "".join(said)
+    assert json.loads((run / "facts.json").read_text())["ranks"][2]["host"]
+
+    two = begun(2, "data")
+    two[1].send_signal(signal.SIGTERM)  # one rank alone is asked
+    said = [process.communicate(timeout=LIMIT_S)[0] for process in two]
+    assert [process.returncode for process in two] == [75, 75]
+    assert re.search(r"resume     step \d+ of", said[0])
+    assert re.search(r"interrupted by SIGTERM; saved", said[0])
+    assert said[1] == ""
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
+    assert steps == sorted(set(steps)), "one log, each step once"

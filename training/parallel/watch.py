@@ -33,6 +33,7 @@ SUSPECT_SECONDS = 5.0
 """The same once a connection to some rank has broken."""
 GRACE_SECONDS = 10.0
 """That a rank has, after the verdict about another one, to end by itself."""
+READING_SECONDS = 5.0
 CODES: dict[type[BaseException], int] = {ValueError: 2, OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
 DONE = 1 << 40
 VERDICT = "verdict"
@@ -51,6 +52,7 @@ class Watch:
         self.store, self.rank, self.size = store, rank, size
         self.next = (rank + 1) % size
         self.is_suspicious = False
+        self._known: tuple[str, int] | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
         store.set(f"host/{rank}", socket.gethostname())
@@ -66,23 +68,45 @@ class Watch:
 
     def claim(self, message: str, code: int) -> tuple[str, int]:
         """Write the verdict, unless there is one; returns what it is."""
-        try:
-            with self._lock:
-                found = self.store.compare_set(VERDICT, "", json.dumps([message, code]))
-        except STORE_GONE:
-            return GONE
-        told, told_code = json.loads(found)
-        return told, told_code
+        with self._lock:
+            try:
+                if self._known is None:
+                    self._know(self.store.compare_set(VERDICT, "", json.dumps([message, code])))
+            except STORE_GONE:
+                self._known = GONE
+            assert self._known is not None
+            return self._known
 
     def verdict(self) -> tuple[str, int] | None:
-        try:
-            with self._lock:
-                if not self.store.check([VERDICT]):
-                    return None
-                message, code = json.loads(self.store.get(VERDICT))
-        except STORE_GONE:
-            return GONE
-        return message, code
+        """The verdict, once there is one."""
+        with self._lock:
+            try:
+                if self._known is None and self.store.check([VERDICT]):
+                    self._know(self.store.get(VERDICT))
+            except STORE_GONE:
+                self._known = GONE
+            return self._known
+
+    def leave(self, message: str, code: int) -> None:
+        """End the process at once. Rank 0, whose process may hold the store, waits until the others know why."""
+        LINE.end()
+        if self._known == GONE and self.rank == 1:  # rank 0 cannot say it
+            message = GONE[0]
+        if message:
+            say_error(message)
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        deadline = time.monotonic() + READING_SECONDS
+        with suppress(*STORE_GONE), self._lock:
+            while self.rank == 0 and self.store.add("read", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+        os._exit(code)
+
+    def _know(self, found: bytes) -> None:
+        message, code = json.loads(found)
+        self._known = message, code
+        self.store.add("read", 1)
 
     def wait_for_verdict(self) -> tuple[str, int] | None:
         """After a connection broke: somebody is lost, or has failed and says so."""
@@ -109,8 +133,8 @@ class Watch:
                 elif now - since > (SUSPECT_SECONDS if self.is_suspicious else LOST_SECONDS):
                     self._tell(self.next, f"has not answered for {now - since:.0f} s")
             except STORE_GONE:
-                if not self._closed.is_set():
-                    self._leave(*GONE, is_ours=self.rank == 1)
+                self._known = GONE
+                self._leave(*GONE, is_ours=True)
 
     def _tell(self, rank: int, what: str) -> None:
         with self._lock:
@@ -121,9 +145,9 @@ class Watch:
 
     def _leave(self, message: str, code: int, is_ours: bool) -> None:
         """End the process: its main thread may wait for ever."""
-        if not is_ours and self._closed.wait(GRACE_SECONDS):
+        if self._closed.wait(0 if is_ours else GRACE_SECONDS):
             return
-        leave(message if is_ours else "", code)
+        self.leave(message if is_ours and self._known != GONE else "", code)
 
 
 def lost(who: str, what: str) -> str:
@@ -131,16 +155,6 @@ def lost(who: str, what: str) -> str:
 
 
 GONE = lost("rank 0", "does not answer"), Interrupted.code
-
-
-def leave(message: str, code: int) -> None:
-    LINE.end()
-    if message:
-        say_error(message)
-    with suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager
@@ -163,14 +177,14 @@ def watched(world: World) -> Iterator[None]:
     except Exception as error:
         is_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if is_connection and (verdict := watch.wait_for_verdict()) is not None:
-            leave(verdict[0] if verdict == GONE and watch.rank == 1 else "", verdict[1])
+            watch.leave("", verdict[1])
         if watch.rank > 0:
             time.sleep(1.0)
         line = " ".join(str(error).split())
         message = line if watch.rank == 0 else f"rank {watch.rank} on {socket.gethostname()}: {line}"
         told, code = watch.claim(message, CODES.get(type(error), 1))
         if told != message:
-            leave("", code)
+            watch.leave("", code)
         if type(error) in CODES:
-            leave(message, code)
+            watch.leave(message, code)
         raise

@@ -56,7 +56,7 @@ class World:
         is_sharded = isinstance(parallel, FsdpConfig)
         if launch.size == 1 and not is_sharded:
             return cls(device)
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             # Small numbers that the hosts agree on go through gloo, so that they need not wait for the devices.
