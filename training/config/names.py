@@ -51,8 +51,6 @@ OTHER_NAMES: dict[str, str] = {
         "parallel": "strategy distributed_strategy dp ddp fsdp use_fsdp sharding sharding_strategy parallelism",
         "parallel.context": "cp cp_size context_parallel context_parallel_size context_parallel_degree "
         "sequence_parallel sequence_parallel_size",
-        "parallel.reshard": "reshard_after_forward",
-        "parallel.offload": "cpu_offload offload_params fsdp_offload_params",
         "model.dim": "hidden_size hidden_dim hidden n_embd n_embed d_model embed_dim embedding_dim model_dim emb_dim",
         "model.n_layers": "n_layer num_layers num_hidden_layers layers depth n_blocks",
         "model.n_heads": "n_head num_heads num_attention_heads heads",
