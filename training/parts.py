@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.linear import refresh
 
-from .parallel.sharding import local, local_part
+from .parallel.sharding import local, local_part, named_parameters
 
 
 class Part(Protocol):
@@ -70,7 +70,7 @@ class Weights:
         self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
+        return named_parameters(self.model)
 
     def values(self) -> dict[str, Any]:
         return {}
@@ -80,7 +80,7 @@ class Weights:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.tensors().items():
             local(parameter).copy_(local_part(tensors[name], parameter))
         refresh(self.model)
 

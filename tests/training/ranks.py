@@ -29,7 +29,7 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
         words: of train.py. poisoned: a step, and the data rank whose loss is NaN in it.
     """
     from scripts.settings import train_config
-    from training.parallel.sharding import whole
+    from training.parallel.sharding import is_sharded, named_parameters, whole
     from training.run import Run
     from training.runtime import resolve_runtime
     from training.services.evaluation import measure
@@ -42,7 +42,7 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
         return measure(run.train_step, run.batches.val_batches, count_bytes, run.world, is_recall=config.data.is_recall)
 
     def weights() -> dict[str, torch.Tensor]:
-        return {name: whole(p.detach()).clone() for name, p in run.model.named_parameters()}
+        return {name: whole(p.detach()).clone() for name, p in named_parameters(run.model).items()}
 
     loss = run.train_step.loss
     first, before, steps = weights(), evaluated(), []
@@ -61,6 +61,7 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
         "evaluations": [before, evaluated()],
         "first": first,
         "weights": weights(),
+        "sharded": [name for name, p in named_parameters(run.model).items() if is_sharded(p)],
         "moments": {name: whole(tensor).clone() for name, tensor in run.optimizer.tensors().items()},
     }
 

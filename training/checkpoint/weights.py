@@ -12,7 +12,7 @@ from torch import nn
 
 from data import disk
 from training.errors import SaveFailed
-from training.parallel.sharding import is_sharded, whole
+from training.parallel.sharding import is_sharded, named_parameters, whole
 
 from .saver import check_written, save_problem
 
@@ -26,14 +26,15 @@ def save_weights(model: nn.Module, run_dir: Path, is_first: bool = True) -> None
         SaveFailed: with one line that says why.
     """
     target = run_dir / "model.safetensors"
-    shards = {name: whole(p.detach()) for name, p in model.named_parameters() if is_sharded(p)}
+    parameters = named_parameters(model)
+    shards = {name: whole(p.detach()) for name, p in parameters.items() if is_sharded(p)}
     if not is_first:
         return
     try:
         # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
         with disk.part_of(target) as part:
             if shards:
-                others = {name: p.detach() for name, p in model.named_parameters() if name not in shards}
+                others = {name: p.detach() for name, p in parameters.items() if name not in shards}
                 save_file(shards | others, str(part / target.name), metadata={"format": "pt"})
             else:
                 save_model(model, str(part / target.name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 def is_sharded(tensor: Tensor) -> TypeIs[DTensor]:
     module = sys.modules.get("torch.distributed.tensor")  # where nobody imported it, nothing is sharded
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, as they are sharded: FSDP leaves some gathered after a forward pass without a backward
+    pass, and then it is those that a module has."""
+    if "torch.distributed.fsdp" in sys.modules:
+        from .fsdp import sharded_modules
+
+        for module in sharded_modules(model):
+            module.reshard()
+    return dict(model.named_parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
