@@ -5,6 +5,7 @@ configs/train.yaml lists everything that can be set; README.md explains the numb
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -47,11 +48,18 @@ def train(composed: DictConfig) -> dict[str, float]:
 
     doing("loading PyTorch")
     from training.memory import out_of_memory_explained  # torch: 1 to 3 s that a mistake need not wait for
+    from training.parallel.watch import watched
+    from training.parallel.world import World
     from training.trainer import Trainer
 
-    named = jobs.is_typed("run_dir")
-    with run_folder.claimed(config, named) as config, out_of_memory_explained(config, runtime):
-        summary = Trainer(config, cli.say, runtime).fit()
+    world = World.start(runtime.device, config.parallel)
+    with (
+        watched(world),
+        run_folder.claimed(config, is_named=jobs.is_typed("run_dir") or not world.is_first) as config,
+        out_of_memory_explained(config, runtime),
+    ):
+        config = replace(config, run_dir=world.gather(config.run_dir)[0])
+        summary = Trainer(config, cli.say, runtime, world).fit()
     if jobs.job_number() is None:  # a sweep has its table
         for line in closing_lines(Path(config.run_dir), columns()):
             cli.say(line)

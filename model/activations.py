@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from .config import ModelConfig
-from .gpt import GPT, Attend, Block, Rotation
+from .gpt import GPT, Attend, Block, Compiled, Rotation
 from .kept import Store
 from .offload import HostStore
 from .recompute import Pieces, Recomputed
@@ -66,7 +66,11 @@ class _Selective(Block):
 
     contexts: Callable[[], Any]
 
-    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation, compiled: Compiled | None = None
+    ) -> Tensor:
+        if compiled is not None:
+            return compiled(x_BSE, attend, mask, rotation)
         # Nothing in a block is random, so there is no state of a generator to go back to.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.contexts}
         out_BSE: Tensor = checkpoint(super().forward, x_BSE, attend, mask, rotation, **options)

@@ -23,6 +23,7 @@ from .rotary import attention_scaling, inverse_frequencies, rotate
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """(q, k, v, mask) → out: an `AttentionBackend`, or what its `for_layer` returned."""
 Rotation = tuple[Tensor, Tensor] | None
+Compiled = Callable[..., Tensor]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -106,14 +107,19 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp: SwiGLU | GELU = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
 
-    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation, compiled: Compiled | None = None
+    ) -> Tensor:
+        """`compiled`: what `compile` gave, to compute it; what shards a block hooks into the call around that."""
+        if compiled is not None:
+            return compiled(x_BSE, attend, mask, rotation)
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
-    def compiled(self, **options: Any) -> Callable[..., Tensor]:
-        """This block as torch.compile makes it, with its options."""
-        block: Callable[..., Tensor] = torch.compile(self, **options)
-        return block
+    def compile_forward(self, **options: Any) -> Compiled | None:
+        """This block's forward pass as torch.compile makes it, with its options."""
+        compiled: Compiled = torch.compile(self.forward, **options)
+        return compiled
 
 
 class Head(Linear):
@@ -166,30 +172,34 @@ class GPT(nn.Module):
             self.register_buffer("frequencies", None, persistent=False)
         self.residual_dtype: torch.dtype | None = None
         """Of the residual stream; None: the weights', under autocast, too."""
-        self._compiled: Callable[..., Tensor] | None = None
-        self._compiled_blocks: Sequence[Callable[..., Tensor]] | None = None
-        self._compiled_loss: Callable[..., Tensor] | None = None
+        self._compiled: Compiled | None = None
+        self._compiled_blocks: Sequence[Compiled | None] | None = None
+        self._compiled_loss: Compiled | None = None
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's initialisation: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer adds to the residual stream.
+        """First weights; draws from torch's default generator, one parameter after the other."""
+        self.begin()
+        for name, parameter in self.named_parameters():
+            self.draw(name, parameter)
 
-        Draws from torch's default generator, one parameter after the other.
-        """
+    def begin(self) -> None:
+        """What is computed rather than drawn, and which weights are one."""
         if self.config.tie_head:
             self.head.weight = self.embedding.weight
         if self.config.position == "rotary":
             assert self.config.head_dim is not None
             with self.embedding.weight.device:
                 self.frequencies = inverse_frequencies(self.config.rotary, self.config.head_dim)
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                nn.init.normal_(parameter, std=residual_std if is_residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+
+    def draw(self, name: str, parameter: Tensor) -> None:
+        """GPT-2's initialisation: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer adds to the residual stream."""
+        if parameter.dim() == 2:
+            is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if is_residual else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
     def materialize(self, device: torch.device) -> None:
         """Give a model built on the meta device memory on `device`, and the weights it would have been built with."""
@@ -212,8 +222,13 @@ class GPT(nn.Module):
         options = {"dynamic": False, **options}
         blocks: Iterable[Any] = self.blocks
         self._compiled = torch.compile(self.steps, **options) if unit == "model" else None
-        self._compiled_blocks = [block.compiled(**options) for block in blocks]
+        self._compiled_blocks = [block.compile_forward(**options) for block in blocks]
         self._compiled_loss = torch.compile(self.loss, **options)
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether training sees the whole model as one compiled graph, so that blocks are not called one by one."""
+        return self._compiled is not None
 
     def forward(
         self,
@@ -223,6 +238,7 @@ class GPT(nn.Module):
         positions_BS: Tensor | None = None,
         attention: AttentionBackend | None = None,
         per_token: bool = False,
+        places_BS: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with targets the summed loss.
 
@@ -234,10 +250,11 @@ class GPT(nn.Module):
                 whole, and places are counted from `starts_BS`.
             attention: another backend for this call only, uncompiled (such as a cache around one).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
+            places_BS: bool; without targets, where logits are wanted: there are no others.
         Returns:
-            logits (B, S, V) without targets; with targets Σ −log p(target) in nats, a float32 scalar (and what the
-            head adds to it in training), or with per_token each −log p(target), float32 (B, S), 0 where no loss is
-            wanted.
+            logits (B, S, V) without targets, or those of the places (places, V) in the order of rows; with targets
+            Σ −log p(target) in nats, a float32 scalar (and what the head adds to it in training), or with per_token
+            each −log p(target), float32 (B, S), 0 where no loss is wanted.
         """
         S = tokens_BS.shape[1]
         if positions_BS is None:
@@ -246,7 +263,10 @@ class GPT(nn.Module):
         is_whole = attention is None and torch.is_grad_enabled()
         steps = self._compiled if is_whole and self._compiled else self.steps
         attention = attention or self.attention
-        return steps(tokens_BS, targets_BS, positions_BS, attention, attention.prepare(starts_BS, S), per_token)
+        mask = attention.prepare(starts_BS, S)
+        if places_BS is not None:
+            return self.logits(self.hidden(tokens_BS, positions_BS, attention, mask)[places_BS])
+        return steps(tokens_BS, targets_BS, positions_BS, attention, mask, per_token)
 
     def steps(
         self,
@@ -276,9 +296,8 @@ class GPT(nn.Module):
         if self.residual_dtype is not None:
             x_BSE = x_BSE.to(self.residual_dtype)
         compiled = self._compiled_blocks if self._is_by_block(attention) else None
-        blocks: Iterable[Any] = compiled or self.blocks
-        for layer, block in enumerate(blocks):
-            x_BSE = block(x_BSE, attention.for_layer(layer), mask, rotation)
+        for layer, block in enumerate(self.blocks):
+            x_BSE = block(x_BSE, attention.for_layer(layer), mask, rotation, compiled and compiled[layer])
         return x_BSE
 
     def _is_by_block(self, attention: AttentionBackend) -> bool:

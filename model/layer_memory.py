@@ -13,7 +13,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a run decides the memory of its steps, in one process."""
+    """What of a run decides the memory of its steps, in one of its processes."""
 
     model: ModelConfig
     memory: MemoryConfig
@@ -33,6 +33,12 @@ class Workload:
     compiled: bool = True
     writes_scores: bool = False
     """Whether attention writes S × S scores to memory, as attention=math does."""
+    shards: int = 1
+    """Ranks that hold one copy of weights, gradients and moments together."""
+    reshards: bool = True
+    """Whether of sharded weights those of the layer in use are gathered alone, and not those of all layers."""
+    state_on_host: bool = False
+    """Whether the shards lie in the host's memory."""
     sums_queries: bool = True
     """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
 
@@ -43,7 +49,11 @@ class Workload:
     @property
     def keeps_copies(self) -> bool:
         """Whether the weights' bf16 copies stay from step to step; see `Runtime.working_dtype`."""
-        return self.product_bytes < FLOAT32 and self.accumulates
+        return self.product_bytes < FLOAT32 and self.accumulates and not self.is_sharded
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.shards > 1 or self.state_on_host
 
 
 def kept_bytes(work: Workload, layer: int) -> int:

@@ -52,13 +52,18 @@ class MemoryPlan:
 
 
 def state_bytes(work: Workload) -> tuple[int, int, int]:
-    """(weights, gradients, moments): what a step needs whatever its rows are.
+    """(weights, gradients, moments): what a process needs from step to step whatever its rows are, its shards of them.
 
     AdamW keeps two moments of each parameter, Muon one of the blocks' matrices and two of the rest.
     """
     count, _, block_matrices = parameter_count(work.model)
     moments = 2 * count - (block_matrices if work.optimizer == "muon" else 0)
-    return FLOAT32 * count, FLOAT32 * count, work.moment_bytes * moments
+    weights, gradients, optimizer = FLOAT32 * count, FLOAT32 * count, work.moment_bytes * moments
+    return _shard(work, weights), _shard(work, gradients), _shard(work, optimizer)
+
+
+def _shard(work: Workload, nbytes: int) -> int:
+    return -(-nbytes // work.shards)
 
 
 def predict(work: Workload) -> MemoryPlan:
@@ -69,7 +74,9 @@ def predict(work: Workload) -> MemoryPlan:
 def moments(work: Workload) -> Iterator[MemoryPlan]:
     """The memory at each moment that may be the highest, in the order of a step."""
     L, whole = work.model.n_layers, _is_one_graph(work)
-    weights, all_gradients, optimizer = state_bytes(work)
+    state = weights, all_gradients, optimizer = state_bytes(work)
+    if work.state_on_host:
+        weights = all_gradients = optimizer = 0
     earlier = all_gradients if work.accumulates else 0
     layers = [kept_bytes(work, layer) for layer in range(L)]
     on_host = getattr(work.memory, "on_host", lambda n: 0)(L)
@@ -89,7 +96,7 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
         layer=0,
         loss=0,
         batch=batch_bytes(work),
-        host=sum(layers[:on_host]),
+        host=sum(layers[:on_host]) + (sum(state) if work.state_on_host else 0),
     )
     # What the last norm reads and gives is kept, too.
     last = work.tokens * (work.residual_bytes + work.product_bytes) * work.model.dim
@@ -100,17 +107,20 @@ def moments(work: Workload) -> Iterator[MemoryPlan]:
         kept=kept(L - 1) + last,
         loss=loss_bytes(work),
     )
-    new = head = FLOAT32 * work.model.vocab_size * work.model.dim
+    head = FLOAT32 * work.model.vocab_size * work.model.dim
+    new, of_layer = _shard(work, head), FLOAT32 * parameter_count(work.model).block_matrices // L
+    # Of a sharded layer the whole gradients are there, once in the weights' dtype and once as they are added up.
+    reduced = of_layer + work.product_bytes * of_layer // FLOAT32 if work.is_sharded else 0
     for layer in reversed(range(L)):
-        new += FLOAT32 * parameter_count(work.model).block_matrices // L
+        new += _shard(work, of_layer)
         yield replace(
             resting,
             moment=f"the backward pass of layer {layer + 1}",
             copies=copies_bytes(work, layer + 1),
             # One graph gives all gradients at its end; until then they are beside those of earlier micro-batches.
-            gradients=earlier + new if whole else max(earlier, new),
+            gradients=0 if work.state_on_host else earlier + new if whole else max(earlier, new),
             kept=kept(layer),
-            layer=layer_bytes(work, layer),
+            layer=layer_bytes(work, layer) + reduced,
         )
     copies = copies_bytes(work, 0)
     yield replace(
@@ -129,6 +139,9 @@ def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
     A layer that keeps everything keeps its weights' copies, too; the others cast them anew.
     """
     count, L = parameter_count(work.model), work.model.n_layers
+    if work.is_sharded:  # gathered: the layer in use and the next one, or all; embedding and head, until the update
+        blocks = count.block_matrices // L * (min(2, layers) if work.reshards else layers)
+        return work.product_bytes * (blocks + count.total - count.block_matrices)
     if work.keeps_copies:
         return work.product_bytes * count.matmul
     if work.product_bytes == FLOAT32:
@@ -166,4 +179,4 @@ def update_bytes(work: Workload) -> int:
 
 
 def _is_one_graph(work: Workload) -> bool:
-    return work.compiled and not isinstance(work.memory, FullConfig)
+    return work.compiled and not isinstance(work.memory, FullConfig) and not work.is_sharded

@@ -15,16 +15,21 @@ from .linear import Linear
 
 
 class Product(NamedTuple):
-    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients add up in float32."""
+    """A linear layer, or rows of it, during one pass: its weight is cast once, its gradients add up in float32.
+
+    The sum is the parameter's gradient, or, of a bf16 parameter, a tensor that `close` adds to it.
+    """
 
     layer: Linear
     weight_OI: Tensor
     bias_O: Tensor | None
+    sums: dict[Tensor, Tensor]
+    """Of bf16 parameters."""
 
     @classmethod
     def of(cls, layer: Linear, dtype: torch.dtype) -> Product:
         bias_O = None if layer.bias is None else layer.bias.detach().to(dtype)
-        return cls(layer, layer.operand(dtype).detach(), bias_O)
+        return cls(layer, layer.operand(dtype).detach(), bias_O, {})
 
     def by_heads(self, heads: Sequence[int], groups: int) -> list[Product]:
         """Of the product for queries, keys and values that of each group: the same part of each of the three."""
@@ -50,19 +55,29 @@ class Product(NamedTuple):
     def add_gradients(self, dy_TO: Tensor, x_TI: Tensor) -> None:
         """Add the gradients of weight and bias to theirs."""
         if self.layer.weight.requires_grad:
-            grad_OI = _begun(self.layer.weight)
+            grad_OI = self._begun(self.layer.weight)
             if dy_TO.is_cuda:
                 wider: dict[str, Any] = {} if grad_OI.dtype == dy_TO.dtype else {"out_dtype": grad_OI.dtype}
                 torch.addmm(grad_OI, dy_TO.T, x_TI, out=grad_OI, **wider)
             else:  # a CPU cannot add up in a wider dtype than that of the factors
                 grad_OI += dy_TO.T @ x_TI
         if self.layer.bias is not None and self.layer.bias.requires_grad:
-            grad_O = _begun(self.layer.bias)
+            grad_O = self._begun(self.layer.bias)
             grad_O += dy_TO.sum(0, dtype=grad_O.dtype)
 
+    def close(self) -> None:
+        """After the last of the gradients of this pass."""
+        for parameter, total in self.sums.items():
+            total = total.to(parameter.dtype)
+            parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
+        self.sums.clear()
 
-def _begun(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, to add to."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    def _begun(self, parameter: Tensor) -> Tensor:
+        """A parameter's gradient, to add to."""
+        if parameter.dtype == torch.bfloat16:
+            if parameter not in self.sums:
+                self.sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            return self.sums[parameter]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        return parameter.grad

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .gpt import Attend, Attention, Block, Rotation
+from .gpt import Attend, Attention, Block, Compiled, Rotation
 from .kept import Store
 from .product import Product
 from .replay import Kept, catch, output, plain, replay
@@ -72,7 +72,9 @@ class Recomputed(Block):
     head_groups: int
     pieces: Pieces
 
-    def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation, compiled: Compiled | None = None
+    ) -> Tensor:
         if attend is not self.own:
             return super().forward(x_BSE, attend, mask, rotation)
         if not torch.is_grad_enabled():
@@ -82,12 +84,11 @@ class Recomputed(Block):
         y_BSE = _Recompute.apply(x_BSE, self, attend, mask, rotation)
         return y_BSE
 
-    def compiled(self, **options: Any) -> Callable[..., Tensor]:
-        # A second length, of the last tile or of a shorter row of validation, is compiled as any length.
+    def compile_forward(self, **options: Any) -> None:
+        # Only pieces. A second length, of the last tile or of shorter rows of validation, is compiled as any length.
         options["dynamic"] = None
         pieces: list[Any] = [torch.compile(piece, **options) for piece in Pieces()]
         self.pieces = Pieces(*pieces)
-        return self
 
 
 class _Recompute(torch.autograd.Function):
@@ -140,13 +141,14 @@ class _Pass:
         """The block's output, and of attention what `catch` or `plain` keep."""
         x_NE = x_BSE.flatten(0, 1)
         attended = self.attended(x_NE, keep)
-        y_NE, outs = torch.empty_like(x_NE), self.outs(attended)
+        y_BSE, outs = x_BSE.new_empty(x_BSE.shape), self.outs(attended)  # itself, no view: FSDP2 hooks into it
+        y_NE = y_BSE.flatten(0, 1)
         for tile in self.tiles:
             m_TE, _ = self.middle(x_NE, outs, tile)
             u_TO = self.up(self.pieces.normalize(self.block.mlp_norm, m_TE, self.dtype))
             torch.add(m_TE, self.down(self.pieces.activate(self.block.mlp, u_TO)), out=y_NE[tile])
             del m_TE, u_TO
-        return y_NE.view_as(x_BSE), attended
+        return y_BSE, attended
 
     def backward(self, x_BSE: Tensor, dx_BSE: Tensor, attended: list[Kept]) -> None:
         """Write the gradient of the input over that of the output, which comes in `dx_BSE`. Empties `attended`."""
@@ -159,6 +161,8 @@ class _Pass:
         dqkvs = [self.attention_backward(x_NE, group, dx_NE, attended) for group in range(len(self.groups))]
         for tile in self.tiles:
             self.qkv_backward(x_NE, dqkvs, dx_NE, tile)
+        for product in (self.qkv, self.out, self.up, self.down):
+            product.close()
 
     # Queries, keys and values
 

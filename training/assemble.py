@@ -11,6 +11,9 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
 
+from .parallel.config import FsdpConfig, ParallelConfig
+from .parallel.world import World
+
 COMPILE_UNIT = "model"
 """What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %:
 docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`."""
@@ -19,24 +22,27 @@ docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`."""
 def assemble(
     config: ModelConfig,
     attention: AttentionBackend,
-    device: torch.device,
+    world: World,
     *,
     seed: int,
     compile: bool,
     unit: str | None = None,
     memory: MemoryConfig | None = None,
+    parallel: ParallelConfig | None = None,
     residual_dtype: torch.dtype | None = None,
     working_dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> GPT:
-    """A model on `device`, with the weights of a seed; a checkpoint's weights are loaded over them.
+    """A model on the world's device, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
         unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT, or blocks where those are executed one by one.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
+        parallel: how its parameters are spread over the world; None: every rank has all.
         residual_dtype: of the residual stream; None: float32.
-        working_dtype: of copies of the weights that linear layers multiply with, see `model.linear`; None: no copies.
+        working_dtype: of what linear layers multiply with: copies of the weights (`model.linear`), or, where those are
+            sharded, what they are gathered in; None: the weights themselves.
         z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
@@ -45,7 +51,8 @@ def assemble(
     model.head.z_loss, model.head.label_smoothing = z_loss, label_smoothing
     # 2. Precision.
     model.residual_dtype = residual_dtype
-    if working_dtype is not None:
+    sharded = parallel if isinstance(parallel, FsdpConfig) else None
+    if working_dtype is not None and not sharded:
         keep_working_copies(model, working_dtype)
     # 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
@@ -54,9 +61,18 @@ def assemble(
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or ("block" if isinstance(memory, FullConfig) else COMPILE_UNIT))
-    # 5. Sharding belongs here. 6. Memory and first weights.
+        model.compile(unit or ("block" if sharded or isinstance(memory, FullConfig) else COMPILE_UNIT))
+    # 5. Sharding, whose hooks surround what is compiled.
+    if sharded:
+        from .parallel import fsdp
+
+        assert world.mesh is not None
+        fsdp.shard(model, world.mesh, sharded, working_dtype)
+    # 6. Memory and first weights.
     torch.manual_seed(seed)
-    model.materialize(device)
+    if sharded:
+        fsdp.materialize(model, world.device, sharded.offload)
+    else:
+        model.materialize(world.device)
     refresh(model)
     return model

@@ -52,8 +52,8 @@ class Batches:
             config.batch_size,
             seed=config.seed,
             device=world.device,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.data_rank,
+            world_size=world.data_size,
             first=self.rows,
             window=config.model.window,
         )
@@ -63,10 +63,10 @@ class Batches:
             self._loader.close()
 
     def next(self, number: int) -> list[Batch]:
-        """The next batches of this rank."""
+        """The next batches of this rank; ranks that share rows (`World.context_group`) get the same ones."""
         assert self._loader is not None
         batches = [next(self._loader) for _ in range(number)]
-        self.rows += self.world.count(number * self.config.batch_size)
+        self.rows += number * self.config.batch_size * self.world.data_size
         return batches
 
     def tensors(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from model.memory import GIB, predict, state_bytes
 from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
+from .parallel.launch import Launch
 from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
@@ -43,7 +44,7 @@ ROW_STEP = 1024
 def workload(config: TrainConfig, runtime: Runtime) -> Workload:
     """What of a run decides its memory."""
     spec = attention_spec(config, runtime)
-    chosen = choose_attention(config.attention, spec)
+    chosen, parallel = choose_attention(config.attention, spec), config.parallel
     return Workload(
         model=config.model,
         memory=config.memory,
@@ -57,6 +58,9 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         residual_bytes=residual_bytes(runtime.precision),
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
+        shards=parallel.shard_size(Launch.here()),
+        reshards=getattr(parallel, "reshard", True),
+        state_on_host=getattr(parallel, "offload", False),
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 
@@ -206,9 +210,13 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
     gpu = runtime.gpu
     there = host_memory() if gpu is None else gpu.memory
     place = f"{'this machine' if gpu is None else gpu.name} has {(there or 0) / GIB:,.1f} GiB of memory"
-    weights, gradients, moments = state_bytes(workload(config, runtime))
+    work = workload(config, runtime)
+    weights, gradients, moments = state_bytes(work)
+    is_here = gpu is None or not work.state_on_host
     # What could be halved is left to `remedy`, on a GPU.
-    if there is not None and weights + gradients + (moments if gpu is None else moments // 2) > there:
+    least = weights + gradients + (moments if gpu is None else moments // 2)
+    least *= Launch.here().local_size if gpu is None else 1
+    if is_here and there is not None and least > there and not (gpu and fits_in_shards(work, there)):
         shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
         raise ValueError(
             f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
@@ -222,9 +230,16 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
         return
     raise ValueError(
         f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "
-        f"(predicted, in {needed.moment}); {place}; use {remedy(config, runtime, AUTO_FILLS * there)}, "
+        f"(predicted, in {needed.moment}); {place}; use "
+        f"{'parallel=fsdp, ' if fits_in_shards(work, there) else ''}{remedy(config, runtime, AUTO_FILLS * there)}, "
         f"or check_memory=false to try it all the same"
     )
+
+
+def fits_in_shards(work: Workload, limit: float) -> bool:
+    """Whether the run, whose ranks all hold everything, would fit as parallel=fsdp."""
+    shards = Launch.here().size
+    return work.shards < shards and predict(replace(work, shards=shards)).total <= limit
 
 
 def host_bytes(work: Workload) -> tuple[int, int]:

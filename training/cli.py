@@ -13,7 +13,9 @@ import gc
 import math
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Callable
 from time import strftime
 from typing import Any, NoReturn
@@ -34,12 +36,15 @@ from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
 from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
+from .parallel.launch import speaks
 from .terminal import say, say_error
 
 __all__ = ["CONFIGS", "job", "register_resolvers", "run", "say"]
 
 # A person who sets this wants tracebacks. It is set below in any case: otherwise Hydra prints errors itself.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+LAUNCHER_SECONDS = 4.0
+"""In which torchrun or Slurm ends all processes of which one has failed."""
 FLAGS_WITH_VALUES: tuple[str, ...] = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
 FLAGS_WITH_VALUES += ("-cd", "--config-dir", "-i", "--info", "--experimental-rerun")
 
@@ -61,6 +66,8 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     # Before torch loads. On two cores of which another process wanted one, OpenMP's threads waiting in a spin cost
     # 1.0k against 3.6k tokens/s; on idle cores there is little between them.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where a rank is lost, a line of ours says so; PyTorch's warnings would be a page for each of the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.argv[1:] = settings_first(map(_for_hydra, sys.argv[1:]))
     register_resolvers()
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
@@ -76,10 +83,11 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:
             raise
-        say_error(explain(error))
+        tell(explain(error))
         jobs.failures.append(2)
     except Interrupted as stopped:
-        say_error(str(stopped))
+        if speaks():
+            say_error(str(stopped))
         jobs.failures.insert(0, stopped.code)
     if jobs.sweep is not None:
         jobs.failures.extend(jobs.sweep.compare())
@@ -108,13 +116,21 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
     except (ValueError, OutOfMemory, NonFiniteError, SaveFailed) as error:
         if WANTS_TRACEBACK:
             raise
-        say_error(str(error))
+        tell(str(error))
         codes: dict[type[Exception], int] = {OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
         code = codes.get(type(error), 2)
         jobs.failures.append(code)
     if jobs.sweep and number is not None:
         jobs.sweep.record(number, jobs.typed(), code, summary)
     return (summary or {}).get(composed.get("optimized_metric") or "", math.inf)
+
+
+def tell(message: str) -> None:
+    """One line for an error. What is wrong on every rank the first one says: the launcher ends the others meanwhile."""
+    if not speaks():
+        time.sleep(LAUNCHER_SECONDS)
+        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
+    say_error(message)
 
 
 def register_resolvers() -> None:

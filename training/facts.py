@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from model.memory import GIB, predict, state_bytes
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
+from .parallel.launch import Launch
+from .parallel.world import World
 from .runtime import Runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus) -> dict[str, Any]:
-    """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command."""
+def run_facts(
+    config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus, world: World
+) -> dict[str, Any]:
+    """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command. All ranks ask."""
+    here = {"host": socket.gethostname(), "device": hardware.describe_device(runtime.device)["name"]}
     count = parameter_count(config.model)
     return {
         "parameters": count.total,
@@ -33,9 +39,10 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "train_flops_per_token": train_flops_per_token(config.model, config.seq_len / 2),
         "attention": f"{attention.name}: {attention.describe()}",
         "device": hardware.describe_device(runtime.device),
+        "ranks": world.gather(here),
         "precision": runtime.precision,
         "compile": runtime.compile,
-        "peak_flops": matmul_peak(runtime),
+        "peak_flops": matmul_peak(runtime, world.size),
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
         "data": corpus.manifest,
@@ -43,26 +50,30 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
     }
 
 
-def matmul_peak(runtime: Runtime) -> float | None:
-    """Dense peak in FLOP/s of the units this run's matrix products use; None where it is not known."""
+def matmul_peak(runtime: Runtime, num_gpus: int = 1) -> float | None:
+    """Dense peak in FLOP/s of the units this run's matrix products use, on all its GPUs; None where it is not known."""
     if runtime.device.type != "cuda" or runtime.precision == "fp32":  # fp32 products do not use the tensor cores
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
-    return hardware.peak_flops(name, runtime.dtype, capability)
+    peak = hardware.peak_flops(name, runtime.dtype, capability)
+    return None if peak is None else num_gpus * peak
 
 
 def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:
     """What a person should know before the first step."""
     execution = "torch.compile" if facts["compile"] else "eager"
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
+    data_size = config.parallel.data_size(len(facts["ranks"]))
+    on = f" on each of {data_size}" if data_size > 1 else ""
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",
         *memory_lines(config, runtime),
+        *parallel_lines(config, facts["ranks"]),
         f"plan       {plan.max_steps:,} steps × {plan.tokens_per_step:,} tokens "
-        f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}){epochs(plan, facts['data'])}",
+        f"({plan.accumulation} × {config.batch_size} rows of {config.seq_len:,}{on}){epochs(plan, facts['data'])}",
     ]
 
 
@@ -80,6 +91,20 @@ def memory_lines(config: TrainConfig, runtime: Runtime) -> list[str]:
         host = f" and {plan.host / GIB:.1f} GiB of the host" if plan.host else ""
         said.append(f"{plan.total / GIB:.1f}{of} GiB{host} by prediction")
     return [f"memory     {policy.name}: {'; '.join(said)}"] if said else []
+
+
+def parallel_lines(config: TrainConfig, ranks: list[dict[str, str]]) -> list[str]:
+    """How the run is spread over its processes; nothing of one process with all of the model."""
+    parallel, hosts = config.parallel, len({rank["host"] for rank in ranks})
+    shards = parallel.shard_size(Launch.here())
+    if len(ranks) == 1 and parallel.name == "data":
+        return []
+    said = [f"{len(ranks)} processes on {hosts} {'hosts' if hosts > 1 else 'host'}"]
+    if parallel.context > 1:
+        said.append(f"{parallel.context} share each row")
+    if parallel.name != "data":
+        said.append(f"{len(ranks) // shards} × {shards} shards" if len(ranks) > shards else f"{shards} shards")
+    return [f"parallel   {parallel.name}: {', '.join(said)}"]
 
 
 def epochs(plan: Plan, manifest: dict[str, Any]) -> str:

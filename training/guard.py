@@ -105,8 +105,9 @@ class Guard:
             rows = rows_of(int(step))
             facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
             try:
-                with open(self.record, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(facts) + "\n")
+                if self.world.is_first:
+                    with open(self.record, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(facts) + "\n")
             except OSError as error:
                 where = f"its rows were {rows[0]} to {rows[-1]}, which {self.record} does not hold: {error.strerror}"
                 self.notify(f"bad step   {int(step)}: {where}")

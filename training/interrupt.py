@@ -25,6 +25,7 @@ from typing import NoReturn
 from data.live import LINE
 
 from .errors import Interrupted
+from .parallel.launch import speaks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 POLL_SECONDS = 1.0  # looking for STOP on a network file system takes up to a millisecond
@@ -70,8 +71,9 @@ def listen(hear: Callable[[signal.Signals], None]) -> Callable[[], None]:
 def leave(number: signal.Signals) -> NoReturn:
     """End the process at once: there is nothing to save. An exception would be lost in some import or callback."""
     LINE.end()
-    with suppress(OSError):  # nobody may read it
-        os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
+    with suppress(OSError, ValueError):  # nobody may read it
+        if speaks():
+            os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
     os._exit(code_of(number.name))
 
 

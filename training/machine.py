@@ -22,6 +22,8 @@ class Gpu:
     """Compute capability: (9, 0) is Hopper."""
     memory: int | None = field(default=None, compare=False)
     """Bytes."""
+    count: int | None = field(default=None, compare=False)
+    """GPUs of this machine that processes can see."""
 
 
 supposed: Gpu | None = None
@@ -62,7 +64,8 @@ def _ask_driver() -> Gpu | None:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return None
-    device, major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    device, major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    memory = ctypes.c_size_t()
     name = ctypes.create_string_buffer(256)
     failed = (  # error codes; 0 goes on to the next
         driver.cuInit(0)
@@ -71,5 +74,6 @@ def _ask_driver() -> Gpu | None:
         or driver.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_CAPABILITY_MAJOR, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_CAPABILITY_MINOR, device)
         or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        or driver.cuDeviceGetCount(ctypes.byref(count))
     )
-    return None if failed else Gpu(name.value.decode(), (major.value, minor.value), memory.value)
+    return None if failed else Gpu(name.value.decode(), (major.value, minor.value), memory.value, count.value)

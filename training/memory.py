@@ -17,23 +17,26 @@ from model.memory import GIB, predict, state_bytes
 from .capacity import as_typed, choose_policy, resolve_memory, smaller_batches, workload
 from .config import TrainConfig
 from .errors import OutOfMemory
+from .parallel.world import World
 from .runtime import Runtime
 
 NOTICEABLY = 0.9
 """Fraction of the predicted peak that a policy must stay below to be of help."""
 
 
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory since the last call, then the peaks start anew; empty on a CPU."""
-    if device.type != "cuda":
+def memory_metrics(world: World) -> dict[str, float]:
+    """Peak memory since the last call, of the rank that has most, then the peaks start anew; empty on a CPU."""
+    if world.device.type != "cuda":
         return {}
-    stats = torch.cuda.memory_stats(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return {
+    stats = torch.cuda.memory_stats(world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)
+    numbers = {
         "memory/peak_allocated_gib": stats["allocated_bytes.all.peak"] / GIB,
         "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
         "memory/alloc_retries": stats["num_alloc_retries"],
     }
+    most = world.max(torch.tensor(list(numbers.values()), dtype=torch.float64)).tolist()
+    return dict(zip(numbers, most, strict=True))
 
 
 @contextmanager

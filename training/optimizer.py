@@ -11,26 +11,35 @@ from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
 from .optimizer_config import ROUNDED_AT_ONCE
+from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
 from .parts import check_tensors
 
 MOMENTS = (torch.float32, torch.bfloat16)
+MUON: dict[str, Any] = {"lr": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
 
 class Optimizer:
     """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know.
 
-    A part: moments and counts, by the name of their parameter ("blocks.0.mlp.down.weight/exp_avg").
+    A part: moments and counts, by the name of their parameter ("blocks.0.mlp.down.weight/exp_avg"); moments are sharded
+    as their parameters are.
     """
 
     name = "optimizer"
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
-        self.parameters = parameters = dict(model.named_parameters())
-        hidden = [p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2]
-        by_muon = {id(p) for p in hidden} if isinstance(config, MuonConfig) else set()
-        others = [p for p in parameters.values() if id(p) not in by_muon]
+        self.parameters, self.device = dict(model.named_parameters()), device
+        # Of a sharded parameter this rank's part is updated, as a parameter of its own that lies in the same memory.
+        self.parts = {name: nn.Parameter(local(p)) if is_sharded(p) else p for name, p in self.parameters.items()}
+        hidden = [name for name, p in self.parts.items() if name.startswith("blocks.") and p.dim() == 2]
+        by_muon = set(hidden) if isinstance(config, MuonConfig) else set()
         self.moments: torch.dtype = getattr(torch, config.moments)
         beta1, beta2 = config.betas
+        runs = [
+            run
+            for others in _by_device(p for name, p in self.parts.items() if name not in by_muon)
+            for run in ([others] if self.moments == torch.float32 else _in_runs(others, ROUNDED_AT_ONCE))
+        ]
         self.adamws = [
             torch.optim.AdamW(
                 [
@@ -42,24 +51,24 @@ class Optimizer:
                 eps=config.eps,
                 fused=True,
             )
-            for some in ([others] if self.moments == torch.float32 else _in_runs(others, ROUNDED_AT_ONCE))
+            for some in runs
         ]
         self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
             # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one.
-            self.muons = [
-                torch.optim.Muon(
-                    [matrix],
-                    lr=0.0,
-                    momentum=config.momentum,
-                    weight_decay=config.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-                for matrix in hidden
-            ]
+            self.muons = [self._muon(name, config) for name in hidden]
         if self.moments != torch.float32:  # which PyTorch makes itself, in the first step
-            zeros = {name: torch.zeros_like(like, device=device) for name, like in self._layout(self.moments).items()}
-            self.load(zeros, {})
+            owners = self._owners()
+            for name, like in self._layout(self.moments).items():
+                part, key = self._part(name)
+                shape = part.shape if _is_moment(name) else like.shape
+                owners[part].state[part][key] = torch.zeros(shape, dtype=like.dtype, device=part.device)
+
+    def _muon(self, name: str, config: MuonConfig) -> torch.optim.Optimizer:
+        part, matrix = self.parts[name], self.parameters[name]
+        if part is not matrix:
+            return ShardedMuon(part, matrix, config, self.device)
+        return torch.optim.Muon([matrix], momentum=config.momentum, weight_decay=config.weight_decay, **MUON)
 
     @property
     def all(self) -> list[torch.optim.Optimizer]:
@@ -75,24 +84,27 @@ class Optimizer:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        found_inf = (~good).float()
+        for name, part in self.parts.items():
+            if part is not (parameter := self.parameters[name]):
+                part.grad, parameter.grad = None if parameter.grad is None else local(parameter.grad), None
         for adamw in self.adamws:
-            # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation.
-            adamw.found_inf = found_inf  # type: ignore[attr-defined]
+            # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation. For
+            # parameters that lie in the host's memory the host must know it.
+            adamw.found_inf = (~good).float().to(_device(adamw))  # type: ignore[attr-defined]
             with _in_float32(adamw):
                 adamw.step()
         for muon in self.muons:
             with _in_float32(muon):
-                _step_where(good, muon)
+                _step_where(good.to(_device(muon)), muon)
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.parameters.items()}
+        names: dict[Tensor, str] = {part: name for name, part in self.parts.items()}
         return {
-            f"{names[parameter]}/{key}": value
+            f"{names[part]}/{key}": sharded_as(value, self.parameters[names[part]]) if value.dim() else value
             for inner in self.all
-            for parameter, entries in inner.state.items()
+            for part, entries in inner.state.items()
             for key, value in entries.items()
         }
 
@@ -113,11 +125,11 @@ class Optimizer:
 
     def _layout(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What `tensors` returns after the first step, on the meta device, with moments in `dtype`."""
-        by_muon = {id(p) for muon in self.muons for group in muon.param_groups for p in group["params"]}
+        by_muon = {id(part) for muon in self.muons for part in _parameters(muon)}
         layout: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            moment = torch.empty_like(parameter, device="meta", dtype=dtype, requires_grad=False)
-            if id(parameter) in by_muon:
+            moment = torch.empty(parameter.shape, device="meta", dtype=dtype)
+            if id(self.parts[name]) in by_muon:
                 layout[f"{name}/momentum_buffer"] = moment
             else:
                 count = torch.empty((), dtype=torch.float32, device="meta")
@@ -125,12 +137,74 @@ class Optimizer:
         return layout
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        owners = {p: inner for inner in self.all for group in inner.param_groups for p in group["params"]}
+        """Takes sharded moments, or whole ones."""
+        owners = self._owners()
         for name, value in tensors.items():
-            parameter_name, _, key = name.rpartition("/")
-            parameter = self.parameters[parameter_name]
-            dtype = self.moments if _is_moment(name) else value.dtype
-            owners[parameter].state[parameter][key] = value.to(parameter.device, dtype)
+            part, key = self._part(name)
+            if not _is_moment(name):
+                owners[part].state[part][key] = value.to(part.device)
+                continue
+            parameter = self.parameters[name.rpartition("/")[0]]
+            value = value if part is parameter else local_part(value, parameter).clone()  # not a view of the whole
+            owners[part].state[part][key] = value.to(part.device, self.moments)
+
+    def _part(self, name: str) -> tuple[nn.Parameter, str]:
+        """What of this rank "blocks.0.mlp.down.weight/exp_avg" is of, and "exp_avg"."""
+        parameter, _, key = name.rpartition("/")
+        return self.parts[parameter], key
+
+    def _owners(self) -> dict[nn.Parameter, torch.optim.Optimizer]:
+        return {part: inner for inner in self.all for part in _parameters(inner)}
+
+
+class ShardedMuon(torch.optim.Optimizer):
+    """Muon of one matrix of which this rank holds some rows.
+
+    Its momentum is sharded, too. What is orthogonalised must be whole: every rank gathers it, in bf16, in which Muon
+    iterates anyway, and computes the same update, of which it takes its own rows.
+
+    Args:
+        part: this rank's rows. matrix: the DTensor that they are of. device: that computes.
+    """
+
+    def __init__(self, part: nn.Parameter, matrix: nn.Parameter, config: MuonConfig, device: torch.device) -> None:
+        super().__init__([part], {"lr": 0.0})
+        self.matrix, self.config, self.device = matrix, config, device
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (part,) = _parameters(self)
+        lr, momentum = self.param_groups[0]["lr"], self.config.momentum
+        assert part.grad is not None
+        if "momentum_buffer" not in (state := self.state[part]):
+            state["momentum_buffer"] = torch.zeros_like(part.grad)
+        mean = state["momentum_buffer"]
+        mean.lerp_(part.grad, 1 - momentum)
+        towards = part.grad.lerp(mean, momentum).to(self.device, torch.bfloat16)
+        # PyTorch's step of zeros, without momentum and decay, is the update.
+        update = nn.Parameter(torch.zeros(self.matrix.shape, device=self.device))
+        update.grad = whole(sharded_as(towards, self.matrix)).float()
+        muon = torch.optim.Muon([update], momentum=0.0, weight_decay=0.0, nesterov=False, **MUON)
+        muon.param_groups[0]["lr"] = lr
+        muon.step()
+        part.mul_(1 - lr * self.config.weight_decay)
+        part.add_(local_part(update.detach(), self.matrix).to(part.device))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _device(optimizer: torch.optim.Optimizer) -> torch.device:
+    return _parameters(optimizer)[0].device
+
+
+def _by_device(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in their order, a list for each device that they lie on."""
+    lists: dict[torch.device, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        lists.setdefault(parameter.device, []).append(parameter)
+    return list(lists.values())
 
 
 def _is_moment(name: str) -> bool:

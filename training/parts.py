@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.linear import refresh
 
+from .parallel.sharding import local, local_part, named_parameters
+
 
 class Part(Protocol):
     """Something of a run that must survive it. `name` is the part's key in a checkpoint."""
@@ -60,7 +62,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 class Weights:
-    """The parameters of a model."""
+    """The parameters of a model. Of a sharded one they are DTensors; `load` takes those, or whole tensors."""
 
     name = "model"
 
@@ -68,7 +70,7 @@ class Weights:
         self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
+        return named_parameters(self.model)
 
     def values(self) -> dict[str, Any]:
         return {}
@@ -78,8 +80,8 @@ class Weights:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[name])
+        for name, parameter in self.tensors().items():
+            local(parameter).copy_(local_part(tensors[name], parameter))
         refresh(self.model)
 
 

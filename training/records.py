@@ -21,13 +21,14 @@ class Records:
 
     Args:
         folder: of the run. source: the run folder whose records the loaded checkpoint counts on; where that is another
-            one, this run gets a copy of them. None: nobody knows where they are.
+            one, this run gets a copy of them. None: nobody knows where they are. is_ours: False of other ranks than
+            the first, which leave the files alone.
     """
 
     name = "records"
 
-    def __init__(self, folder: Path, notify: Callable[[str], None]) -> None:
-        self.folder, self.notify = folder, notify
+    def __init__(self, folder: Path, notify: Callable[[str], None], is_ours: bool = True) -> None:
+        self.folder, self.notify, self.is_ours = folder, notify, is_ours
         self.source: Path | None = folder
 
     def tensors(self) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ class Records:
         Raises:
             ValueError: they cannot be written.
         """
-        for name in RECORDS:
+        for name in RECORDS if self.is_ours else ():
             path, size = self.folder / name, values.get(name, 0)
             try:
                 if self.source != self.folder:

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .facts import matmul_peak, run_facts
 from .guard import Guard
 from .interrupt import Interrupt
-from .loggers import build_loggers
+from .loggers import Loggers, build_loggers
 from .metrics import METRICS
 from .optimizer import Optimizer
 from .parallel.world import World
@@ -42,19 +42,23 @@ class Run:
         ValueError: something a person chose is impossible; one line says what to do.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, notify: Callable[[str], None], world: World | None = None
+    ) -> None:
+        self.startup = StartUp()
+        doing("starting the device")
+        self.world = world = world or World.start(runtime.device, config.parallel)
+        notify = notify if world.is_first else _silently
         if config.memory.name == "auto":
             config = resolve_memory(config, runtime)
             notify(f"memory     auto is {as_typed(config.memory)}: the fastest that fits")
         self.config, self.runtime, self.notify = config, runtime, notify
         self.plan = config.plan
-        self.startup = StartUp()
         _set_up_torch(config, runtime)
         self.attention = attention_for(config, runtime)  # a refusal comes now, not after the data is read
-        check_run_folder(config)
+        if world.is_first:
+            check_run_folder(config)
         self.folder = Path(config.run_dir)
-        doing("starting the device")
-        self.world = world = World.start(runtime.device)
         self.attention.compile_ahead()
 
         doing("reading the data")
@@ -67,10 +71,11 @@ class Run:
             self.model = assemble(
                 config.model,
                 self.attention,
-                world.device,
+                world,
                 seed=config.seed,
                 compile=runtime.compile,
                 memory=config.memory,
+                parallel=config.parallel,
                 residual_dtype=runtime.residual_dtype,
                 working_dtype=runtime.working_dtype(config),
                 z_loss=config.z_loss,
@@ -85,16 +90,18 @@ class Run:
         """Of the step that was just trained."""
 
         self.progress = Progress(world.device)
-        self.records = Records(self.folder, notify)
+        self.records = Records(self.folder, notify, is_ours=world.is_first)
         self.throughput = Throughput(
             config.model,
             config.seq_len,
-            matmul_peak(runtime),
+            matmul_peak(runtime, world.size),
             synchronize=torch.cuda.synchronize if world.device.type == "cuda" else lambda: None,
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
         self.saver = Saver(self.folder, config.checkpoint, notify)
-        self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)
+        self.loggers = Loggers([], notify)
+        if world.is_first:
+            self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)
         self._metrics: dict[str, float] = {}
 
     @property
@@ -128,7 +135,7 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """What no configuration holds: see `run_facts`."""
-        return run_facts(self.config, self.runtime, self.attention, self.batches.corpus)
+        return run_facts(self.config, self.runtime, self.attention, self.batches.corpus, self.world)
 
     # ---- what services share
 
@@ -160,6 +167,10 @@ class Run:
         for step in range(self.progress.step + 1, self.plan.max_steps + 1):
             self.progress.step = step
             yield step
+
+
+def _silently(line: str) -> None:
+    pass
 
 
 def _set_up_torch(config: TrainConfig, runtime: Runtime) -> None:

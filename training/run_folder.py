@@ -157,14 +157,18 @@ def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
 class RunFolder:
     """A run folder that this process alone may write, until `close`.
 
+    Args:
+        is_ours: False of other ranks than the first, which only read.
     Raises:
         ValueError: it cannot be written, or another process holds it.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        check(config)
+    def __init__(self, config: TrainConfig, is_ours: bool = True) -> None:
         self.config = config
         self.path = Path(config.run_dir)
+        if not is_ours:
+            return
+        check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: BinaryIO = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115

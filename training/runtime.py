@@ -5,7 +5,6 @@ Deciding needs no torch, so that a refusal need not wait for it: train.py decide
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ from model.attention import AttentionSpec, build_attention, choose_attention
 
 from .config import TrainConfig
 from .machine import Gpu, find_gpu
+from .parallel.config import FsdpConfig
+from .parallel.launch import Launch
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,10 @@ class Runtime:
                 f"the driver offers {self.gpu.name}, but torch {torch.__version__} cannot use it; "
                 f"update the driver, install a build of torch for it, or use device=cpu"
             )
-        return torch.device("cpu" if self.gpu is None else "cuda")
+        if self.gpu is None:
+            return torch.device("cpu")
+        launch = Launch.here()
+        return torch.device("cuda", launch.local_rank) if launch.is_launched else torch.device("cuda")
 
     @property
     def dtype_name(self) -> str:
@@ -65,9 +69,10 @@ class Runtime:
         """Of the copies of the weights that linear layers multiply with, cast once a step; None: no copies.
 
         A step of one micro-batch has none: autocast casts each weight once for it, or twice where layers are computed
-        again, and holds no cast of theirs from step to step.
+        again, and holds no cast of theirs from step to step. Sharded weights are gathered in this dtype at any rate.
         """
-        return self.dtype if product_bytes(self.precision) == 2 and config.plan.accumulation > 1 else None
+        is_cast = config.plan.accumulation > 1 or isinstance(config.parallel, FsdpConfig)
+        return self.dtype if product_bytes(self.precision) == 2 and is_cast else None
 
     def autocast(self) -> torch.autocast:
         import torch
@@ -91,9 +96,14 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     Raises:
         ValueError: what was asked for is not there, or the attention that was named cannot do what this run needs.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("this version trains in one process; run python train.py without torchrun")
+    config.parallel.check(Launch.here())
     gpu, precision = resolve_device(config.device, config.precision)
+    launch = Launch.here()
+    if gpu is not None and gpu.count is not None and launch.local_rank >= gpu.count:
+        raise ValueError(
+            f"{launch.local_size} processes want a GPU each of this machine, which offers {gpu.count}; "
+            f"use torchrun --nproc-per-node={gpu.count}"
+        )
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
     choose_attention(config.attention, attention_spec(config, runtime))
     return runtime

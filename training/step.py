@@ -16,7 +16,11 @@ from model.linear import refresh
 
 from .guard import Guard
 from .optimizer import Optimizer
+from .parallel.gradients import Gradients
 from .parallel.world import World
+
+COUNTS = ("num_tokens", "num_targets", "visible_pairs")
+"""What is summed over micro-batches and ranks."""
 
 
 class StepResult(NamedTuple):
@@ -55,11 +59,11 @@ class Forward:
     def predictions(self, batch: Batch) -> Tensor:
         """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
         these places only; nothing is compiled."""
-        batch, model = batch.to(self.device), self.model
+        batch = batch.to(self.device)
         with self.autocast():
-            mask = model.attention.prepare(batch.starts_BS, batch.tokens_BS.shape[1])
-            x_BSE = model.hidden(batch.tokens_BS, batch.positions_BS, model.attention, mask)
-            return model.logits(x_BSE[batch.targets_BS != IGNORE_INDEX]).argmax(-1)
+            places_BS = batch.targets_BS != IGNORE_INDEX
+            logits: Tensor = self.model(batch.tokens_BS, None, batch.starts_BS, batch.positions_BS, places_BS=places_BS)
+            return logits.argmax(-1)
 
     def _loss(self, batch: Batch, per_token: bool) -> Tensor:
         batch = batch.to(self.device)
@@ -90,6 +94,7 @@ class TrainStep(Forward):
     ) -> None:
         super().__init__(model, world.device, autocast)
         self.optimizer, self.guard, self.world = optimizer, guard, world
+        self.gradients = Gradients(model, world)
         self.max_norm = grad_clip or math.inf
 
     def loss(self, batch: Batch) -> Tensor:
@@ -97,18 +102,18 @@ class TrainStep(Forward):
         return self._loss(batch, per_token=False)
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
-        num_tokens, num_targets, pairs = (
-            self.world.count(sum(getattr(batch, name) for batch in micro_batches))
-            for name in ("num_tokens", "num_targets", "visible_pairs")
-        )
+        counts = (sum(getattr(batch, name) for batch in micro_batches) for name in COUNTS)
+        num_tokens, num_targets, pairs = self.world.count(list(counts))
         loss = torch.zeros((), device=self.world.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, 1):
+            self.gradients.begin(is_last=number == len(micro_batches))
             # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
             micro_loss = self.loss(batch) / num_targets
             micro_loss.backward()
             loss += micro_loss.detach()
         loss = self.world.sum(loss)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.gradients.add_up()
+        grad_norm = self.gradients.clip(self.max_norm)
         good = self.guard.check(step, loss, grad_norm)
         self.optimizer.step(learning_rate, good)
         refresh(self.model)

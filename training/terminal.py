@@ -11,6 +11,8 @@ import textwrap
 
 from data.live import LINE, columns_of
 
+from .parallel.launch import speaks
+
 # For streams that are not UTF-8: what our own lines have beyond ASCII, as it is typed.
 TYPED = {
     **dict(zip("×–—−·²³⁶█━", "x---*236#=", strict=True)),
@@ -50,7 +52,7 @@ def secure() -> None:
         elif isinstance(stream, io.TextIOWrapper) and stream.fileno() == number:
             binary = io.BufferedWriter(Output(number, "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "typed", line_buffering=True))
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if speaks():
         LINE.attach()
 
 
@@ -89,7 +91,10 @@ def columns() -> int | None:
 
 
 def say(line: str) -> None:
-    """One line; a terminal that is narrower gets it in several, broken between words."""
+    """One line; a terminal that is narrower gets it in several, broken between words. Of several ranks the first says
+    it."""
+    if not speaks():
+        return
     line, width = plain(line), columns()
     print(line if width is None else folded(line, width), flush=True)
 

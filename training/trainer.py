@@ -9,6 +9,7 @@ from types import TracebackType
 
 from .checkpoint.restore import restore
 from .config import TrainConfig
+from .parallel.world import World
 from .run import Run
 from .run_folder import RunFolder
 from .runtime import Runtime, resolve_runtime
@@ -23,9 +24,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, notify: Callable[[str], None] = print, runtime: Runtime | None = None
+        self,
+        config: TrainConfig,
+        notify: Callable[[str], None] = print,
+        runtime: Runtime | None = None,
+        world: World | None = None,
     ) -> None:
-        self.run = Run(config, runtime or resolve_runtime(config), notify)
+        self.run = Run(config, runtime or resolve_runtime(config), notify, world)
         self.services: list[Service] = build_services()
 
     def fit(self) -> dict[str, float]:
@@ -58,7 +63,11 @@ class Trainer:
         run = self.run
         with ExitStack() as stack:
             stack.enter_context(run.interrupt)  # to the very end: a second SIGTERM cuts nothing short
-            self.run_folder = stack.enter_context(closing(RunFolder(run.config)))
+            if run.world.is_first:
+                self.run_folder = stack.enter_context(closing(RunFolder(run.config)))
+            run.world.wait()
+            if not run.world.is_first:  # the folder is another rank's, and swept
+                self.run_folder = RunFolder(run.config, is_ours=False)
             restore(run, self.run_folder)
             run.batches.open()
             stack.callback(run.batches.close)

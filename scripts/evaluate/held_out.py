@@ -49,7 +49,7 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     notify(f"attention  {model.attention.describe()}")
     forward = forward_of(model)
     is_recall = config.data.is_recall
-    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, is_recall=is_recall)
+    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, batches.world, is_recall=is_recall)
     assert metrics is not None
     say_metrics(metrics)
     results: dict[str, object] = {"seq_len": config.seq_len, "metrics": metrics}
@@ -69,7 +69,7 @@ def config_of(found: Found, options: argparse.Namespace) -> TrainConfig:
     """
     if "data" not in found.settings:
         raise ValueError(f"{found.what} is of no run, so no text was held out; name tasks with --tasks")
-    config = load_config(found.settings | {"resume": "auto", "init_from": None})
+    config = load_config(found.settings | {"resume": "auto", "init_from": None, "parallel": {"name": "data"}})
     seq_len = options.seq_len or config.seq_len
     eval_tokens = options.eval_tokens or config.eval_tokens
     config.model.check_seq_len(seq_len)

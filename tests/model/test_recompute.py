@@ -25,6 +25,7 @@ from model.kept import Store, Ticket
 from model.linear import Linear
 from model.product import Product
 from training.assemble import assemble
+from training.parallel.world import World
 
 B, S = 2, 48
 LLAMA = ModelConfig(name="llama", n_layers=2, n_heads=4, n_kv_heads=2, dim=64, ffn_dim=96, vocab_size=101)
@@ -427,7 +428,7 @@ def test_on_a_gpu_8k_tokens_take_ever_less_memory_and_give_the_same_gradients(ba
     tokens, targets = torch.randint(1000, (2, 1, 8192), device=device)
     found, peaks = {}, []
     for policy_name, policy in GPU_POLICIES.items():
-        model = assemble(GPU_MODEL, attention, device, seed=0, compile=compile, memory=policy)
+        model = assemble(GPU_MODEL, attention, World(device), seed=0, compile=compile, memory=policy)
         for _ in range(2):  # the first one compiles, and makes the gradients' memory
             torch.cuda.reset_peak_memory_stats()
             model.zero_grad(set_to_none=False)

@@ -92,8 +92,8 @@ while true; do sleep 0.05; done
 STARTING = TRAINING.replace("trap", "# trap")  # Python, before it listens
 
 
-def _catches(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+def _catches(pid: int, number: signal.Signals) -> bool:
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
@@ -113,10 +113,57 @@ def test_the_slurm_job_passes_the_signal_on_waits_for_the_save_and_requeues(
     job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None
     assert job.stdout.readline() == "train.py run_dir=runs/a\n"
-    wait_until(lambda: _catches(job, sent), job)
+    wait_until(lambda: _catches(job.pid, sent), job)
     job.send_signal(sent)
     out, _ = job.communicate(timeout=LIMIT_S)
     assert (job.returncode, out) == (0, f"{said}scontrol requeue 42\n")
     refused = subprocess.run(command[:2], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "name the run" in refused.stderr
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1 2 3; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" &
+    ranks+=($!)
+done
+trap 'kill -USR1 "${ranks[@]}"' USR1
+code=0
+for rank in "${ranks[@]}"; do
+    wait "$rank"; ended=$?
+    while kill -0 "$rank" 2>/dev/null; do wait "$rank"; ended=$?; done
+    ((ended > code)) && code=$ended
+done
+exit $code
+"""
+RANK = """#!/bin/bash
+echo "$RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE, $MASTER_ADDR:$MASTER_PORT, $@" >> ranks
+trap 'exit 75' USR1
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Slurm runs on Linux, as does what this test reads")
+def test_a_slurm_job_of_several_nodes_starts_a_rank_a_task_and_requeues(tmp_path: Path) -> None:
+    hosts = """#!/bin/bash\n[[ $1 == show ]] && printf 'gpu-7\\ngpu-8\\n' || echo "scontrol $@"\n"""
+    commands = {".venv/bin/python": RANK, "bin/srun": SRUN, "bin/scontrol": hosts}
+    for name, text in commands.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42", "SLURM_NTASKS": "4"}
+    environment |= {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "gpu-[7-8]"}
+    command = ["bash", str(ROOT / "scripts/slurm_train.sbatch"), "run_dir=runs/a", "parallel=fsdp"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    said = tmp_path / "ranks"
+    wait_until(lambda: said.exists() and len(said.read_text().splitlines()) == 4, job)
+    wait_until(lambda: _catches(job.pid, signal.SIGUSR1), job)
+    children = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+    tasks = [int(pid) for pid in Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()]
+    wait_until(lambda: all(_catches(pid, signal.SIGUSR1) for pid in tasks), job)
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=LIMIT_S)
+    assert (job.returncode, out) == (0, "scontrol requeue 42\n")
+    ranks = [f"{rank} of 4, {rank % 2} of 2, gpu-7:20042, train.py run_dir=runs/a parallel=fsdp" for rank in range(4)]
+    assert sorted(said.read_text().splitlines()) == ranks

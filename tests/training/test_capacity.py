@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
-from model.memory import GIB, predict
+from model.memory import GIB, predict, state_bytes
 from training import capacity, cli, machine
 from training import runtime as runtime_module
 from training.capacity import (
@@ -278,3 +278,26 @@ def test_this_machine_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory > 2**28
     monkeypatch.setattr(machine, "supposed", CARDS["h200"])
     assert host_memory() is None, "nobody knows that of a machine that is not here"
+
+
+def test_shards_take_their_share_and_what_is_gathered(on_card: Callable[..., Any]) -> None:
+    one = workload(*on_card("model=llama-1b", "memory=full", "seq_len=16384", "batch_size=1"))
+    eight = replace(one, shards=8)
+    assert [8 * size for size in state_bytes(eight)] == pytest.approx(state_bytes(one), abs=8)
+    whole, shared = predict(one), predict(eight)
+    assert shared.weights + shared.optimizer < (whole.weights + whole.optimizer) / 7
+    assert predict(replace(eight, reshards=False)).copies > shared.copies, "all layers are gathered, not two"
+    on_host = predict(replace(eight, state_on_host=True))
+    assert on_host.weights == on_host.optimizer == on_host.gradients == 0
+    assert on_host.host == sum(state_bytes(eight))
+
+
+def test_a_model_that_fits_in_shards_alone_is_told_so(on_card: Callable[..., Any], monkeypatch: Any) -> None:
+    words = ["model=llama-8b", "memory=full", "seq_len=16384", "batch_size=1", "optimizer=adamw"]
+    with pytest.raises(ValueError, match=r"8.03e\+09 parameters, whose weights, gradients and optimizer alone take"):
+        check_capacity(*on_card(*words, gib=80))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match="use parallel=fsdp"):
+        check_capacity(*on_card(*words, gib=80))
+    check_capacity(*on_card(*words, "parallel=fsdp", gib=80))
+    check_capacity(*on_card(*words, "parallel=fsdp", "parallel.offload=true", gib=80))

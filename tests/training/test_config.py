@@ -110,7 +110,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_the_way_to_see_all(compose
     ("key", "remedy"),
     [
         ("epochs", "use max_steps or max_tokens"),
-        ("num_gpus", "one GPU"),
+        ("num_gpus", "torchrun --nproc-per-node"),
         ("model.dropout", "no model has dropout"),
     ],
 )

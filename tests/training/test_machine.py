@@ -41,6 +41,10 @@ class Driver:
         memory._obj.value = 80 * 2**30
         return 0
 
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.devices
+        return 0
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:

@@ -15,6 +15,7 @@ from training.capacity import workload
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
 from training.memory import NOTICEABLY, advice, memory_metrics, out_of_memory_explained
+from training.parallel.world import World
 from training.runtime import Runtime
 from training.trainer import Trainer
 
@@ -134,4 +135,4 @@ def test_a_gpus_refusal_says_what_was_held_and_wanted(config: MakeConfig, monkey
 
 
 def test_a_cpu_has_no_memory_peaks() -> None:
-    assert memory_metrics(torch.device("cpu")) == {}
+    assert memory_metrics(World(torch.device("cpu"))) == {}

@@ -23,6 +23,7 @@ from training.checkpoint import folder as checkpoints
 from training.checkpoint import state
 from training.config import TrainConfig
 from training.loggers import read_metrics
+from training.parallel.world import World
 from training.run import Run
 from training.runtime import resolve_runtime
 from training.trainer import Trainer
@@ -192,7 +193,7 @@ def test_each_job_of_a_long_sweep_is_compiled(monkeypatch: pytest.MonkeyPatch, u
     for number in range(10):
         model = replace(MODELS[0], dim=16 + 8 * number, head_dim=8)
         attention = build_attention(AttentionConfig("math"), AttentionSpec(4, 2, 8, 16, "float32"))
-        assembled = assemble(model, attention, torch.device("cpu"), seed=0, compile=True, unit=unit)
+        assembled = assemble(model, attention, World(torch.device("cpu")), seed=0, compile=True, unit=unit)
         assembled(tokens, tokens).backward()
     assert [counter.frame_count for counter in counters] == [1 if unit == "model" else 2] * 10
 
@@ -206,7 +207,7 @@ def test_a_model_from_the_meta_device_has_the_weights_of_its_seed(model: ModelCo
     torch.manual_seed(7)
     direct = GPT(model, attention)
     drawn_by_direct = torch.rand(1)
-    assembled = assemble(model, attention, torch.device("cpu"), seed=7, compile=False)
+    assembled = assemble(model, attention, World(torch.device("cpu")), seed=7, compile=False)
     assert torch.equal(torch.rand(1), drawn_by_direct), "as many random numbers are drawn"
     expected = dict(direct.named_parameters()) | dict(direct.named_buffers())
     found = dict(assembled.named_parameters()) | dict(assembled.named_buffers())

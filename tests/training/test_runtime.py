@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,10 +84,29 @@ def test_a_precision_that_the_gpu_lacks_is_refused(config: MakeConfig, precision
         resolve_runtime(config("device=cuda", f"precision={precision}"))
 
 
-def test_torchrun_is_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"one process; run python train.py without torchrun"):
-        resolve_runtime(config())
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["parallel.context=4"], "parallel.context=4 does not divide the 6 processes of this run; use 1, 2, 3, 6"),
+        (["parallel=hsdp", "parallel.shards=4"], "parallel.shards=4 does not divide the 6 processes of this run"),
+    ],
+)
+def test_processes_that_cannot_be_arranged_so_are_refused(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+) -> None:
+    refused = config(*overrides)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match=says):
+        resolve_runtime(refused)
+
+
+def test_more_processes_than_gpus_are_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.runtime.find_gpu", lambda: replace(A100, count=2))
+    environment = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "6", "LOCAL_RANK": "2"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"4 processes want a GPU each .* offers 2; use torchrun --nproc-per-node=2"):
+        resolve_runtime(config("device=cuda"))
 
 
 def test_autocast_is_on_for_bf16_alone() -> None:

@@ -20,7 +20,7 @@ from training.parallel.world import World
 world = World.start(torch.device("cpu"))
 total = world.sum(torch.tensor([1.0 + world.rank, 10.0]))
 print(
-    world.rank, world.size, world.is_first, total.tolist(), world.count(21),
+    world.rank, world.size, world.is_first, total.tolist(), world.count([21, world.rank]),
     world.all(torch.tensor(True)).item(), world.all(torch.tensor(world.rank == 0)).item(),
     repr(world.first_reason("")), repr(world.first_reason("SIGTERM" if world.rank == 1 else "")),
 )
@@ -34,7 +34,7 @@ def test_a_world_of_one_gives_back_what_it_is_given() -> None:
     tensor, flag = torch.ones(2), torch.tensor(True)
     assert world.sum(tensor) is tensor
     assert world.all(flag) is flag
-    assert (world.count(5), world.first_reason("SIGTERM"), world.first_reason("")) == (5, "SIGTERM", "")
+    assert (world.count([5]), world.first_reason("SIGTERM"), world.first_reason("")) == ([5], "SIGTERM", "")
     assert not torch.distributed.is_initialized()
 
 
@@ -53,5 +53,5 @@ def test_two_ranks_agree() -> None:
         for rank in range(2)
     ]
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    agreed = "[3.0, 20.0] 42 True False '' 'SIGTERM'\n"
+    agreed = "[3.0, 20.0] [42, 1] True False '' 'SIGTERM'\n"
     assert said == [f"0 2 True {agreed}", f"1 2 False {agreed}"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from training.parallel.sharding import whole
 from training.parts import Part
 
 from .folder import CONFIG, STATE, Manifest, read_json
@@ -40,8 +41,13 @@ class State(NamedTuple):
 
 
 def files_of(parts: Iterable[Part]) -> Tensors:
-    """One safetensors file for each part that has tensors: file → name → tensor."""
-    return {f"{part.name}.safetensors": tensors for part in parts if (tensors := part.tensors())}
+    """One safetensors file for each part that has tensors: file → name → tensor. All ranks ask, for sharded tensors are
+    gathered."""
+    return {
+        f"{part.name}.safetensors": {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+        for part in parts
+        if (tensors := part.tensors())
+    }
 
 
 def values_of(parts: Iterable[Part]) -> dict[str, dict[str, Any]]:

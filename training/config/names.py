@@ -48,6 +48,9 @@ OTHER_NAMES: dict[str, str] = {
         "use_flash use_flash_attn use_flash_attention sdp_backend",
         "memory": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing activation_checkpoint "
         "activations_checkpoint_method checkpoint_activations recompute_activations recompute_granularity",
+        "parallel": "strategy distributed_strategy dp ddp fsdp use_fsdp sharding sharding_strategy parallelism",
+        "parallel.context": "cp cp_size context_parallel context_parallel_size context_parallel_degree "
+        "sequence_parallel sequence_parallel_size",
         "model.dim": "hidden_size hidden_dim hidden n_embd n_embed d_model embed_dim embedding_dim model_dim emb_dim",
         "model.n_layers": "n_layer num_layers num_hidden_layers layers depth n_blocks",
         "model.n_heads": "n_head num_heads num_attention_heads heads",
@@ -84,7 +87,7 @@ ABSENT = {
     ),
     **dict.fromkeys(
         ("num_gpus", "n_gpus", "n_gpu", "gpus", "devices", "nproc_per_node", "world_size", "num_nodes", "nodes"),
-        "this version trains on one GPU: leave it out, or choose which with CUDA_VISIBLE_DEVICES",
+        "the launcher says how many: torchrun --nproc-per-node=8 train.py … (docs/parallel.md)",
     ),
     **dict.fromkeys(
         ("dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"),

@@ -13,6 +13,8 @@ from training.checkpoint.config import CheckpointConfig
 from training.guard_config import BadStepConfig
 from training.loggers import LoggerConfig
 from training.optimizer_config import OPTIMIZERS, OptimizerConfig
+from training.parallel.config import PARALLELISMS, ParallelConfig
+from training.parallel.launch import Launch
 from training.require import require
 from training.schedule import SCHEDULES, ScheduleConfig
 
@@ -29,6 +31,7 @@ CHOICES: dict[str, dict[str, type[Any]]] = {
     "optimizer": dict(OPTIMIZERS),
     "schedule": dict(SCHEDULES),
     "memory": dict(MEMORY_POLICIES),
+    "parallel": dict(PARALLELISMS),
 }
 """Groups whose settings depend on the option that is chosen, by its name."""
 
@@ -40,6 +43,7 @@ class TrainConfig:
     attention: AttentionConfig
     model: ModelConfig
     memory: MemoryConfig
+    parallel: ParallelConfig
     data: DataConfig
     tokenizer: TokenizerConfig
     optimizer: OptimizerConfig
@@ -137,4 +141,5 @@ class TrainConfig:
             tokens_per_step=self.tokens_per_step,
             max_steps=self.max_steps,
             max_tokens=self.max_tokens,
+            data_size=self.parallel.data_size(Launch.here().size),
         )

@@ -22,7 +22,9 @@ class Checkpointing(Service):
     def after_step(self, run: Run) -> None:
         if not self.has_memory:  # now the optimizer's moments are there, and no step is measured yet
             self.has_memory = True
-            run.saver.reserve(files_of(run.parts))
+            files = files_of(run.parts)
+            if run.world.is_first:
+                run.saver.reserve(files)
         run.add_metrics(run.saver.metrics())
         if run.due(run.config.checkpoint.every):
             save(run)
@@ -31,7 +33,7 @@ class Checkpointing(Service):
         """Raises SaveFailed where a run that finished could not save what it trained."""
         try:
             if status == "finished":
-                save_weights(run.model, run.folder)
+                save_weights(run.model, run.folder, run.world.is_first)
                 run.saver.finish(raises=True)
         finally:
             run.saver.finish()
@@ -55,5 +57,7 @@ def save(run: Run, wait: bool = False) -> None:
         "val_loss": val_loss if step == progress.step and math.isfinite(val_loss) else None,
         "versions": versions(),
     }
-    run.saver.save(files_of(run.parts), {STATE: values_of(run.parts), CONFIG: asdict(run.config)}, facts, wait)
+    files = files_of(run.parts)
+    if run.world.is_first:
+        run.saver.save(files, {STATE: values_of(run.parts), CONFIG: asdict(run.config)}, facts, wait)
     progress.saved = progress.step

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from data.answers import distances
 from data.loader import IGNORE_INDEX, Batch
 from data.progress import bar
 from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
+from training.parallel.world import World
 from training.run import Run
 from training.step import Forward
 
@@ -41,6 +43,7 @@ class Evaluation(Service):
                 run.train_step,
                 run.batches.val_batches,
                 run.batches.corpus.tokenizer.count_bytes,
+                run.world,
                 is_recall=run.config.data.is_recall,
                 stopped=run.stop_reason,
             )
@@ -55,6 +58,7 @@ def measure(
     forward: Forward,
     batches: Sequence[Batch],
     count_bytes: Callable[[np.ndarray, np.ndarray], int],
+    world: World,
     *,
     is_recall: bool,
     stopped: Callable[[], object] = lambda: None,
@@ -62,21 +66,29 @@ def measure(
     """The metrics of held-out text: the loss per token and per byte, per token by the tokens read before, and recall.
 
     Args:
+        batches: the same on every rank: each reads its own of them, and all get the same metrics.
         count_bytes: of text, from tokens and targets. stopped: asked before each batch whether to return None.
     """
     nats, tokens = (np.zeros(len(TOKENS_READ)) for _ in range(2))  # by range of tokens read
     right, asked = (np.zeros(len(DISTANCES)) for _ in range(2))  # by range of distances
     with bar("evaluating", len(batches), "batches") as advance:
-        for batch in batches:
+        for first in range(0, len(batches), world.data_size):
             if stopped():
                 return None
+            number = first + world.data_rank
+            # Where no batch is left, a rank computes one again: all compute together.
+            batch = batches[min(number, len(batches) - 1)]
             losses_BS = forward.losses(batch).double().cpu().numpy()
+            predicted = forward.predictions(batch).cpu().numpy() if is_recall else None
+            advance(min(world.data_size, len(batches) - first))
+            if number >= len(batches) or world.context_rank > 0:  # ranks that share rows find the same
+                continue
             nats += sum_by_tokens_read(batch, losses_BS)
             tokens += sum_by_tokens_read(batch, batch.targets_BS.numpy() != IGNORE_INDEX)
-            if is_recall:
-                counted = count_right(batch, forward.predictions(batch).cpu().numpy())
+            if predicted is not None:
+                counted = count_right(batch, predicted)
                 right, asked = right + counted[0], asked + counted[1]
-            advance(1)
+    nats, tokens, right, asked = (world.sum(torch.from_numpy(sums)).numpy() for sums in (nats, tokens, right, asked))
     loss = nats.sum() / tokens.sum()
     num_bytes = sum(count_bytes(batch.tokens_BS.numpy(), batch.targets_BS.numpy()) for batch in batches)
     metrics = {"val/loss": float(loss), "val/bits_per_byte": float(nats.sum()) / math.log(2) / num_bytes}

@@ -25,6 +25,8 @@ class Logging(Service):
     def begin(self, run: Run) -> None:
         """Raises ValueError where the run folder cannot be written."""
         config, facts, folder = run.config, run.facts(), run.folder
+        if not run.world.is_first:
+            return
         try:
             disk.write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             if run.progress.step < run.plan.max_steps or not (folder / history.FACTS).exists():  # of who trained it
@@ -57,7 +59,7 @@ class Logging(Service):
                 "train/learning_rate": run.last.learning_rate,
                 **bad,
                 **run.throughput.report(),
-                **memory_metrics(run.world.device),
+                **memory_metrics(run.world),
                 **run.take_metrics(),
             }
         )

@@ -1,0 +1,160 @@
+"""Four ranks train what one process trains: losses, gradients, rows, evaluation, weights and moments."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from conftest import TINY
+from processes import LIMIT_S, wait_until
+
+from training.checkpoint.folder import candidates
+from training.loggers import read_metrics
+
+SIZE = 4
+# A vocabulary and a width that four shards do not divide evenly.
+SMALL = [*TINY, "model.n_layers=2", "model.vocab_size=301", "model.ffn_dim=50", "max_steps=3", "tokens_per_step=256"]
+SMALL += ["tokenizer=bytes", "schedule.warmup_steps=0", "eval_tokens=224"]
+RECALL = ["data=synthetic", "data.task=recall", "data.pairs=4", "seq_len=256", "data.length=256", "eval_tokens=1280"]
+RECALL += ["tokens_per_step=1024"]
+CASES: dict[str, list[str]] = {
+    "documents, accumulated": ["tokens_per_step=512", "data.document_mask=true"],
+    "window, clipped": ["model.window=7", "data.document_mask=false", "grad_clip=0.05"],
+    "Muon": ["optimizer=muon"],
+    "recomputed, bf16 moments": ["memory=full", "memory.tile=24", "optimizer.moments=bfloat16"],
+    "poisoned": ["bad_step.action=skip"],
+    "GPT-2, recall": ["model=gpt2-124m", "model.dim=32", "model.ffn_dim=50", "model.n_heads=2", *RECALL],
+}
+PARALLEL = {"data": ["parallel=data"], "fsdp": ["parallel=fsdp"], "hsdp": ["parallel=hsdp", "parallel.shards=2"]}
+"""How four ranks are arranged."""
+EXACT = 1e-5
+"""Of float32 sums in another order. Muon's iteration is in bf16, and moments in bf16 are rounded."""
+LOOSE = {"Muon": 3e-4, "recomputed, bf16 moments": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def results(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By case, of one process; and by "case/parallel", of four ranks."""
+    folder = tmp_path_factory.mktemp("parallel")
+    text = ["data=text", f"data.path={text_folder}", f"data.cache_dir={folder / 'cache'}", "data.val_fraction=0.3"]
+    cases = {}
+    for name, words in CASES.items():
+        own = ["data.documents=120", f"data.cache_dir={folder / 'cache'}"] if "data=synthetic" in words else text
+        case: dict[str, Any] = {"words": [*SMALL, *own, f"run_dir={folder / 'run'}", *words]}
+        cases[name] = case | ({"poisoned": [2, 0]} if name == "poisoned" else {})
+    alone = {name: ranks.trained(**case) for name, case in cases.items()}
+    spread = {
+        f"{name}/{parallel}": case | {"words": [*case["words"], "batch_size=1", *more]}
+        for name, case in cases.items()
+        for parallel, more in PARALLEL.items()
+    }
+    return alone, ranks.trained_by_ranks(spread, SIZE, folder)
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("case", CASES)
+def test_four_ranks_train_what_one_process_trains(
+    results: tuple[dict[str, Any], dict[str, Any]], case: str, parallel: str
+) -> None:
+    one, four = results[0][case], results[1][f"{case}/{parallel}"]
+    rtol = LOOSE.get(case, EXACT)
+    for mine, theirs in zip(four["steps"], one["steps"], strict=True):
+        assert mine[2:] == theirs[2:], "whether it was good, learning rate, tokens and visible pairs"
+        assert mine[:2] == pytest.approx(theirs[:2], rel=rtol, nan_ok=True), "loss and gradient norm"
+    assert four["rows"] == one["rows"]
+    for mine, theirs in zip(four["evaluations"], one["evaluations"], strict=True):
+        assert mine == pytest.approx(theirs, rel=rtol)
+    for kind in ("weights", "moments"):
+        assert four[kind].keys() == one[kind].keys()
+        for name, tensor in one[kind].items():
+            error = (four[kind][name].double() - tensor.double()).norm() / (tensor.double().norm() + 1e-12)
+            assert error < 10 * rtol, f"{name}: {error:.1e}"
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
+    results: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    for parallel in PARALLEL:
+        steps = results[1][f"poisoned/{parallel}"]["steps"]
+        assert [good for _, _, good, *_ in steps] == [True, False, True]
+        assert math.isnan(steps[1][0])
+
+
+def test_first_weights_are_those_of_one_process_bit_for_bit(
+    results: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    for name, four in results[1].items():
+        for key, tensor in results[0][name.partition("/")[0]]["first"].items():
+            assert torch.equal(four["first"][key], tensor), f"{name}: {key}"
+
+
+def test_after_an_evaluation_matrices_are_shards_again(results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for name, four in results[1].items():
+        matrices = [key for key, tensor in four["weights"].items() if tensor.dim() == 2]
+        assert four["sharded"] == ([] if name.endswith("/data") else matrices)
+
+
+# ---- ranks that fail, vanish or are asked to stop
+
+FAILS = """
+import sys, torch
+from training.parallel.watch import watched
+from training.parallel.world import World
+
+world = World.start(torch.device("cpu"))
+with watched(world):
+    if str(world.rank) in sys.argv[1]:
+        raise ValueError("no room on this disk")
+    world.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "says"),
+    [("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]), ("01", [r"error: no room on this disk\n", r""])],
+)
+def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str]) -> None:
+    both = ranks.launch(["-c", FAILS, failing], 2, TORCH_CPP_LOG_LEVEL="ERROR")
+    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in both]
+    assert [rank.returncode for rank in both] == [2, 2], said
+    for pattern, text in zip(says, said, strict=True):
+        assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [*SMALL, "data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "batch_size=1"]
+    words += ["tokens_per_step=384", "max_steps=1000000", "eval_every=0", "checkpoint.every=5", f"run_dir={run}"]
+
+    def begun(number: int, parallel: str) -> list[subprocess.Popen[str]]:
+        processes = ranks.launch(["train.py", *words, f"parallel={parallel}"], number)
+        newest = max((path.name for path in candidates(run)), default="")
+        wait_until(lambda: max((path.name for path in candidates(run)), default="") > newest, processes[0])
+        return processes
+
+    three = begun(3, "data")
+    three[2].kill()
+    said = [process.communicate(timeout=LIMIT_S)[0] for process in three]
+    assert [process.returncode for process in three] == [75, 75, -9]
+    assert len(re.findall(r"error: rank 2 on \S+ is lost: it has not answered for \d+ s", "".join(said))) == 1
+    assert "Traceback" not in "".join(said)
+    assert json.loads((run / "facts.json").read_text())["ranks"][2]["host"]
+
+    two = begun(2, "data")
+    two[1].send_signal(signal.SIGTERM)  # one rank alone is asked
+    said = [process.communicate(timeout=LIMIT_S)[0] for process in two]
+    assert [process.returncode for process in two] == [75, 75]
+    assert re.search(r"resume     step \d+ of", said[0])
+    assert re.search(r"interrupted by SIGTERM; saved", said[0])
+    assert said[1] == ""
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
+    assert steps == sorted(set(steps)), "one log, each step once"

@@ -1,0 +1,125 @@
+"""Gradients of all ranks: added up, and scaled down to a norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.gpt import GPT
+
+from .sharding import is_sharded, local
+from .world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+SMALL = 2**20
+"""Numbers below which gradients are added up together, in a copy; a larger one is added up where it lies."""
+
+
+class Gradients:
+    """Those of a model's parameters, over the micro-batches of a step and the ranks of a world.
+
+    FSDP adds up the gradients of sharded parameters itself, after each block of each micro-batch; copies of them, and
+    parameters that every rank has whole, are added up once a step, in the backward pass of its last micro-batch: those
+    of a block while the blocks before it compute, where blocks are called one by one. In one compiled graph of the
+    whole model all gradients come at its end.
+    """
+
+    def __init__(self, model: GPT, world: World) -> None:
+        self.world, parameters = world, list(model.parameters())
+        self.sharded = [p for p in parameters if is_sharded(p)]
+        self.whole = [p for p in parameters if not is_sharded(p)]
+        self.is_last = False
+        self._sums: list[_Sum] = []
+        """What is being added up."""
+        self.modules: list[FSDPModule] = []
+        if self.sharded:
+            from .fsdp import sharded_modules
+
+            self.modules = list(sharded_modules(model))
+        elif world.size > 1 and not model.is_one_graph:
+            for block in model.blocks:
+                block.register_forward_pre_hook(self._before_block)
+
+    def begin(self, is_last: bool) -> None:
+        """A backward pass comes: whether it is the last one of the step."""
+        self.is_last = is_last
+        for module in self.modules:
+            module.set_requires_all_reduce(is_last, recurse=False)
+            module.set_is_last_backward(is_last)
+
+    def add_up(self) -> None:
+        """After the last backward pass: every rank gets the sums."""
+        if self.world.size == 1:
+            return
+        begun = {parameter for each in self._sums for parameter in each.parameters}
+        self._begin_sums([parameter for parameter in self.whole if parameter not in begun])
+        for each in self._sums:
+            each.finish()
+        self._sums.clear()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to a global norm of at most `max_norm`; returns what it was, on the device."""
+        if not self.sharded:
+            norm: Tensor = torch.nn.utils.clip_grad_norm_(self.whole, max_norm)
+            return norm
+        whole, shards = [_grad(p) for p in self.whole], [local(_grad(p)) for p in self.sharded]
+        square = torch.nn.utils.get_total_norm(shards).to(self.world.device).square()
+        assert self.world.mesh is not None
+        dist.all_reduce(square, group=self.world.mesh.get_group("shard"))
+        norm = (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+        if max_norm < math.inf:
+            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            for gradients in (whole, shards):
+                torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+        return norm
+
+    def _before_block(self, block: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Add up the block's gradients as soon as that of its input is there: by then they are, too."""
+        x_BSE = arguments[0]
+        if self.is_last and torch.is_grad_enabled() and x_BSE.requires_grad:
+            x_BSE.register_hook(partial(self._after_block, list(block.parameters())))
+
+    def _after_block(self, parameters: list[Tensor], grad: Tensor) -> None:
+        self._begin_sums(parameters)
+
+    def _begin_sums(self, parameters: Iterable[Tensor]) -> None:
+        small = list[Tensor]()
+        for parameter in parameters:
+            if parameter.numel() < SMALL or not _grad(parameter).is_contiguous():
+                small.append(parameter)
+            else:
+                self._sums.append(_Sum([parameter]))
+        if small:
+            self._sums.append(_Sum(small))
+
+
+class _Sum:
+    """Gradients that are being added up over all ranks, in one collective."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        gradients = [_grad(parameter) for parameter in parameters]
+        is_one = len(gradients) == 1 and gradients[0].is_contiguous()
+        self.flat = None if is_one else torch.cat([gradient.flatten() for gradient in gradients])
+        self.work = dist.all_reduce(gradients[0] if self.flat is None else self.flat, async_op=True)
+
+    def finish(self) -> None:
+        assert self.work is not None
+        self.work.wait()  # on a GPU its stream waits, not the host
+        if self.flat is not None:
+            gradients = [_grad(parameter) for parameter in self.parameters]
+            parts = self.flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
