@@ -28,6 +28,7 @@ from model.huggingface.weights import from_theirs, to_theirs
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.fits import flat
 from training.checkpoint.state import read_tensors
+from training.checkpoint.state import read_weights as read_checkpoint
 from training.config.saved import saved_settings
 from training.run_folder import find
 
@@ -89,18 +90,19 @@ def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes:
 
 def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     """Settings, weights and tokenizer.json of a run: of a finished one, or of its newest checkpoint that verifies."""
-    folder, home = run, run
+    folder, home, manifest = run, run, None
     if checkpoints.is_checkpoint(run) or not (run / "model.safetensors").is_file():
         if not checkpoints.is_checkpoint(run) and not checkpoints.candidates(run):
             raise ValueError(f"{run} holds no model.safetensors and no checkpoint; name a run folder or a checkpoint")
-        folder, _ = find(str(run), "RUN", print)
+        folder, manifest = find(str(run), "RUN", print)
         home = folder.resolve().parent.parent
     settings = saved_settings(folder) if folder is home else checkpoints.read_json(folder / checkpoints.CONFIG)
     if settings is None:
         raise ValueError(f"{folder} has no config.yaml; name a run folder or a checkpoint")
     if not (home / "tokenizer.json").is_file():
         raise ValueError(f"{home} has no tokenizer.json; name a run folder, or a checkpoint inside of one")
-    return settings, read_tensors(folder / "model.safetensors"), home / "tokenizer.json"
+    weights = read_tensors(run / "model.safetensors") if manifest is None else read_checkpoint(folder, manifest)
+    return settings, weights, home / "tokenizer.json"
 
 
 def model_of(settings: dict[str, Any], run: Path) -> ModelConfig:

@@ -26,6 +26,7 @@ RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
 """Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it goes on from there."""
 NAMED = {
     "resume": "a run folder or a checkpoint",
+    "RUN": "a run folder or a checkpoint",
     "init_from": "a run, a checkpoint, a model.safetensors or a model of transformers",
 }
 

@@ -151,6 +151,11 @@ def verify(
     return manifest
 
 
+def weight_files(manifest: Manifest) -> list[str]:
+    """What holds the weights, and says where they are."""
+    return [name for name in manifest.files if re.fullmatch(r"model(_\d+)?\.safetensors", name) or name == PIECES]
+
+
 def verify_shown(folder: Path, ranks: Together = ALONE) -> Manifest:
     """`verify`, while a person waits for it: with a bar. Of several ranks each reads its share."""
     manifest = ranks.first(lambda: read_manifest(folder))

@@ -7,8 +7,8 @@ files hold it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,15 @@ class State(NamedTuple):
         return [part for part in parts if not part.per_rank or part.name in self.values]
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"BOOL": torch.bool}
+"""By the names that safetensors has for them."""
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+UNREADABLE = (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What safetensors raises where a file is none of its own, or is of an odd dtype."""
+
+
 class Written(NamedTuple):
     """What one rank writes of a checkpoint."""
 
@@ -93,10 +102,10 @@ def read(path: Path, manifest: Manifest, parts: list[Part], rank: int = 0) -> St
         values |= read_json(path / state_of(rank)) if state_of(rank) in manifest.files else {}
     elif rank > 0:
         values = {name: value for name, value in values.items() if name not in {p.name for p in parts if p.per_rank}}
-    with _Files(path) as files:
-        stored = _stored(files, manifest, rank)
-        expected: dict[str, Mapping[str, Tensor]] = {part.name: part.expected() for part in parts}
-        return State({part: files.read_all(found, expected.get(part, {})) for part, found in stored.items()}, values)
+    files = _Files(path)
+    expected: dict[str, Mapping[str, Tensor]] = {part.name: part.expected() for part in parts}
+    stored = _stored(files, manifest, rank)
+    return State({part: files.read_all(found, expected.get(part, {})) for part, found in stored.items()}, values)
 
 
 def read_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
@@ -105,8 +114,16 @@ def read_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     Raises:
         ValueError: another program wrote it.
     """
-    with _Files(path) as files:
-        return files.read_all(_stored(files, manifest, rank=0).get("model", {}), {})
+    layout, read = weights_in(path, manifest)
+    return {name: read(name) for name in layout}
+
+
+def weights_in(path: Path, manifest: Manifest) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+    """The same, one at a time: their names, shapes and dtypes (on the meta device), and what reads one by its name."""
+    files = _Files(path)
+    stored = dict(sorted(_stored(files, manifest, rank=0).get("model", {}).items()))
+    layout = {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in stored.items()}
+    return layout, lambda name: files.read(stored[name])
 
 
 def read_values(path: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -129,16 +146,15 @@ def read_values(path: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Raises ValueError where it is no safetensors file."""
-    with _Files(file.parent) as files:
-        return files.read_all(files.stored(file.name), {})
+    files = _Files(file.parent)
+    return files.read_all(files.stored(file.name), {})
 
 
 class _Stored(NamedTuple):
     """A tensor on disk: its shape, and where its pieces are, each whole in one file under one name."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    """None: that of its one piece."""
+    dtype: torch.dtype
     pieces: list[tuple[str, str, Piece]]
 
 
@@ -171,7 +187,7 @@ def _stored_in_pieces(files: _Files, manifest: Manifest, rank: int) -> _Index:
         for part, tensors in read_json(files.folder / PIECES).items():
             index[part] = {}
             for name, entry in tensors.items():
-                shape, dtype, pieces = tuple(entry["shape"]), getattr(torch, entry["dtype"]), []
+                shape, dtype, pieces = tuple(entry["shape"]), _BY_NAME[entry["dtype"]], []
                 for writer, offset, size in entry["pieces"]:
                     piece = Piece(tuple(offset), tuple(size))
                     inside = all(a >= 0 and a + n <= of for a, n, of in zip(*piece, shape, strict=True))
@@ -191,7 +207,7 @@ def _stored_in_pieces(files: _Files, manifest: Manifest, rank: int) -> _Index:
 
 
 class _Files:
-    """The safetensors files of a folder, each opened once, while it is read.
+    """The safetensors files of a folder, each opened once.
 
     Raises:
         ValueError: one cannot be read.
@@ -200,28 +216,22 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._opened: dict[str, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def stored(self, file: str) -> dict[str, _Stored]:
         """The tensors of one file."""
         with self._reading(file) as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: (tuple(each.get_shape()), DTYPES[each.get_dtype()]) for name, each in slices.items()}
         return {
-            name: _Stored(shape, None, [(file, name, Piece((0,) * len(shape), shape))])
-            for name, shape in shapes.items()
+            name: _Stored(shape, dtype, [(file, name, Piece((0,) * len(shape), shape))])
+            for name, (shape, dtype) in found.items()
         }
 
     def read_all(self, stored: Mapping[str, _Stored], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by name: of those that are expected sharded what this rank has, of all others the whole."""
-        return {name: self._read(at, expected.get(name)) for name, at in stored.items()}
+        return {name: self.read(at, expected.get(name)) for name, at in stored.items()}
 
-    def _read(self, stored: _Stored, like: Tensor | None) -> Tensor:
+    def read(self, stored: _Stored, like: Tensor | None = None) -> Tensor:
         if isinstance(like, DTensor) and like.shape != stored.shape:  # which is refused for its shape
             return torch.empty(stored.shape, device="meta", dtype=stored.dtype)
         whole = Piece((0,) * len(stored.shape), stored.shape)
@@ -235,9 +245,6 @@ class _Files:
         if len(found) == 1 and found[0][3] == wanted:
             file, name, piece, _ = found[0]
             return self._read_box(file, name, piece, wanted)
-        if stored.dtype is None:  # of one file, of which nothing is wanted
-            (file, name, piece) = stored.pieces[0]
-            return self._read_box(file, name, piece, Piece(piece.offset, wanted.shape))
         # What no piece has would be found as numbers that are not finite.
         result = torch.full(wanted.shape, float("nan") if stored.dtype.is_floating_point else 0, dtype=stored.dtype)
         for file, name, piece, common in found:
@@ -259,17 +266,9 @@ class _Files:
     def _reading(self, file: str) -> Iterator[Any]:
         try:
             if file not in self._opened:
-                opened = safe_open(str(self.folder / file), framework="pt")
-                self._opened[file] = self._stack.enter_context(opened)
+                self._opened[file] = safe_open(str(self.folder / file), framework="pt")
             yield self._opened[file]
-        except (
-            OSError,
-            SafetensorError,
-            AttributeError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # odd dtypes, too
+        except UNREADABLE as error:
             why = " ".join(str(error).split())
             raise ValueError(f"{self.folder / file} cannot be read as safetensors: {why}") from error
 

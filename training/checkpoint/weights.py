@@ -20,11 +20,11 @@ from data import disk
 from training.errors import SaveFailed
 from training.parallel.together import Together
 
-from .folder import ALONE
+from .folder import ALONE, Manifest
 from .saver import check_written, save_problem
+from .state import DTYPES, weights_in
 
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Of dtypes in a safetensors file: those that weights may have."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_weights(model: nn.Module, run_dir: Path, ranks: Together = ALONE) -> None:
@@ -54,6 +54,18 @@ def _put_in_place(part: Path, target: Path) -> None:
     disk.sync(part)
     os.replace(part, target)
     disk.sync(target.parent)
+
+
+def export_weights(path: Path, manifest: Manifest, file: Path) -> int:
+    """Write the whole weights of a checkpoint that verified as one safetensors file; returns its bytes.
+
+    Raises:
+        ValueError: another program wrote the checkpoint. OSError: the file cannot be written.
+    """
+    layout, read = weights_in(path, manifest)
+    with disk.replacing(file) as part:
+        stream(part, layout, {}, map(read, layout))
+    return file.stat().st_size
 
 
 def _save_gathered(model: nn.Module, file: Path, ranks: Together) -> None:

@@ -1,0 +1,184 @@
+"""One rank of test_shards.py: saves and reads the parts of a small model that is held in several ways.
+
+RANK=0 WORLD_SIZE=4 … python tests/training/shards_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from training.checkpoint import folder as checkpoints
+from training.checkpoint import saver as saving
+from training.checkpoint import state, weights
+from training.checkpoint.saver import Saver
+from training.config import CheckpointConfig, OptimizerConfig
+from training.errors import SaveFailed
+from training.optimizer import Optimizer
+from training.parallel.pieces import local
+from training.parallel.together import Together
+from training.parts import Part, RandomNumbers, Weights
+
+DATA = {"text": "", "tokenizer": ""}
+
+
+class Data(Part):
+    """The position in the text, which is the run's."""
+
+    name = "data"
+
+    def values(self) -> dict[str, Any]:
+        return DATA
+
+    def validate(self, tensors: Any, values: Any) -> None:
+        assert values == DATA
+
+    def load(self, tensors: Any, values: Any) -> None:
+        pass
+
+
+def build(shape: tuple[int, ...] | None, seed: int) -> tuple[nn.Module, list[Part]]:
+    """A model whose matrices do not divide by 4, after one step; its numbers are those of the seed, held in any way."""
+    torch.manual_seed(seed)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(3, 7, bias=True), nn.Linear(7, 2, bias=False)])
+    model.embedding = nn.Embedding(10, 3)
+    model.head = nn.Linear(3, 10, bias=False)
+    model.head.weight = model.embedding.weight
+    if shape is not None:
+        names = ("replica", "shard")[-len(shape) :]
+        whole = {p for p in model.parameters() if p.dim() < 2}
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), ignored_params=whole)
+    optimizer = Optimizer(model, OptimizerConfig(), torch.device("cpu"))
+    for number, parameter in enumerate(model.parameters()):
+        torch.manual_seed(seed + number)
+        whole_gradient = torch.randn(parameter.shape)
+        parameter.grad = parameter.detach().clone()
+        local(parameter.grad).copy_(_mine(whole_gradient, parameter))
+    optimizer.step(0.1, torch.tensor(True))
+    return model, [Weights(model), optimizer, RandomNumbers(), Data()]
+
+
+def _mine(whole: Tensor, like: Tensor) -> Tensor:
+    piece = state.piece_of(like)
+    return whole[tuple(slice(a, a + n) for a, n in zip(*piece, strict=True))]
+
+
+def numbers(parts: list[Part]) -> dict[str, Tensor]:
+    """The whole of all tensors that are the run's."""
+    tensors = {f"{part.name}/{name}": t for part in parts if not part.per_rank for name, t in part.tensors().items()}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    ranks, lines = Together.of(rank, size), list[str]()
+    meshes: dict[str, tuple[int, ...] | None] = {"whole": None, "shards": (size,)}
+    if size == 4:
+        meshes["copies"] = (2, 2)
+    facts: dict[str, Any] = {"tokens": 0, "world_size": size, "val_loss": None, "versions": {}}
+
+    if rank == 0:
+        for how in meshes:
+            (folder / how).mkdir(exist_ok=True)
+            (folder / how / "config.yaml").touch()
+    dist.barrier()
+
+    def save(how: str, step: int, wait: bool = True) -> Saver:
+        _, parts = build(meshes[how], seed=step)
+        torch.manual_seed(1000 * step + rank)
+        saver = Saver(folder / how, CheckpointConfig(keep_last=9), lines.append, ranks)
+        saver.save(state.written(parts, {}, rank, size), {**facts, "step": step}, wait)
+        return saver
+
+    if size == 4:
+        for step, how in enumerate(meshes, 1):
+            save(how, step)
+            model, _ = build(meshes[how], seed=step)
+            weights.save_weights(model, folder / how, ranks)
+        check_failures(folder, ranks, save, lines)
+    read = {}
+    for step, wrote in enumerate(("whole", "shards", "copies", "alone"), 1):
+        for how, shape in meshes.items():
+            read[f"{wrote} as {how}"] = check_read(folder / wrote, shape, step, rank, ranks)
+    if rank == 0:
+        (folder / f"read-by-{size}.json").write_text(json.dumps(read))
+    dist.destroy_process_group()
+
+
+def check_read(run: Path, shape: tuple[int, ...] | None, step: int, rank: int, ranks: Together) -> int:
+    """Returns the bytes of tensors that this rank read of the weights."""
+    found = checkpoints.newest(run, print, ranks)
+    assert found is not None
+    path, manifest = found
+    _, parts = build(shape, seed=77)
+    saved = state.read(path, manifest, parts, rank)
+    saved.validate(parts)
+    saved.load(parts)
+    drawn = torch.rand(3)
+    _, expected = build(None, seed=step)
+    found_numbers = numbers(parts)
+    for name, tensor in numbers(expected).items():
+        assert torch.equal(found_numbers[name], tensor), name
+    if rank < manifest.world_size:
+        torch.manual_seed(1000 * step + rank)
+        assert torch.equal(drawn, torch.rand(3)), "each rank has its own random numbers"
+    return sum(local(tensor).nbytes for tensor in saved.tensors["model"].values())
+
+
+def check_failures(folder: Path, ranks: Together, save: Callable[..., Saver], lines: list[str]) -> None:
+    """One rank that cannot write its share: all know, nothing is left, and the checkpoint before stays."""
+    there = sorted(path.name for path in (folder / "shards" / "checkpoints").iterdir())
+    written, needed = saving._save_tensors, saving.need_space
+
+    def fail(*arguments: Any) -> None:
+        if ranks.rank == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(*arguments)
+
+    def full(*arguments: Any) -> None:
+        if ranks.rank == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        needed(*arguments)
+
+    for name, failing, rank in (("_save_tensors", fail, 2), ("need_space", full, 3)):
+        setattr(saving, name, failing)
+        with pytest.raises(SaveFailed, match=f"not written, older ones are untouched: rank {rank}: disk full: "):
+            save("shards", 9)
+        saver = save("shards", 9, wait=False)
+        saver.finish()
+        assert f"rank {rank}: disk full: " in lines[-1], lines
+        assert lines[-1].endswith("; training goes on")
+        saving._save_tensors, saving.need_space = written, needed
+    verify = checkpoints.verify
+
+    def differs(path: Path, names: list[str]) -> Any:
+        if ranks.rank == 1:
+            (path / names[0]).write_bytes(b"?" * (path / names[0]).stat().st_size)
+        return verify(path, names)
+
+    checkpoints.verify = differs
+    saver = save("shards", 9, wait=False)
+    saver.finish()
+    checkpoints.verify = verify
+    assert "did not read back as written and is removed, older ones are untouched: rank 1: " in lines[-1], lines
+    ranks.each(lambda: None)
+    assert sorted(path.name for path in (folder / "shards" / "checkpoints").iterdir()) == there
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
