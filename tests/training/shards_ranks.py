@@ -27,7 +27,7 @@ from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig, OptimizerConfig
 from training.errors import SaveFailed
 from training.optimizer import Optimizer
-from training.parallel.pieces import local
+from training.parallel.sharding import local, local_part, whole
 from training.parallel.together import Together
 from training.parts import Part, RandomNumbers, Weights
 
@@ -59,27 +59,22 @@ def build(shape: tuple[int, ...] | None, seed: int) -> tuple[nn.Module, list[Par
     model.head.weight = model.embedding.weight
     if shape is not None:
         names = ("replica", "shard")[-len(shape) :]
-        whole = {p for p in model.parameters() if p.dim() < 2}
-        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), ignored_params=whole)
+        small = {p for p in model.parameters() if p.dim() < 2}
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), ignored_params=small)
     optimizer = Optimizer(model, OptimizerConfig(), torch.device("cpu"))
     for number, parameter in enumerate(model.parameters()):
         torch.manual_seed(seed + number)
-        whole_gradient = torch.randn(parameter.shape)
+        gradient = torch.randn(parameter.shape)
         parameter.grad = parameter.detach().clone()
-        local(parameter.grad).copy_(_mine(whole_gradient, parameter))
+        local(parameter.grad).copy_(local_part(gradient, parameter))
     optimizer.step(0.1, torch.tensor(True))
     return model, [Weights(model), optimizer, RandomNumbers(), Data()]
-
-
-def _mine(whole: Tensor, like: Tensor) -> Tensor:
-    piece = state.piece_of(like)
-    return whole[tuple(slice(a, a + n) for a, n in zip(*piece, strict=True))]
 
 
 def numbers(parts: list[Part]) -> dict[str, Tensor]:
     """The whole of all tensors that are the run's."""
     tensors = {f"{part.name}/{name}": t for part in parts if not part.per_rank for name, t in part.tensors().items()}
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def main(folder: Path) -> None:

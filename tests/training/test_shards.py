@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run as run_ranks
+from processes import run_ranks
 from safetensors.torch import load_file, save_model
 from shards_ranks import build, check_read, numbers
 from torch.distributed.tensor import Replicate, Shard
