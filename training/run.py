@@ -100,7 +100,8 @@ class Run:
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
         self.together = Together.of(world.rank, world.size)
-        self.saver = Saver(self.folder, config.checkpoint, notify, self.together)
+        # Saves have a thread of their own, so they have a group of their own.
+        self.saver = Saver(self.folder, config.checkpoint, notify, Together.of(world.rank, world.size))
         self.loggers = Loggers([], notify)
         if world.is_first:
             self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)

@@ -24,7 +24,8 @@ class Together:
     """Every rank calls the same methods in the same order, from one thread at a time. One rank works alone.
 
     Args:
-        group: of processes that can exchange objects; a group of its own, because threads use it beside the training.
+        group: of processes that can exchange objects; of its own, because a thread uses it beside the training. Two
+            threads need two.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
