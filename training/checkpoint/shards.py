@@ -11,16 +11,17 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from training.parallel.pieces import Piece, piece_at
-from training.parallel.sharding import local
+from training.parallel.sharding import is_sharded, local
 from training.parts import Part
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 Tensors = dict[str, dict[str, Tensor]]
 """File name → tensor name → tensor."""
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, part: str, name: str, tensor: Tensor) -> Layout:
         shape = tuple(tensor.shape)
-        if not isinstance(tensor, DTensor):
+        if not is_sharded(tensor):
             return cls(part, name, shape, tensor.dtype, None, ())
         ranks = tensor.device_mesh.mesh
         mesh = tuple(ranks.shape), tuple(ranks.flatten().tolist())

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from training.parallel.pieces import Piece, piece_of
-from training.parallel.sharding import local, sharded_as
+from training.parallel.sharding import is_sharded, local, sharded_as
 from training.parts import Part
 
 from .folder import CONFIG, PIECES, STATE, Manifest, read_json
@@ -232,10 +231,10 @@ class _Files:
         return {name: self.read(at, expected.get(name)) for name, at in stored.items()}
 
     def read(self, stored: _Stored, like: Tensor | None = None) -> Tensor:
-        if isinstance(like, DTensor) and like.shape != stored.shape:  # which is refused for its shape
+        if like is not None and is_sharded(like) and like.shape != stored.shape:  # which is refused for its shape
             return torch.empty(stored.shape, device="meta", dtype=stored.dtype)
         whole = Piece((0,) * len(stored.shape), stored.shape)
-        if like is None or not isinstance(like, DTensor):
+        if like is None or not is_sharded(like):
             return self._read_piece(stored, whole)
         return sharded_as(self._read_piece(stored, piece_of(like)), like)
 

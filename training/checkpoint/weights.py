@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from data import disk
 from training.errors import SaveFailed
+from training.parallel.sharding import whole
 from training.parallel.together import Together
 
 from .folder import ALONE, Manifest
@@ -74,7 +74,7 @@ def _save_gathered(model: nn.Module, file: Path, ranks: Together) -> None:
     names = ordered(tensors)
 
     def save() -> None:
-        gathered = (_whole(tensors[name].detach()) for name in names)
+        gathered = (whole(tensors[name].detach()) for name in names)
         try:
             if ranks.is_first:
                 stream(file, {name: tensors[name] for name in names}, shared, gathered)
@@ -83,10 +83,6 @@ def _save_gathered(model: nn.Module, file: Path, ranks: Together) -> None:
                 pass
 
     ranks.each(save)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+
+from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 class Piece(NamedTuple):
@@ -41,10 +44,10 @@ def piece_at(
     the mesh after the other."""
     offset, held = [0] * len(shape), list(shape)
     for number, place, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        if isinstance(placement, Replicate):
+        if placement.is_replicate():
             continue
-        assert type(placement) is Shard, f"no checkpoint is made of {placement}"
-        dim = placement.dim % len(shape)
+        assert placement.is_shard(), f"no checkpoint is made of {placement}"
+        dim = placement.dim % len(shape)  # type: ignore[attr-defined]
         chunk = -(-held[dim] // number)
         start = min(place * chunk, held[dim])
         offset[dim], held[dim] = offset[dim] + start, min(chunk, held[dim] - start)
@@ -53,7 +56,7 @@ def piece_at(
 
 def piece_of(tensor: Tensor) -> Piece:
     """What this rank has of a tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return Piece((0,) * tensor.dim(), tuple(tensor.shape))
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
