@@ -23,7 +23,7 @@ from data import disk
 from training.config import CheckpointConfig
 from training.errors import SaveFailed
 from training.loggers.base import one_line
-from training.parallel.together import Together, whose
+from training.parallel.together import RankLost, Together, whose
 
 from . import folder as checkpoints
 from .shards import Tensors
@@ -52,6 +52,7 @@ class Saver:
         self._pins = True
         self._thread: Thread | None = None
         self._failure = ""
+        self._lost: RankLost | None = None
         self._metrics: SimpleQueue[dict[str, float]] = SimpleQueue()
 
     def save(self, written: Written, facts: dict[str, Any], wait: bool = False) -> None:
@@ -74,6 +75,8 @@ class Saver:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, ""
+        if self._lost is not None and raises:
+            raise self._lost
         if failure and raises:
             raise SaveFailed(failure)
         if failure:
@@ -166,6 +169,8 @@ class Saver:
         except (NotWritten, OSError, SafetensorError) as error:
             why = str(error) if isinstance(error, NotWritten) else save_problem(error, self._disk, needed)
             self._failure = f"checkpoint {path} was not written, older ones are untouched: {whose(error)}{why}"
+        except RankLost as error:  # which ends the run, and is told elsewhere
+            self._lost = error
         except Exception as error:  # a bug of ours must not end a run that goes well
             self._failure = f"checkpoint {path} was not written: {whose(error)}{type(error).__name__}: {error}"
 

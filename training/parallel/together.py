@@ -6,7 +6,8 @@ Without torch in a world of one, so that the scripts that look after checkpoints
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +15,10 @@ T = TypeVar("T")
 LONGEST_S = 3600.0
 """For which a rank may be at its share while the others wait: a checkpoint on a slow disk. A rank that dies is noticed
 at once, whatever this is: `training.parallel.watch`."""
+
+
+class RankLost(RuntimeError):
+    """The connection to another rank has broken. `training.parallel.watch` says which rank is lost."""
 
 
 class _Failed(NamedTuple):
@@ -39,6 +44,13 @@ class Together:
         import torch.distributed as dist
 
         return cls(rank, size, dist.new_group(backend="gloo", timeout=timedelta(seconds=LONGEST_S)))
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            raise RankLost(f"the connection to another rank has broken: {error}") from error
 
     @property
     def is_first(self) -> bool:
@@ -72,7 +84,8 @@ class Together:
         mine: Any = self._tried(work)
         sent = mine if gathers or isinstance(mine, _Failed) else None
         every: list[Any] | None = [None] * self.size if self.is_first else None
-        dist.gather_object(sent, every, dst=0, group=self.group)
+        with self._connected():
+            dist.gather_object(sent, every, dst=0, group=self.group)
         self._raise(self._from_first(next((each for each in every or [] if isinstance(each, _Failed)), None)))
         return every if gathers and every is not None else [mine]
 
@@ -93,7 +106,8 @@ class Together:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.group)
+        with self._connected():
+            dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     @staticmethod
