@@ -9,6 +9,7 @@ case, which are those of `train.py`; OUT.json: name → {"codes", "seconds", "sa
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import runpy
@@ -110,11 +111,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def main(cases: Path, out: Path) -> None:
     import torch
-    import torch._dynamo  # an optimizer's first step would import it
 
-    import train as _
-    import training.parallel.fsdp as _  # noqa: F811
-    import training.trainer as _  # noqa: F811
+    for module in ("train", "training.trainer", "training.parallel.fsdp", "torch._dynamo"):
+        importlib.import_module(module)
 
     torch.set_num_threads(1)
     out.write_text(json.dumps({name: run_case(case) for name, case in json.loads(cases.read_text()).items()}))
