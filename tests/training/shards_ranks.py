@@ -1,6 +1,9 @@
-"""One rank of test_shards.py: saves and reads the parts of a small model that is held in several ways.
+"""One rank of test_shards.py: saves and reads the parts of a small model that is held in several ways, and trains.
 
-RANK=0 WORLD_SIZE=4 … python tests/training/shards_ranks.py FOLDER
+    RANK=0 WORLD_SIZE=4 … python tests/training/shards_ranks.py FOLDER
+
+FOLDER/runs-4.json holds the runs that 4 ranks train, one after the other: words of train.py, a step after which one
+rank is asked to stop (0: none), and the names of copies that are made of the run folder.
 """
 
 from __future__ import annotations
@@ -8,8 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +25,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from scripts.settings import train_config
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import saver as saving
 from training.checkpoint import state, weights
 from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig, OptimizerConfig
-from training.errors import SaveFailed
+from training.errors import Interrupted, SaveFailed
 from training.optimizer import Optimizer
 from training.parallel.sharding import local, local_part, whole
 from training.parallel.together import Together
+from training.parallel.world import World
 from training.parts import Part, RandomNumbers, Weights
+from training.runtime import resolve_runtime
+from training.trainer import Trainer
 
 DATA = {"text": "", "tokenizer": ""}
 
@@ -111,7 +120,27 @@ def main(folder: Path) -> None:
             read[f"{wrote} as {how}"] = check_read(folder / wrote, shape, step, rank, ranks)
     if rank == 0:
         (folder / f"read-by-{size}.json").write_text(json.dumps(read))
+    for run in json.loads((folder / f"runs-{size}.json").read_text()):
+        train(**run, ranks=ranks)
     dist.destroy_process_group()
+
+
+def train(words: list[str], stop_at: int, copies: list[str], ranks: Together) -> None:
+    config = train_config(words)
+    runtime = resolve_runtime(config)
+    trainer = Trainer(config, lambda line: None, runtime, World.start(runtime.device, config.parallel))
+    run, check = trainer.run, trainer.run.guard.check
+
+    def ask(step: int, *rest: Tensor) -> Tensor:
+        if step == stop_at and ranks.rank == ranks.size - 1:
+            run.interrupt._reason = "SIGTERM"
+        return check(step, *rest)
+
+    run.guard.check = ask  # type: ignore[method-assign]
+    with pytest.raises(Interrupted) if stop_at else nullcontext():
+        trainer.fit()
+    for name in copies:
+        ranks.first(lambda name=name: shutil.copytree(run.folder, run.folder.with_name(name)))  # type: ignore[misc]
 
 
 def check_read(run: Path, shape: tuple[int, ...] | None, step: int, rank: int, ranks: Together) -> int:

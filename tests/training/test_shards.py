@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from processes import run_ranks
 from safetensors.torch import load_file, save_model
-from shards_ranks import build, check_read, numbers
+from shards_ranks import build, check_read, numbers, train
 from torch.distributed.tensor import Replicate, Shard
 
 from data import disk
@@ -23,15 +24,51 @@ from training.checkpoint.folder import DamagedCheckpoint
 from training.checkpoint.saver import Saver
 from training.checkpoint.shards import Layout, written_by
 from training.config import CheckpointConfig
+from training.loggers import read_metrics
 from training.parallel.pieces import Piece, piece_at
 from training.parallel.together import Together
 
 HOW = ("whole", "shards", "copies")
 ALONE = Together()
+EXACT = ("step", "tokens", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bits_per_byte")
+
+
+# ---- runs
+
+HALF = 3
+"""The step after which a run is asked to stop, of 6."""
+RESUMED = {
+    "four as hsdp": (4, ["parallel=hsdp", "parallel.shards=2"]),
+    "four as data": (4, ["parallel=data"]),
+    "two as fsdp": (2, ["parallel=fsdp"]),
+    "one": (1, []),
+}
+"""What goes on with the run that four ranks begin as fsdp."""
+
+
+def run_words(folder: Path, text: Path, name: str, more: list[str]) -> list[str]:
+    words = [*TINY, "data=text", f"data.path={text}", f"data.cache_dir={folder / 'cache'}", "data.val_fraction=0.3"]
+    words += ["model.n_layers=2", "model.vocab_size=301", "tokenizer=bytes", "batch_size=1", "tokens_per_step=256"]
+    words += ["max_steps=6", "checkpoint.every=2", "eval_every=2", "bad_step.spike_sigma=9", "bad_step.spike_window=2"]
+    return [*words, "schedule.warmup_steps=0", "sample_tokens=4", *more, f"run_dir={folder / name}"]
+
+
+def write_runs(folder: Path, text: Path) -> None:
+    """What four ranks train, and what two go on with. "from one" is a run of one process that was stopped."""
+
+    def run(name: str, more: list[str], stop_at: int = 0, copies: list[str] | None = None) -> dict[str, Any]:
+        return {"words": run_words(folder, text, name, more), "stop_at": stop_at, "copies": copies or []}
+
+    going_on = {size: [run(name, more) for name, (by, more) in RESUMED.items() if by == size] for size in (2, 4)}
+    begun = run("four", ["parallel=fsdp"], HALF, list(RESUMED))
+    (folder / "runs-4.json").write_text(json.dumps([begun, *going_on[4], run("from one", ["parallel=fsdp"])]))
+    (folder / "runs-2.json").write_text(json.dumps(going_on[2]))
+    train(**run("from one", [], HALF), ranks=ALONE)
+    train(**run("undisturbed", []), ranks=ALONE)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
     """Runs of a small model, each with a checkpoint of 4 ranks: held whole, in shards, and in two copies of two shards;
     and one of a process alone. The ranks check what they read on the way, and what a save that fails leaves behind."""
     folder = tmp_path_factory.mktemp("shards")
@@ -40,12 +77,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, parts = build(None, seed=4)
     torch.manual_seed(4000)
     Saver(folder / "alone", CheckpointConfig(), print).save(state.written(parts, {}), facts, wait=True)
-    run_ranks(["tests/training/shards_ranks.py", str(folder)], size=4)
+    write_runs(folder, text_folder)
+    for size in (4, 2):
+        run_ranks(["tests/training/shards_ranks.py", str(folder)], size)
+    train(run_words(folder, text_folder, "one", []), stop_at=0, copies=[], ranks=ALONE)
     return folder
 
 
+@pytest.mark.parametrize("name", [*RESUMED, "from one"])
+def test_a_run_goes_on_with_another_number_of_ranks_as_if_nothing_had_been(saved: Path, name: str) -> None:
+    records = [
+        [{key: value for key, value in line.items() if key in EXACT} for line in read_metrics(run / "metrics.jsonl")]
+        for run in (saved / name, saved / "undisturbed")
+    ]
+    assert [line["step"] for line in records[0]] == [line["step"] for line in records[1]], "each step is there once"
+    for mine, theirs in zip(*records, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    mine, theirs = (load_file(run / "model.safetensors") for run in (saved / name, saved / "undisturbed"))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert torch.allclose(mine[key], tensor, rtol=1e-3, atol=1e-5), key
+    assert (saved / name / "samples.md").read_text() == (saved / "undisturbed" / "samples.md").read_text()
+
+
 def test_any_number_of_ranks_reads_what_four_wrote(saved: Path) -> None:
-    run_ranks(["tests/training/shards_ranks.py", str(saved)], size=2)
     for step, how in enumerate((*HOW, "alone"), 1):
         assert check_read(saved / how, None, step, 0, ALONE) > 0
     read = {size: json.loads((saved / f"read-by-{size}.json").read_text()) for size in (2, 4)}
