@@ -24,8 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from scripts.settings import train_config
+from training.capacity import workload
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import saver as saving
 from training.checkpoint import state, weights
@@ -33,11 +36,14 @@ from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig, OptimizerConfig
 from training.errors import Interrupted, SaveFailed
 from training.optimizer import Optimizer
+from training.parallel.launch import Launch
 from training.parallel.sharding import local, local_part, whole
 from training.parallel.together import Together
 from training.parallel.world import World
 from training.parts import Part, RandomNumbers, Weights
+from training.run import Run
 from training.runtime import resolve_runtime
+from training.traffic import Arrangement, sent_in_step
 from training.trainer import Trainer
 
 DATA = {"text": "", "tokenizer": ""}
@@ -120,6 +126,10 @@ def main(folder: Path) -> None:
             read[f"{wrote} as {how}"] = check_read(folder / wrote, shape, step, rank, ranks)
     if rank == 0:
         (folder / f"read-by-{size}.json").write_text(json.dumps(read))
+    if (cases := folder / f"traffic-{size}.json").exists():
+        counted = {name: count_traffic(words) for name, words in json.loads(cases.read_text()).items()}
+        if rank == 0:
+            (folder / "traffic.json").write_text(json.dumps(counted))
     for run in json.loads((folder / f"runs-{size}.json").read_text()):
         train(**run, ranks=ranks)
     dist.destroy_process_group()
@@ -141,6 +151,65 @@ def train(words: list[str], stop_at: int, copies: list[str], ranks: Together) ->
         trainer.fit()
     for name in copies:
         ranks.first(lambda name=name: shutil.copytree(run.folder, run.folder.with_name(name)))  # type: ignore[misc]
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that this rank sends, by collective, as `training.traffic` counts them; small sums are left out."""
+
+    SMALL = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind, _, name = func._schema.name.partition("::")
+        if kind == "c10d":
+            self.count(name, args)
+        assert kind != "_c10d_functional", name
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str, args: Any) -> None:
+        first, second = args[0], args[1]
+        if name == "allreduce_":
+            n = dist.ProcessGroup.unbox(second).size()
+            kind, sent = "all-reduce", sum(2 * t.nbytes * (n - 1) / n for t in first if t.numel() > self.SMALL)
+        elif name == "_allgather_base_":
+            kind, sent = "all-gather", first.nbytes - second.nbytes
+        elif name == "_reduce_scatter_base_":
+            kind, sent = "reduce-scatter", second.nbytes - first.nbytes
+        elif name == "alltoall_base_":
+            n = dist.ProcessGroup.unbox(args[2]).size()
+            kind, sent = "all-to-all", second.nbytes * (n - 1) / n
+        else:
+            assert sum(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor)) <= self.SMALL, name
+            return
+        self.bytes[kind] = self.bytes.get(kind, 0.0) + sent
+
+
+def count_traffic(words: list[str]) -> dict[str, dict[str, float]]:
+    """Of one training step, the second: what was sent, and what the plan says."""
+    config = train_config(words)
+    runtime = resolve_runtime(config)
+    world = World.start(runtime.device, config.parallel)
+    run = Run(config, runtime, lambda line: None, world)
+    run.batches.open()
+    for step in (1, 2):
+        micro_batches = run.batches.next(run.plan.accumulation)
+        with Counted() as counted:
+            run.train_step(micro_batches, step, 0.1)
+    run.batches.close()
+    parallel = config.parallel
+    ranks = Arrangement(
+        world.size,
+        shards=parallel.shard_size(Launch.here()),
+        reshards=getattr(parallel, "reshard", True),
+        context=parallel.context,
+    )
+    planned: dict[str, float] = {}
+    for sent in sent_in_step(workload(config, runtime), run.plan.accumulation, ranks):
+        planned[sent.collective] = planned.get(sent.collective, 0.0) + sent.bytes
+    return {"counted": {kind: sent for kind, sent in counted.bytes.items() if sent}, "planned": planned}
 
 
 def check_read(run: Path, shape: tuple[int, ...] | None, step: int, rank: int, ranks: Together) -> int:

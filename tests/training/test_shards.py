@@ -53,6 +53,20 @@ def run_words(folder: Path, text: Path, name: str, more: list[str]) -> list[str]
     return [*words, "schedule.warmup_steps=0", "sample_tokens=4", *more, f"run_dir={folder / name}"]
 
 
+TRAFFIC = {
+    "data": ["parallel=data"],
+    "data, accumulated": ["parallel=data", "tokens_per_step=512"],
+    "fsdp": ["parallel=fsdp"],
+    "fsdp, accumulated": ["parallel=fsdp", "tokens_per_step=512"],
+    "fsdp, not resharded": ["parallel=fsdp", "parallel.reshard=false"],
+    "fsdp, recomputed": ["parallel=fsdp", "memory=full", "memory.keep_attention=0"],
+    "fsdp, Muon": ["parallel=fsdp", "optimizer=muon"],
+    "hsdp": ["parallel=hsdp", "parallel.shards=2"],
+    "hsdp, accumulated": ["parallel=hsdp", "parallel.shards=2", "tokens_per_step=512"],
+}
+"""Steps whose traffic is counted, of 4 ranks. Four divides all rows of these matrices."""
+
+
 def write_runs(folder: Path, text: Path) -> None:
     """What four ranks train, and what two go on with. "from one" is a run of one process that was stopped."""
 
@@ -63,6 +77,8 @@ def write_runs(folder: Path, text: Path) -> None:
     begun = run("four", ["parallel=fsdp"], HALF, list(RESUMED))
     (folder / "runs-4.json").write_text(json.dumps([begun, *going_on[4], run("from one", ["parallel=fsdp"])]))
     (folder / "runs-2.json").write_text(json.dumps(going_on[2]))
+    traffic = {name: run("traffic", ["model.vocab_size=304", *more])["words"] for name, more in TRAFFIC.items()}
+    (folder / "traffic-4.json").write_text(json.dumps(traffic))
     train(**run("from one", [], HALF), ranks=ALONE)
     train(**run("undisturbed", []), ranks=ALONE)
 
@@ -98,6 +114,12 @@ def test_a_run_goes_on_with_another_number_of_ranks_as_if_nothing_had_been(saved
     for key, tensor in theirs.items():
         assert torch.allclose(mine[key], tensor, rtol=1e-3, atol=1e-5), key
     assert (saved / name / "samples.md").read_text() == (saved / "undisturbed" / "samples.md").read_text()
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_a_step_sends_what_the_plan_says(saved: Path, name: str) -> None:
+    found = json.loads((saved / "traffic.json").read_text())[name]
+    assert found["counted"] == pytest.approx(found["planned"], rel=1e-9)
 
 
 def test_any_number_of_ranks_reads_what_four_wrote(saved: Path) -> None:
