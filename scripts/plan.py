@@ -1,9 +1,9 @@
 """What a run will take, before anything is allocated: python -m scripts.plan model=llama-1b seq_len=1048576 memory=auto
 
-Takes the settings of train.py. gpu=NAME plans for a card that is not here, gpus=N for so many of it. Then node=N says how
-many are in a node (8), link=GB/s what goes each way between two of them (what the card's data sheet says), network=GB/s
-what goes from one to other nodes (50). Memory is predicted for PyTorch's allocator (`memory/peak_allocated_gib`), time
-for rows that are one document each.
+Takes the settings of train.py. gpu=NAME plans for a card that is not here, gpus=N for so many of it; gpus=64,256,1024
+gives a line for each. Then node=N says how many are in a node (8), link=GB/s what goes each way between two of them
+(what the card's data sheet says), network=GB/s what goes from one to other nodes (50). Memory is predicted for
+PyTorch's allocator (`memory/peak_allocated_gib`), time for rows that are one document each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import hydra
@@ -34,6 +34,7 @@ from training.capacity import (
 )
 from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
+from training.metrics import short
 from training.parallel.launch import Launch
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
@@ -67,10 +68,20 @@ class Cluster:
     """The GPUs to plan for, as typed."""
 
     gpus: int = 1
+    several: list[int] = field(default_factory=list)
+    """Numbers of GPUs to compare; `gpus` is the one that is planned now."""
     node: int = NODE
     link: float = 0.0
     """Bytes a second."""
     network: float = NETWORK_BYTES_PER_SECOND
+
+    def plan_for(self, gpus: int) -> None:
+        """From here on this is the first of so many processes."""
+        self.gpus, local = gpus, min(self.node, gpus)
+        if gpus % local:
+            raise ValueError(f"gpus={gpus} are no nodes of {self.node}; use a multiple, or node=")
+        world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": local}
+        os.environ |= {name: str(value) for name, value in world.items()}
 
     def arrange(self, config: TrainConfig) -> Arrangement:
         parallel = config.parallel
@@ -85,6 +96,12 @@ cluster = Cluster()
 
 
 def plan(composed: DictConfig) -> None:
+    if len(cluster.several) > 1:
+        for line in compared(composed):
+            cli.say(line)
+        return
+    if cluster.several:
+        cluster.plan_for(cluster.several[0])
     config = load_config(composed)
     runtime = resolve_runtime(config)
     if runtime.gpu is None or runtime.gpu.memory is None:
@@ -134,6 +151,31 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield f"time    {time_line(taken, flops / ranks.size)}{' a GPU' if ranks.size > 1 and taken else ''}"
     if ranks.size > 1 and taken:
         yield f"        {steps.tokens_per_step / taken.total:,.0f} tokens/s"
+
+
+def compared(composed: DictConfig) -> Iterator[str]:
+    """A line for each number of GPUs."""
+    yield " GPUs  rows at once  sent in node  between nodes  peak GiB  s a step  waiting  TFLOP/s  tokens/s"
+    for gpus in cluster.several:
+        cluster.plan_for(gpus)
+        config = load_config(composed)
+        runtime = resolve_runtime(config)
+        config = resolve_memory(config, runtime)
+        work, tokens = workload(config, runtime), config.plan.tokens_per_step
+        taken = time_of(config, runtime, work)
+        if taken is None:
+            raise ValueError(
+                "the time on this card is not predicted, its peak is not known; plan for one number of GPUs"
+            )
+        traffic = sent_in_step(work, config.plan.accumulation, cluster.arrange(config))
+        inside, between = (sum(sent.bytes for sent in traffic if sent.is_in_node is place) for place in (True, False))
+        flops = train_flops_per_token(config.model, config.seq_len / 2) * tokens / gpus
+        rows_at_once = config.parallel.data_size(gpus) * config.batch_size
+        yield (
+            f"{gpus:5,}  {rows_at_once:12,}  {inside / 1e9:9,.1f} GB  {between / 1e9:10,.1f} GB"
+            f"  {predict(work).total / GIB:8,.1f}  {taken.total:8,.2f}  {taken.sending / taken.total:7.1%}"
+            f"  {flops / taken.total / 1e12:7,.0f}  {short(tokens / taken.total):>8}"
+        )
 
 
 def arrangement(config: TrainConfig, ranks: Arrangement) -> str:
@@ -192,8 +234,7 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
 
 
 def take_cluster(words: list[str]) -> None:
-    """Take gpu=NAME, gpus=N … out of the command's words: from here on, those are the GPUs of this machine, and this is
-    the first of so many processes."""
+    """Take gpu=NAME, gpus=N … out of the command's words: from here on, that is the GPU of this machine."""
     typed = dict[str, str]()
     for word in list(words):
         name, is_setting, value = word.partition("=")
@@ -203,23 +244,18 @@ def take_cluster(words: list[str]) -> None:
     card = typed.pop("gpu", None)
     if card is not None and card not in CARDS:
         _refuse(f"gpu={card} is unknown; use {', '.join(CARDS)}")
-    for name, value in typed.items():
-        unit = 1e9 if name in ("link", "network") else 1
+    counts = typed.pop("gpus", "")
+    for name, value in [*typed.items(), *(("gpus", count) for count in counts.split(",") if counts)]:
         if not value.isdecimal() or int(value) == 0:
             _refuse(f"{name}={value} is not possible; use a whole number from 1")
-        setattr(cluster, name, int(value) * unit)
+    cluster.several = [int(count) for count in counts.split(",") if counts]
+    cluster.node = int(typed.get("node", NODE))
+    cluster.network = 1e9 * int(typed["network"]) if "network" in typed else NETWORK_BYTES_PER_SECOND
     if card is not None:
         machine.supposed = CARDS[card]
-        cluster.link = cluster.link or LINKS[card]
-    if cluster.gpus == 1:
-        return
-    if card is None:
-        _refuse(f"gpus={cluster.gpus} needs a card to plan for; name one: gpu={', '.join(CARDS)}")
-    local = min(cluster.node, cluster.gpus)
-    if cluster.gpus % local:
-        _refuse(f"gpus={cluster.gpus} are no nodes of {cluster.node}; use a multiple, or node=")
-    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": cluster.gpus, "LOCAL_WORLD_SIZE": local}
-    os.environ |= {name: str(value) for name, value in world.items()}
+        cluster.link = 1e9 * int(typed["link"]) if "link" in typed else LINKS[card]
+    elif counts:
+        _refuse(f"gpus={counts} needs a card to plan for; name one: gpu={', '.join(CARDS)}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -164,9 +164,8 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind, _, name = func._schema.name.partition("::")
-        if kind == "c10d":
+        if kind in ("c10d", "_c10d_functional") and len(args) > 1:  # others wait
             self.count(name, args)
-        assert kind != "_c10d_functional", name
         return func(*args, **(kwargs or {}))
 
     def count(self, name: str, args: Any) -> None:
@@ -174,6 +173,8 @@ class Counted(TorchDispatchMode):
         if name == "allreduce_":
             n = dist.ProcessGroup.unbox(second).size()
             kind, sent = "all-reduce", sum(2 * t.nbytes * (n - 1) / n for t in first if t.numel() > self.SMALL)
+        elif name == "all_gather_into_tensor":  # of a DTensor
+            kind, sent = "all-gather", first.nbytes * (second - 1)
         elif name == "_allgather_base_":
             kind, sent = "all-gather", first.nbytes - second.nbytes
         elif name == "_reduce_scatter_base_":
