@@ -15,10 +15,10 @@ from data.recall import MARKER
 
 from .config import TrainConfig
 from .parallel.world import World
-from .parts import check_count, check_tensors
+from .parts import Part, check_count, check_tensors
 
 
-class Batches:
+class Batches(Part):
     """The batches of a run, and its position in the text: a part.
 
     `open` begins to read at the position, ahead of the loop; `close` ends that.
@@ -68,9 +68,6 @@ class Batches:
         batches = [next(self._loader) for _ in range(number)]
         self.rows += number * self.config.batch_size * self.world.data_size
         return batches
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
     def values(self) -> dict[str, Any]:
         manifest = self.corpus.manifest

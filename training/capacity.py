@@ -49,7 +49,7 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         model=config.model,
         memory=config.memory,
         batch_size=config.batch_size,
-        seq_len=config.seq_len,
+        seq_len=math.ceil(config.seq_len / config.parallel.context),
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
         moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,
@@ -61,6 +61,7 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         shards=parallel.shard_size(Launch.here()),
         reshards=getattr(parallel, "reshard", True),
         state_on_host=getattr(parallel, "offload", False),
+        context=parallel.context,
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 

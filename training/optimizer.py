@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from .config import MuonConfig, OptimizerConfig
 from .optimizer_config import ROUNDED_AT_ONCE
 from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
-from .parts import check_tensors
+from .parts import Part, check_tensors
 
 MOMENTS = (torch.float32, torch.bfloat16)
 MUON: dict[str, Any] = {"lr": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
 
-class Optimizer:
+class Optimizer(Part):
     """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know.
 
     A part: moments and counts, by the name of their parameter ("blocks.0.mlp.down.weight/exp_avg"); moments are sharded
@@ -59,7 +59,7 @@ class Optimizer:
             self.muons = [self._muon(name, config) for name in hidden]
         if self.moments != torch.float32:  # which PyTorch makes itself, in the first step
             owners = self._owners()
-            for name, like in self._layout(self.moments).items():
+            for name, like in self.expected().items():
                 part, key = self._part(name)
                 shape = part.shape if _is_moment(name) else like.shape
                 owners[part].state[part][key] = torch.zeros(shape, dtype=like.dtype, device=part.device)
@@ -108,27 +108,24 @@ class Optimizer:
             for key, value in entries.items()
         }
 
-    def values(self) -> dict[str, Any]:
-        return {}
-
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """No tensors at all are those of a run that has not taken a step. Moments may all be of the other dtype."""
         if not tensors:
             return
         dtypes = (tensor.dtype for name, tensor in tensors.items() if _is_moment(name))
-        check_tensors(tensors, self._layout(next((dtype for dtype in dtypes if dtype in MOMENTS), self.moments)))
+        check_tensors(tensors, self.expected(next((dtype for dtype in dtypes if dtype in MOMENTS), self.moments)))
         for name, tensor in tensors.items():
-            if name.endswith("/exp_avg_sq") and (tensor < 0).any():
+            if name.endswith("/exp_avg_sq") and (local(tensor) < 0).any():
                 raise ValueError(f"{name} is negative somewhere")
             if name.endswith("/step") and (tensor < 0 or tensor != tensor.round()):
                 raise ValueError(f"{name} is {tensor.item()}, no count")
 
-    def _layout(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `tensors` returns after the first step, on the meta device, with moments in `dtype`."""
+    def expected(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What `tensors` returns after the first step, on the meta device, with moments in `dtype` where given."""
         by_muon = {id(part) for muon in self.muons for part in _parameters(muon)}
         layout: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            moment = torch.empty(parameter.shape, device="meta", dtype=dtype)
+            moment = torch.empty_like(parameter, device="meta", dtype=dtype or self.moments, requires_grad=False)
             if id(self.parts[name]) in by_muon:
                 layout[f"{name}/momentum_buffer"] = moment
             else:

@@ -23,6 +23,7 @@ from .interrupt import Interrupt
 from .loggers import Loggers, build_loggers
 from .metrics import METRICS
 from .optimizer import Optimizer
+from .parallel.together import Together
 from .parallel.world import World
 from .parts import Part, RandomNumbers, Weights
 from .progress import Progress
@@ -98,7 +99,9 @@ class Run:
             synchronize=torch.cuda.synchronize if world.device.type == "cuda" else lambda: None,
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
-        self.saver = Saver(self.folder, config.checkpoint, notify)
+        self.together = Together.of(world.rank, world.size)
+        # Saves have a thread of their own, so they have a group of their own.
+        self.saver = Saver(self.folder, config.checkpoint, notify, Together.of(world.rank, world.size))
         self.loggers = Loggers([], notify)
         if world.is_first:
             self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)
