@@ -133,10 +133,10 @@ def test_an_exported_model_serves_all_lengths(strict):
         assert torch.equal(exported(*inputs), Model()(*inputs))
 
 
-def test_lengths_that_only_the_data_know_are_traced(monkeypatch):
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_lengths_that_only_the_data_know_are_traced():
     """Indexing with a mask inside a compiled function: rows for packed attention, and keys of another length."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
     cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)
 
     def attend(x: Tensor, mask: Tensor, other: Tensor) -> Tensor:
@@ -155,6 +155,7 @@ def test_lengths_that_only_the_data_know_are_traced(monkeypatch):
 
 
 def test_compiled_autograd_takes_the_gradient_too():
+    torch.compiler.reset()
     q, k, v = qkv(requires_grad=True)
     gradients = []
     for compiled in (False, True):
