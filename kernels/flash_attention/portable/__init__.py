@@ -201,7 +201,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, problem: Problem) -> Tiles:
     return choose_tiles(
         kernel, head_dim, capability, float32=is_float32,
         causal=flags["CAUSAL"], local=flags["WINDOW"] or flags["STARTS"] or flags["ENDS"],
-        softcap=flags["SOFTCAP"] or flags["ALIBI"],
+        softcap=flags["SOFTCAP"] or flags["ALIBI"], pointers=flags["ENDS"],
     )  # fmt: skip
 
 

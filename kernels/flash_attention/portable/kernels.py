@@ -99,13 +99,24 @@ def _keys_of_tile(
 
 
 @triton.jit
-def _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS: tl.constexpr):
-    """[first, end) of all keys that are seen in batch b, as its first and its last query have them."""
+def _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS: tl.constexpr, ENDS: tl.constexpr):
+    """[first, end) of all keys that are seen in batch b, as its first and its last query have them, with ENDS."""
     row = b.to(tl.int64) * S
-    first = 0
-    if STARTS:
-        first = tl.load(starts_ptr + row)
-    return first, tl.load(ends_ptr + row + S - 1)
+    first, end = 0, 0
+    if ENDS:
+        end = tl.load(ends_ptr + row + S - 1)
+        if STARTS:
+            first = tl.load(starts_ptr + row)
+    return first, end
+
+
+@triton.jit
+def _somebodys(n, first, end, ENDS: tl.constexpr):
+    """Which keys are to be read, for `_load`; None for all, without ENDS."""
+    kept = None
+    if ENDS:
+        kept = (n >= first) & (n < end)
+    return kept
 
 
 @triton.jit
@@ -139,9 +150,7 @@ def forward_kernel(
     first, end, some_from, some_to, full_from, full_to = _keys_of_tile(
         starts_ptr, ends_ptr, b, m0, S, S_k, window, M, CAUSAL, WINDOW, STARTS, ENDS
     )
-    kept = None
-    if ENDS:
-        real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS)
+    real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS, ENDS)
 
     # [M, D]
     q = _load(q_rows, b, h, m0, M, D, HEAD_DIM, TMA)
@@ -153,9 +162,7 @@ def forward_kernel(
         row_max = tl.zeros([M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * (LOG2E / factor)
         row_sum += 1
     for n0 in tl.range(some_from, some_to, N, num_stages=STAGES):
-        if ENDS:
-            n = n0 + tl.arange(0, N)
-            kept = (n >= real_from) & (n < real_to)
+        kept = _somebodys(n0 + tl.arange(0, N), real_from, real_to, ENDS)
         # [N, D]
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA, kept)
         # [M, N]
@@ -223,9 +230,9 @@ def dq_kernel(
     first, end, some_from, some_to, full_from, full_to = _keys_of_tile(
         starts_ptr, ends_ptr, b, m0, S, S_k, window, M, CAUSAL, WINDOW, STARTS, ENDS
     )
-    kept, kept_rows = None, None
+    real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS, ENDS)
+    kept_rows = None
     if ENDS:
-        real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS)
         kept_rows = first < end
 
     # [M, D] and [M, DV]
@@ -240,9 +247,7 @@ def dq_kernel(
         delta = tl.where(kept_rows, delta, 0.0)
     dslope = tl.zeros([M], tl.float32)
     for n0 in tl.range(some_from, some_to, N, num_stages=STAGES):
-        if ENDS:
-            n = n0 + tl.arange(0, N)
-            kept = (n >= real_from) & (n < real_to)
+        kept = _somebodys(n0 + tl.arange(0, N), real_from, real_to, ENDS)
         # [N, D] and [N, DV]
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA, kept)
         v = _load(v_rows, b, h // GROUP, n0, N, DV, HEAD_DIM_V, TMA, kept)
@@ -289,10 +294,9 @@ def dkdv_kernel(
     # Rows [some_from, some_to) hold every query that sees some key of the tile; all of [full_from, full_to) see all.
     shift = S_k - S
     some_from, full_from, some_to, full_to = queries_of_keys(n0, n1, shift, S, S, window, CAUSAL, WINDOW)
-    kept, kept_rows = None, None
+    real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS, ENDS)
+    kept = _somebodys(n, real_from, real_to, ENDS)
     if ENDS:
-        real_from, real_to = _keys_of_somebody(starts_ptr, ends_ptr, b, S, STARTS)
-        kept = (n >= real_from) & (n < real_to)
         ends_ptr += b.to(tl.int64) * S
         by_end, all_by_end = queries_by_ends(ends_ptr, n0, n1, S, M)
         some_from, full_from = tl.maximum(some_from, by_end), tl.maximum(full_from, all_by_end)
@@ -316,6 +320,7 @@ def dkdv_kernel(
             m0 = some_from + step % steps * M
         m = m0 + tl.arange(0, M)
         row = (b * H + h).to(tl.int64) * S + m
+        kept_rows = None
         if ENDS:
             start = 0
             if STARTS:
