@@ -8,6 +8,7 @@ from .flash_attention import (
     flash_attention,
     flash_attention_varlen,
     flash_decode,
+    intervals_from_cu_seqlens,
     starts_from_cu_seqlens,
     starts_from_separators,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "intervals_from_cu_seqlens",
     "linear_cross_entropy",
     "online_softmax",
     "safe_softmax",

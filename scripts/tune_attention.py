@@ -31,7 +31,7 @@ KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv":
 MASKS = ("causal", "full", "documents", "window")
 WIDTH = 2048  # heads · head_dim
 
-Run = Callable[[Tiles], tuple[Tensor, ...]]
+Run = Callable[[Tiles], tuple[Any, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,11 +124,11 @@ def runner(kernel: str, shape: tuple[int, int, int, int], mask: str, dtype: torc
     window = 1024 if mask == "window" else None
     options: dict[str, Any] = {"causal": mask != "full", "window": window, "softcap": 0.0, "scale": shape[3] ** -0.5}
     if kernel == "forward":
-        return lambda tiles: portable.forward(q, k, v, starts, None, **options, tiles=tiles)
-    out, lse = portable.forward(q, k, v, starts, None, **options)
+        return lambda tiles: portable.forward(q, k, v, starts, None, None, None, **options, tiles=tiles)
+    out, lse = portable.forward(q, k, v, starts, None, None, None, **options)
     delta = (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
     if kernel == "dq":
-        return lambda tiles: (portable.dq(dout, q, k, v, lse, delta, starts, **options, tiles=tiles),)
+        return lambda tiles: portable.dq(dout, q, k, v, lse, delta, starts, **options, tiles=tiles)[:1]
     return lambda tiles: portable.dkdv(dout, q, k, v, lse, delta, starts, **options, tiles=tiles)
 
 

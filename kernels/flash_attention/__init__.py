@@ -1,7 +1,7 @@
 """Flash attention: the public functions (interface), the PyTorch operators (op), and the kernels below them."""
 
 from .decode import flash_decode
-from .documents import starts_from_cu_seqlens, starts_from_separators
+from .documents import intervals_from_cu_seqlens, starts_from_cu_seqlens, starts_from_separators
 from .interface import flash_attention, flash_attention_varlen
 from .op import FLASH_ATTENTION_OPS
 
@@ -10,6 +10,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "intervals_from_cu_seqlens",
     "starts_from_cu_seqlens",
     "starts_from_separators",
 ]
