@@ -20,7 +20,7 @@ from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
 from .parallel.launch import Launch
-from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
+from .runtime import Runtime, attention_spec, inner_spec, product_bytes, residual_bytes
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
@@ -43,13 +43,13 @@ ROW_STEP = 1024
 
 def workload(config: TrainConfig, runtime: Runtime) -> Workload:
     """What of a run decides its memory."""
-    spec = attention_spec(config, runtime)
+    spec = inner_spec(config, attention_spec(config, runtime))
     chosen, parallel = choose_attention(config.attention, spec), config.parallel
     return Workload(
         model=config.model,
         memory=config.memory,
         batch_size=config.batch_size,
-        seq_len=config.seq_len,
+        seq_len=math.ceil(config.seq_len / config.parallel.context),
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
         moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,

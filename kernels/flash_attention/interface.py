@@ -93,6 +93,40 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+def flash_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    starts: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    deterministic: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `flash_attention`, for code that keeps its inputs and results itself (context parallelism).
+
+    Args:
+        dout: (B, S, H, D), the gradient of out. out, lse: what `flash_attention(..., return_lse=True)` returned, lse
+            contiguous. The rest: as it was given there; what is wrong with it was said there.
+    Returns:
+        dq (B, S, H, D), dk and dv (B, S_k, H_kv, D), contiguous.
+    """
+    S_k, D = k.shape[1], k.shape[3]
+    window = None if window is not None and window >= S_k else window
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    starts = None if starts is None else starts.contiguous()
+    dq, dk, dv, _ = torch.ops.flash_gpt.flash_attention_backward.default(
+        dout, None, q, k, v, out, lse, starts, None, causal, window, softcap, scale, deterministic, implementation
+    )
+    return dq, dk, dv
+
+
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,
