@@ -26,8 +26,8 @@ class Batch:
     visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
     num_tokens: B · S, but for the last batch of an evaluation.
     num_targets: targets that are not IGNORE_INDEX.
-    split: of a shard, which rank holds which tokens (`model.attention.context`), on the host; its starts_BS are those of
-        the whole rows.
+    split: of a shard, which rank holds which tokens (`model.attention.context`), on the host; starts_BS of a shard are
+        those of the whole rows.
     """
 
     tokens_BS: Tensor

@@ -147,7 +147,7 @@ def context_method(asked: str, n_heads: int, size: int, head_groups: int = 1) ->
             f"{n_heads} heads" if head_groups == 1 else f"each of memory.head_groups={head_groups} of {n_heads} heads"
         )
         raise ValueError(
-            f"parallel.context_method=ulysses gives each of {size} ranks as many heads, and {heads} cannot be divided so; "
+            f"parallel.context_method=ulysses divides heads evenly, and {heads} cannot be divided among {size} ranks; "
             f"use auto or all-gather"
         )
     return asked if asked != "auto" else "ulysses" if divides else "all-gather"

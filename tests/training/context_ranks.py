@@ -1,13 +1,21 @@
-"""One of the ranks that `test_context_parallel.py` starts: attention and whole models on shards of rows equal those on
-whole rows. All comparisons of one launch; an AssertionError on any rank ends it."""
+"""One of the ranks that `test_context.py` starts: what they compute on shards of rows equals what one computes on whole
+rows.
+
+    RANK=… WORLD_SIZE=4 … python tests/training/context_ranks.py PART… [CASES.json OUT.json]
+
+Parts are functions below; `runs` trains what CASES.json says (name → words of train.py) and writes OUT.json. What is
+wrong on a rank is an AssertionError there.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,33 +30,46 @@ from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.attention.config import context_method, context_spec
 from model.attention.context import ContextAttention
+from model.attention.context.all_gather import runs_of
 from model.config import ModelConfig
 from model.gpt import GPT
+from scripts.settings import train_config
 from training.parallel.context import SharedRows
+from training.parallel.launch import Launch
+from training.run import Run
+from training.runtime import resolve_runtime
+from training.services.evaluation import measure
 
 LLAMA = ModelConfig(name="llama", n_layers=2, n_heads=4, n_kv_heads=2, dim=32, ffn_dim=48, vocab_size=67)
-GPT2 = replace(LLAMA, n_heads=3, n_kv_heads=3, head_dim=8, position="learned", n_positions=64, norm="layernorm",
-               mlp="gelu", bias=True)  # fmt: skip
-MODELS = {"llama": LLAMA, "gpt2": GPT2, "window": replace(LLAMA, window=9, attention_softcap=4.0, qk_norm=True)}
+MODELS = {
+    "llama": LLAMA,
+    "three heads": replace(
+        LLAMA, n_heads=3, n_kv_heads=3, head_dim=8, position="learned", n_positions=64, norm="layernorm", mlp="gelu"
+    ),
+    "window": replace(LLAMA, n_kv_heads=4, window=9, attention_softcap=4.0, qk_norm=True),
+}
+NAMES = ("out", "dq", "dk", "dv")
+Groups = dict[int, dist.ProcessGroup]
+"""Of this rank, by their size."""
 
 
 @dataclass(frozen=True)
 class Case:
     inner: str
-    asked: str
+    method: str
     B: int
     S: int
     H: int
     G: int
-    D: int
-    documents: float | None = None
+    documents: float | None
     """Probability that a token begins one."""
-    window: int | None = None
-    softcap: float = 0.0
-    dtype: str = "float64"
+    window: int | None
+    softcap: float
+    dtype: str
+    D: int = 16
 
 
-def random_cases(seed: int, inner: str, count: int, dtype: str) -> Iterator[Case]:
+def random_cases(seed: int, inner: str, count: int, dtype: str, longest: int = 128) -> Iterator[Case]:
     choose = random.Random(seed)
     for _ in range(count):
         G = choose.choice([1, 2, 3, 4])
@@ -56,10 +77,9 @@ def random_cases(seed: int, inner: str, count: int, dtype: str) -> Iterator[Case
             inner,
             choose.choice(["auto", "all-gather"]),
             B=choose.choice([1, 1, 3]),
-            S=choose.choice([4, 29, 64, 90, 128]),
+            S=min(longest, choose.choice([4, 29, 64, 90, 128])),
             H=G * choose.choice([1, 2, 4]),
             G=G,
-            D=16,
             documents=choose.choice([None, 0.02, 0.1, 0.7]),
             window=choose.choice([None, None, 1, 20, 300]),
             softcap=0.0 if inner == "sdpa" else choose.choice([0.0, 0.0, 2.0]),
@@ -80,7 +100,7 @@ def batch_of(tokens: Tensor, targets: Tensor, starts: Tensor | None) -> Batch:
 
 
 def context_attention(
-    spec: AttentionSpec, group: dist.ProcessGroup, inner: str, asked: str = "auto", head_groups: int = 1
+    spec: AttentionSpec, group: dist.ProcessGroup, inner: str, asked: str, head_groups: int = 1
 ) -> ContextAttention:
     size = dist.get_world_size(group)
     method = context_method(asked, spec.n_heads, size, head_groups)
@@ -88,62 +108,67 @@ def context_attention(
     return ContextAttention(backend, spec, method, group)
 
 
-def cut(x: Tensor, own: Tensor) -> Tensor:
-    """Of (B, S, H, D) a rank's tokens, by their places in the row; places beyond it are 0."""
-    length = max(int(own.max()) + 1, x.shape[1])
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))[:, own]
+# ---- attention
 
 
-def attention_results(case: Case, group: dist.ProcessGroup) -> tuple[dict[str, Tensor], ...]:
-    """out and gradients on whole rows in float64, the same in the case's dtype, and this rank's by places `own`."""
+def check_attention(case: Case, group: dist.ProcessGroup) -> None:
+    """out and gradients: equal to float64, or by the 2x rule in lower precision."""
     dtype = getattr(torch, case.dtype)
     shapes = [(case.B, case.S, heads, case.D) for heads in (case.H, case.G, case.G, case.H)]
     q, k, v, dout = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
     starts = random_starts(case.B, case.S, case.documents)
-    spec = AttentionSpec(
-        case.H, case.G, case.D, case.S, case.dtype, window=case.window, softcap=case.softcap,
-        max_documents=None if starts is None else case.S,
-    )  # fmt: skip
-    attention = context_attention(spec, group, case.inner, case.asked)
+    options: dict[str, Any] = {"window": case.window, "softcap": case.softcap}
+    most = None if starts is None else case.S
+    spec = AttentionSpec(case.H, case.G, case.D, case.S, case.dtype, max_documents=most, **options)
+
+    def on_whole_rows(wide: torch.dtype) -> dict[str, Tensor]:
+        leaves = [x.to(wide).requires_grad_() for x in (q, k, v)]
+        out = reference(*leaves, starts=starts, **options)
+        assert isinstance(out, Tensor)
+        return dict(zip(NAMES, (out, *torch.autograd.grad(out, leaves, dout.to(wide))), strict=True))
+
+    attention = context_attention(spec, group, case.inner, case.method)
     rows = SharedRows(attention)
     tokens = torch.arange(case.S).expand(case.B, -1)
     shard = rows.shard(batch_of(tokens, tokens, starts))
     assert shard.split is not None
+    own = torch.cat([torch.arange(run.begin, run.end) for rank, run in runs_of(shard.split) if rank == rows.rank])
 
-    def computed(wide: torch.dtype) -> dict[str, Tensor]:
-        leaves = [x.to(wide).requires_grad_() for x in (q, k, v)]
-        out = reference(*leaves, starts=starts, window=case.window, softcap=case.softcap)
-        assert isinstance(out, Tensor)
-        return dict(
-            zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, leaves, dout.to(wide))), strict=True)
-        )
+    def cut(x: Tensor) -> Tensor:
+        return torch.cat([x, x], 1)[:, own]  # tokens that fill up the row are numbers like all others
 
-    own = torch.cat(
-        [
-            torch.arange(b, e)
-            for rank, b, e, _ in sorted(shard.split.tolist(), key=lambda row: row[1])
-            if rank == rows.rank
-        ]
-    )
-    leaves = [cut(x, own).requires_grad_() for x in (q, k, v)]
-    mask = attention.prepare_shard(shard.starts_BS, shard.split)
-    out = attention(*leaves, mask)
-    grads = torch.autograd.grad(out, leaves, cut(dout, own))
-    got = [rows.whole(x.flatten(2), shard, case.S).unflatten(2, (-1, case.D)) for x in (out.detach(), *grads)]
-    return computed(torch.float64), computed(dtype), dict(zip(("out", "dq", "dk", "dv"), got, strict=True))
+    leaves = [cut(x).requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, attention.prepare_shard(shard.starts_BS, shard.split))
+    grads = torch.autograd.grad(out, leaves, cut(dout) * (own < case.S)[:, None, None])
+    whole = [rows.whole(x.flatten(2), shard, case.S).unflatten(2, (-1, case.D)) for x in (out.detach(), *grads)]
+    got, exact = dict(zip(NAMES, whole, strict=True)), on_whole_rows(torch.float64)
+    if case.dtype == "float64":
+        torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-10)
+    else:
+        assert_within_twice(got, on_whole_rows(dtype), exact)
 
 
-def check_attention(groups: dict[int, dist.ProcessGroup], cases: list[Case]) -> None:
+def check_cases(groups: Groups, cases: list[Case]) -> None:
     for seed, (case, (size, group)) in enumerate(product(cases, groups.items())):
         torch.manual_seed(seed)
-        exact, standard, got = attention_results(case, group)
-        for name, truth in exact.items():
-            if case.dtype == "float64":
-                torch.testing.assert_close(
-                    got[name], truth, rtol=1e-9, atol=1e-10, msg=lambda m: f"{name} {case} {size}: {m}"
-                )
-        if case.dtype != "float64":
-            assert_within_twice(got, standard, exact)
+        try:
+            check_attention(case, group)
+        except AssertionError as error:
+            raise AssertionError(f"{case} over {size} ranks: {error}") from error
+
+
+def attention(groups: Groups) -> None:
+    check_cases(groups, [case for inner in ("math", "sdpa") for case in random_cases(0, inner, 14, "float64")])
+    check_cases(groups, list(random_cases(1, "math", 6, "bfloat16")))
+
+
+def flex_and_flash(groups: Groups) -> None:
+    check_cases(groups, list(random_cases(0, "flex", 6, "float64")))
+    for dtype in ("float32", "bfloat16"):
+        check_cases(groups, list(random_cases(2, "flash", 4, dtype, longest=64)))
+
+
+# ---- models
 
 
 def lively(config: ModelConfig, attention: Any) -> GPT:
@@ -155,92 +180,134 @@ def lively(config: ModelConfig, attention: Any) -> GPT:
     return model
 
 
-def check_models(groups: dict[int, dist.ProcessGroup]) -> None:
-    """Loss, loss of each token and gradients of whole models, by what their blocks keep."""
-    policies = (MemoryConfig(), SelectiveConfig(), FullConfig(tile=20), FullConfig(keep_attention=0, head_groups=2))
-    for (name, config), (size, group), asked in product(MODELS.items(), groups.items(), ("auto", "all-gather")):
-        for policy in policies:
-            if isinstance(policy, FullConfig) and config.n_kv_heads % policy.head_groups:
-                continue
-            check_model(config, group, asked, policy)
+class Pair:
+    """A model on whole rows, and the same on shards."""
 
-
-def check_model(
-    config: ModelConfig, group: dist.ProcessGroup, asked: str, policy: MemoryConfig, is_compiled: bool = False
-) -> None:
     B, S = 2, 46
-    torch.manual_seed(2)
-    starts = random_starts(B, S, 0.07)
-    tokens, targets = torch.randint(67, (B, S)), torch.randint(67, (B, S))
-    targets[:, 3] = IGNORE_INDEX
-    batch = batch_of(tokens, targets, starts)
-    spec = AttentionSpec.of(config, seq_len=S, dtype="float32", max_documents=S)
-    whole = lively(config, build_attention(ATTENTIONS["math"](name="math"), spec))
-    head_groups = getattr(policy, "head_groups", 1)
-    attention = context_attention(spec, group, "math", asked, head_groups)
-    model = lively(config, attention)
-    activations.apply(model, policy)
-    if is_compiled:
+
+    def __init__(self, config: ModelConfig, group: dist.ProcessGroup, asked: str, policy: MemoryConfig) -> None:
+        spec = AttentionSpec.of(config, seq_len=self.S, dtype="float32", max_documents=self.S)
+        self.whole = lively(config, build_attention(ATTENTIONS["math"](name="math"), spec))
+        attention = context_attention(spec, group, "math", asked, getattr(policy, "head_groups", 1))
+        self.attended = 0
+        forward = attention.exchange.forward
+
+        def counted(*args: Any) -> tuple[Tensor, Tensor]:
+            self.attended += 1
+            return forward(*args)
+
+        attention.exchange.forward = counted  # type: ignore[method-assign]
+        self.model, self.group, self.rows = lively(config, attention), group, SharedRows(attention)
+        activations.apply(self.model, policy)
+
+    def compare(self, seed: int) -> None:
+        """Loss, loss of each token, gradients."""
+        torch.manual_seed(seed)
+        starts = random_starts(self.B, self.S, 0.07)
+        tokens, targets = torch.randint(67, (self.B, self.S)), torch.randint(67, (self.B, self.S))
+        targets[:, 3] = IGNORE_INDEX
+        batch = batch_of(tokens, targets, starts)
+        shard = self.rows.shard(batch)
+        whole_inputs, inputs = (
+            (part.tokens_BS, part.targets_BS, part.starts_BS, part.positions_BS) for part in (batch, shard)
+        )
+        for model in (self.whole, self.model):
+            model.zero_grad()
+        expected, loss = self.whole(*whole_inputs), self.model(*inputs, split=shard.split)
+        expected.backward()
+        loss.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        torch.testing.assert_close(total, expected.detach())
+        for (name, parameter), whole in zip(self.model.named_parameters(), self.whole.parameters(), strict=True):
+            grad, truth = parameter.grad, whole.grad
+            assert grad is not None, name
+            dist.all_reduce(grad, group=self.group)
+            torch.testing.assert_close(grad, truth, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        with torch.no_grad():
+            each = self.rows.whole(self.model(*inputs, split=shard.split, per_token=True), shard, self.S)
+            truth = self.whole(*whole_inputs, per_token=True)
+        torch.testing.assert_close(each, truth, rtol=1e-5, atol=1e-5)
+
+
+def models(groups: Groups) -> None:
+    """By what their blocks keep; attention is computed once where its result is kept."""
+    policies = (
+        (MemoryConfig(), 1),
+        (SelectiveConfig(), 1),
+        (FullConfig(tile=20), 1),
+        (FullConfig(keep_attention=0, head_groups=2), 4),  # of two groups, forward and again
+    )
+    for config, asked in product(MODELS.values(), ("auto", "all-gather")):
+        for policy, times in policies:
+            if config.n_kv_heads % getattr(policy, "head_groups", 1):
+                continue
+            pair = Pair(config, groups[4], asked, policy)
+            pair.compare(seed=2)
+            evaluated = config.n_layers * getattr(policy, "head_groups", 1)
+            assert pair.attended == times * config.n_layers + evaluated, (pair.attended, policy)
+
+
+def compiled(groups: Groups) -> None:
+    """Other documents compile nothing anew."""
+    for asked, policy in (
+        ("all-gather", MemoryConfig()),
+        ("ulysses", SelectiveConfig()),
+        ("all-gather", FullConfig(tile=20)),
+    ):
         torch.compiler.reset()
-        model.compile("block" if isinstance(policy, FullConfig) else "model", backend="aot_eager")
-
-    loss = whole(batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS)
-    loss.backward()
-    rows = SharedRows(attention)
-    shard = rows.shard(batch)
-    inputs = (shard.tokens_BS, shard.targets_BS, shard.starts_BS, shard.positions_BS)
-    local = model(*inputs, split=shard.split)
-    local.backward()
-    total = local.detach().clone()
-    dist.all_reduce(total, group=group)
-    torch.testing.assert_close(total, loss.detach())
-    for (name, parameter), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
-        assert parameter.grad is not None and expected.grad is not None, name
-        dist.all_reduce(parameter.grad, group=group)
-        torch.testing.assert_close(parameter.grad, expected.grad, rtol=2e-4, atol=2e-5, msg=lambda m: f"{name}: {m}")
-    with torch.no_grad():
-        expected = whole(batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS, per_token=True)
-        losses = rows.whole(model(*inputs, split=shard.split, per_token=True), shard, S)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        pair = Pair(LLAMA, groups[4], asked, policy)
+        pair.model.compile("block" if isinstance(policy, FullConfig) else "model", backend="aot_eager")
+        pair.compare(seed=2)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            pair.compare(seed=3)
 
 
-def main() -> None:
+# ---- runs
+
+
+def trained(words: list[str]) -> dict[str, Any]:
+    """What train.py's run says of its steps and of held-out text after them."""
+    config = train_config(words)
+    run = Run(config, resolve_runtime(config), lambda line: None)
+    run.batches.open()
+    steps = []
+    for step in run.remaining_steps():
+        result = run.train_step(run.batches.next(run.plan.accumulation), step, run.learning_rate())
+        numbers = (result.loss.item(), result.grad_norm.item(), bool(result.good))
+        steps.append((*numbers, result.num_tokens, result.visible_pairs))
+    run.batches.close()
+    corpus = run.batches.corpus
+    metrics = measure(
+        run.train_step,
+        run.batches.val_batches,
+        corpus.tokenizer.count_bytes,
+        run.world,
+        is_recall=run.config.data.is_recall,
+    )
+    return {"steps": steps, "metrics": metrics, "attention": run.attention.describe()}
+
+
+def runs(cases: Path, out: Path) -> None:
+    results = {name: trained(words) for name, words in json.loads(cases.read_text()).items()}
+    if Launch.here().rank == 0:
+        out.write_text(json.dumps(results))
+
+
+def main(*words: str) -> None:
     torch.set_num_threads(1)
-    import faulthandler
-
-    faulthandler.dump_traceback_later(400, exit=True)
     dist.init_process_group("gloo")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
-    assert groups[4] is not None
-    part = sys.argv[1]
-    if part == "attention":
-        import time
-
-        for inner in ("math", "sdpa", "flex"):
-            t = time.time()
-            check_attention(groups, list(random_cases(0, inner, int(sys.argv[2]), "float64")))
-            print(inner, time.time() - t, flush=True)
-        check_attention(groups, list(random_cases(1, "math", 20, "bfloat16")))
-    if part == "flash":
-        small = [replace(case, S=min(case.S, 64)) for case in random_cases(2, "flash", 6, "float32")]
-        check_attention(groups, [*small, *(replace(case, dtype="bfloat16") for case in small[:3])])
-    if part == "models":
-        check_models(groups)
-    if part == "compiled":
-        import time
-
-        for args in (
-            ("all-gather", MemoryConfig()),
-            ("ulysses", SelectiveConfig()),
-            ("all-gather", FullConfig(tile=20)),
-        ):
-            t = time.time()
-            check_model(LLAMA, groups[4], *args, is_compiled=True)
-            print(args, time.time() - t, flush=True)
+    assert dist.group.WORLD is not None
+    groups: Groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
+    parts = {"attention": attention, "flex_and_flash": flex_and_flash, "models": models, "compiled": compiled}
+    for word in words:
+        if word in parts:
+            parts[word](groups)
+        elif word == "runs":
+            runs(Path(words[-2]), Path(words[-1]))
     dist.destroy_process_group()
-    print("equal")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -22,7 +22,9 @@ from model.attention.context import ContextAttention
 from model.attention.context.all_gather import runs_of
 
 BLOCK = 128
-"""Tokens by which runs are cut, or the largest power of two below that divides a shard: tiles of the kernels."""
+"""Tokens by which runs are cut at most: tiles of the kernels."""
+BLOCKS = 32
+"""Into how many of them a shard is cut at least, however short."""
 TOLERANCE = 0.01
 """By which share of its visible pairs a rank may be off for the sake of fewer runs."""
 
@@ -35,7 +37,8 @@ class SharedRows:
         self.group, self.rank, self.size = exchange.group, exchange.rank, exchange.size
         self.window = attention.spec.window
         self.is_balanced = attention.method == "all-gather"
-        self.by_documents = attention.inner.takes_any_length
+        self.follows_documents = attention.inner.takes_any_length
+        """Whether documents decide on the runs; else these are the same for all batches, so that nothing recompiles."""
 
     def shard(self, batch: Batch) -> Batch:
         """This rank's part of a batch that lies on the host, with its part of the counts.
@@ -77,14 +80,18 @@ class SharedRows:
 
     def _split(self, starts_BS: Tensor | None, length: int) -> Tensor:
         """Who holds which runs of rows of `length` tokens, and from where these see keys: see `runs_of`."""
-        documents = None if starts_BS is None else starts_BS.numpy()
+        documents = None if starts_BS is None or not self.follows_documents else starts_BS.numpy()
         first_BS = first_seen(documents, length, self.window)
         if self.is_balanced:
-            balanced_by = first_BS if self.by_documents else first_seen(None, length, self.window)
-            runs = balanced_runs(balanced_by, self.size)
+            runs = balanced_runs(first_BS, self.size)
         else:
             runs = [[(rank * length // self.size, (rank + 1) * length // self.size)] for rank in range(self.size)]
-        rows = [(rank, begin, end, first_BS[:, begin].min()) for rank, each in enumerate(runs) for begin, end in each]
+        block = block_of(length, self.size)  # so that the number of keys is that of whole tiles, too
+        rows = [
+            (rank, begin, end, first_BS[:, begin].min() // block * block)
+            for rank, each in enumerate(runs)
+            for begin, end in each
+        ]
         split = torch.full((2 * self.size, 4), -1)
         split[: len(rows)] = torch.tensor(rows)
         return split
@@ -102,6 +109,15 @@ def first_seen(starts_BS: np.ndarray | None, length: int, window: int | None) ->
     return earliest_1S if starts_BS is None else np.maximum(earliest_1S, starts_BS)
 
 
+def block_of(length: int, size: int) -> int:
+    """Tokens by which runs of rows of `length` tokens are cut for `size` ranks: a power of two."""
+    shard = length // size
+    block = gcd(shard, BLOCK)
+    while block > 1 and shard < BLOCKS * block:
+        block //= 2
+    return block
+
+
 def balanced_runs(first_BS: np.ndarray, size: int) -> list[list[tuple[int, int]]]:
     """For each of `size` ranks runs [begin, end) of as many tokens, with as many visible pairs as blocks allow.
 
@@ -111,7 +127,7 @@ def balanced_runs(first_BS: np.ndarray, size: int) -> list[list[tuple[int, int]]
     fewest runs.
     """
     S = first_BS.shape[1]
-    block = gcd(S // size, BLOCK)
+    block = block_of(S, size)
     pairs_S = (np.arange(S) + 1 - first_BS).sum(0)
     pairs_N = pairs_S.reshape(-1, block).sum(1)
     left, taken = np.arange(len(pairs_N)), len(pairs_N) // size

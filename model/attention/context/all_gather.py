@@ -122,7 +122,7 @@ def runs_of(split: Tensor) -> list[tuple[int, Run]]:
     """(rank, run) in the order of the row, which is also the order of a rank's tokens.
 
     Args:
-        split: int64 (at least as many as there are runs, 4): rank, begin, end and first of a run; −1 where there is none.
+        split: int64 (at least the number of runs, 4): rank, begin, end and first of a run; −1 where there is none.
     """
     return _runs(_rows(split))
 
