@@ -1,21 +1,18 @@
 """One of the ranks that `test_context.py` starts: what they compute on shards of rows equals what one computes on whole
 rows.
 
-    RANK=… WORLD_SIZE=4 … python tests/training/context_ranks.py PART… [CASES.json OUT.json]
+    RANK=… WORLD_SIZE=4 … python tests/training/context_ranks.py PART…
 
-Parts are functions below; `runs` trains what CASES.json says (name → words of train.py) and writes OUT.json. What is
-wrong on a rank is an AssertionError there.
+Parts are functions below. What is wrong on a rank is an AssertionError there.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +30,7 @@ from model.attention.context import ContextAttention
 from model.attention.context.all_gather import runs_of
 from model.config import ModelConfig
 from model.gpt import GPT
-from scripts.settings import train_config
 from training.parallel.context import SharedRows
-from training.parallel.launch import Launch
-from training.run import Run
-from training.runtime import resolve_runtime
-from training.services.evaluation import measure
 
 LLAMA = ModelConfig(name="llama", n_layers=2, n_heads=4, n_kv_heads=2, dim=32, ffn_dim=48, vocab_size=67)
 MODELS = {
@@ -263,37 +255,6 @@ def compiled(groups: Groups) -> None:
             pair.compare(seed=3)
 
 
-# ---- runs
-
-
-def trained(words: list[str]) -> dict[str, Any]:
-    """What train.py's run says of its steps and of held-out text after them."""
-    config = train_config(words)
-    run = Run(config, resolve_runtime(config), lambda line: None)
-    run.batches.open()
-    steps = []
-    for step in run.remaining_steps():
-        result = run.train_step(run.batches.next(run.plan.accumulation), step, run.learning_rate())
-        numbers = (result.loss.item(), result.grad_norm.item(), bool(result.good))
-        steps.append((*numbers, result.num_tokens, result.visible_pairs))
-    run.batches.close()
-    corpus = run.batches.corpus
-    metrics = measure(
-        run.train_step,
-        run.batches.val_batches,
-        corpus.tokenizer.count_bytes,
-        run.world,
-        is_recall=run.config.data.is_recall,
-    )
-    return {"steps": steps, "metrics": metrics, "attention": run.attention.describe()}
-
-
-def runs(cases: Path, out: Path) -> None:
-    results = {name: trained(words) for name, words in json.loads(cases.read_text()).items()}
-    if Launch.here().rank == 0:
-        out.write_text(json.dumps(results))
-
-
 def main(*words: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -302,10 +263,7 @@ def main(*words: str) -> None:
     groups: Groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
     parts = {"attention": attention, "flex_and_flash": flex_and_flash, "models": models, "compiled": compiled}
     for word in words:
-        if word in parts:
-            parts[word](groups)
-        elif word == "runs":
-            runs(Path(words[-2]), Path(words[-1]))
+        parts[word](groups)
     dist.destroy_process_group()
 
 

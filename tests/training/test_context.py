@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
-from context_ranks import trained
-from processes import LIMIT_S
 
 from model.attention.config import context_method, context_spec
 from model.attention.spec import AttentionSpec
@@ -26,82 +20,25 @@ from training.parallel.context import TOLERANCE, balanced_runs, block_of, first_
 from training.parallel.launch import Launch
 from training.runtime import method_of
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def launch(*words: str, size: int = 4) -> None:
-    """Ranks of context_ranks.py, of which none fails."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "training" / "context_ranks.py", *words],
-            env={**os.environ, **world, "PYTHONPATH": str(ROOT), "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    said = [rank.communicate(timeout=LIMIT_S)[1] for rank in ranks]
+def run_ranks(*parts: str) -> None:
+    """Four ranks of context_ranks.py, of which none fails."""
+    program = [str(Path(__file__).with_name("context_ranks.py")), *parts]
+    processes = ranks.launch(program, 4, PYTHONPATH=str(ranks.ROOT))
+    said = [process.communicate(timeout=ranks.LIMIT_S)[0] for process in processes]
     # The rank that is wrong says so; others say that it is gone.
     wrong = [text for text in said if "AssertionError" in text]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(wrong or said)
+    assert all(process.returncode == 0 for process in processes), "\n".join(wrong or said)
+
+
+def test_attention_and_models_equal_those_of_one_process() -> None:
+    """34 random cases of attention over two ranks and four, three models over four; runs: test_parallel.py."""
+    run_ranks("attention", "models")
 
 
 @pytest.mark.slow
 def test_with_flex_and_flash_and_compiled() -> None:
-    launch("flex_and_flash", "compiled")
-
-
-# ---- runs
-
-RUNS = {
-    "ulysses": ["parallel.context=4"],
-    "all-gather": ["parallel.context=4", "parallel.context_method=all-gather", "optimizer=muon"],
-    "data": ["parallel.context=2", "optimizer=muon"],
-    "fsdp": ["parallel=fsdp", "parallel.context=2", "parallel.context_method=all-gather", "memory=full"],
-    "recall": [
-        "parallel.context=4",
-        "data=synthetic",
-        "data.task=recall",
-        "data.documents=60",
-        "data.length=256",
-        "seq_len=256",
-        "tokens_per_step=null",
-    ],
-}
-
-
-def test_ranks_that_share_rows_compute_what_one_process_computes(
-    text_folder: Path, tmp_path: Path, composes_for_cpu: None
-) -> None:
-    """34 random cases of attention over two ranks and four; three models; and runs, with documents, accumulation,
-    clipping and rows that 4 do not divide: losses, norms, counts and evaluation. In one launch, which takes longest."""
-    small = ["model=tiny", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.dim=32"]
-    small += ["model.ffn_dim=64", "model.vocab_size=300", "seq_len=94", "batch_size=2", f"tokens_per_step={8 * 94}"]
-    small += ["max_steps=3", "eval_tokens=500", "device=cpu", "logger=none", "compile=false", "grad_clip=0.5"]
-    small += ["attention=math", "tokenizer=bytes", "bad_step.spike_sigma=6", "bad_step.action=skip"]
-    small += [f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
-    text = ["data=text", f"data.path={text_folder}", "data.val_fraction=0.3"]
-
-    def words(extra: list[str]) -> list[str]:
-        data = [] if any(word.startswith("data=") for word in extra) else text
-        optimizer = [] if any(word.startswith("optimizer=") for word in extra) else ["optimizer=adamw"]
-        return [*small, *data, *optimizer, *extra]
-
-    cases, out = tmp_path / "cases.json", tmp_path / "out.json"
-    cases.write_text(json.dumps({name: words(extra) for name, extra in RUNS.items()}))
-    launch("attention", "models", "runs", str(cases), str(out))
-    got = json.loads(out.read_text())
-    for name, extra in RUNS.items():
-        alone = trained(words([word for word in extra if not word.startswith("parallel")]))
-        for ours, theirs in zip(got[name]["steps"], alone["steps"], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5), name
-        assert got[name]["metrics"] == pytest.approx(alone["metrics"], rel=1e-5), name
-        method = "all-gather" if any("all-gather" in word for word in extra) else "ulysses"
-        assert f"ranks by {method}: " in got[name]["attention"]
+    run_ranks("flex_and_flash", "compiled")
 
 
 # ---- how rows are split
