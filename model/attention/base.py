@@ -25,7 +25,7 @@ class AttentionBackend(ABC):
     Adding a backend: docs/attention.md.
     """
 
-    name: ClassVar[str]
+    name: str
     decodes_with: ClassVar[str] = "plain PyTorch"
     """What `decode` runs."""
     keeps_lse: ClassVar[bool] = False

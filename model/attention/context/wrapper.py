@@ -48,8 +48,6 @@ class Shard(NamedTuple):
 class ContextAttention(AttentionBackend):
     """Attention of this rank's tokens to all tokens of their rows; every rank of the group calls it at once."""
 
-    name = "context"
-
     def __init__(self, inner: AttentionBackend, spec: AttentionSpec, method: str, group: dist.ProcessGroup) -> None:
         """
         Args:
@@ -59,6 +57,7 @@ class ContextAttention(AttentionBackend):
             ValueError: attention is not causal.
         """
         super().__init__(spec, inner.config)
+        self.name = inner.name
         if not spec.causal:
             raise ValueError("context parallelism is for causal attention; use parallel.context=1")
         self.inner, self.method = inner, method
@@ -115,20 +114,17 @@ def backward(
     key: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     attention = _BY_KEY[key]
-    with torch.autocast(q.device.type, enabled=False), _with_autograd(q.device):
+    with torch.autocast(q.device.type, enabled=False), _with_autograd():
         grads = attention.exchange.backward(attention.inner, dout, q, k, v, out, lse, starts, split)
         dq, dk, dv = (grad.contiguous() for grad in grads)
         return dq, dk, dv
 
 
 @contextmanager
-def _with_autograd(device: torch.device) -> Iterator[None]:
+def _with_autograd() -> Iterator[None]:
     """PyTorch records no graph inside of an operator; a backend that has no `backward` of its own needs one."""
-    key = torch._C.DispatchKey.AutogradCUDA if device.type == "cuda" else torch._C.DispatchKey.AutogradCPU
-    functionality = torch._C.DispatchKey.AutogradFunctionality
-    guard = torch._C._SetExcludeDispatchKeyGuard
-    views = torch._C.DispatchKey.ADInplaceOrView
-    with guard(key, False), guard(functionality, False), guard(views, False), torch.no_grad():
+    keys, guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with guard(keys.AutogradFunctionality, False), guard(keys.ADInplaceOrView, False), torch.no_grad():
         yield
 
 
