@@ -284,6 +284,7 @@ def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
             return " ".join([*change, as_typed(policy), f"({peak / GIB:,.0f} GiB)"])
     longest = [(longest_row(replace(work, memory=policy), limit), policy) for policy in on_device(work)]
     row, policy = max(longest, key=lambda item: item[0])
+    row *= config.parallel.context
     return f"{as_typed(policy)} batch_size=1 seq_len={row} or shorter" if row else "a smaller model="
 
 
