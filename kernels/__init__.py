@@ -6,6 +6,7 @@ Installed elsewhere as `flash_gpt`; inside this repository as `kernels`.
 from .flash_attention import (
     FLASH_ATTENTION_OPS,
     flash_attention,
+    flash_attention_backward,
     flash_attention_varlen,
     flash_decode,
     intervals_from_cu_seqlens,
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "cached_pairs",
     "flash_attention",
+    "flash_attention_backward",
     "flash_attention_varlen",
     "flash_decode",
     "intervals_from_cu_seqlens",

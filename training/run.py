@@ -23,6 +23,7 @@ from .interrupt import Interrupt
 from .loggers import Loggers, build_loggers
 from .metrics import METRICS
 from .optimizer import Optimizer
+from .parallel.context import shared_rows
 from .parallel.together import Together
 from .parallel.world import World
 from .parts import Part, RandomNumbers, Weights
@@ -56,16 +57,17 @@ class Run:
         self.config, self.runtime, self.notify = config, runtime, notify
         self.plan = config.plan
         _set_up_torch(config, runtime)
-        self.attention = attention_for(config, runtime)  # a refusal comes now, not after the data is read
+        self.attention = attention_for(config, runtime, world=world)  # a refusal comes now, not after the data is read
         if world.is_first:
             check_run_folder(config)
         self.folder = Path(config.run_dir)
         self.attention.compile_ahead()
+        shared = shared_rows(self.attention)
 
         doing("reading the data")
         with self.startup.timed("data"):
             corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
-            self.batches = Batches(corpus, config, world, notify)
+            self.batches = Batches(corpus, config, world, notify, shared)
         self.attention.bound_documents(self.batches.max_documents)
         doing("building the model")
         with self.startup.timed("model"):
@@ -85,7 +87,13 @@ class Run:
         self.optimizer = Optimizer(self.model, config.optimizer, world.device)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
         self.train_step = TrainStep(
-            self.model, self.optimizer, self.guard, world, grad_clip=config.grad_clip, autocast=runtime.autocast
+            self.model,
+            self.optimizer,
+            self.guard,
+            world,
+            grad_clip=config.grad_clip,
+            autocast=runtime.autocast,
+            shared=shared,
         )
         self.last: StepResult
         """Of the step that was just trained."""

@@ -104,6 +104,40 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+def flash_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    starts: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    deterministic: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `flash_attention`, for code that keeps its inputs and results itself (context parallelism).
+
+    Args:
+        dout: (B, S, H, D), the gradient of out. out, lse: what `flash_attention(..., return_lse=True)` returned, lse
+            contiguous. The rest: as it was given there; what is wrong with it was said there.
+    Returns:
+        dq (B, S, H, D), dk and dv (B, S_k, H_kv, D), contiguous.
+    """
+    starts = None if starts is None else starts.contiguous()
+    scale = check_scaling(softcap, scale, q.shape[3])
+    wanted = [True, True, True, False, False]  # of q, k, v, sinks, alibi_slopes
+    dq, dk, dv, _, _ = torch.ops.flash_gpt.flash_attention_backward.default(
+        dout, None, q, k, v, out, lse, starts, None, None, None, causal, window, softcap, scale, deterministic,
+        implementation, wanted,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,

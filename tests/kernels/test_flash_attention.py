@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import attention as reference
-from kernels import flash_attention
+from kernels import flash_attention, flash_attention_backward
 from kernels.flash_attention import op
 
 RUNS_HERE = op.why_not_on(torch.device("cpu")) is None
@@ -241,6 +241,19 @@ def test_deterministic_gradients_are_bitwise_the_same(implementation):
     runs = [run(flash_attention, inputs, deterministic=True, implementation=implementation) for _ in range(2)]
     for name, x in runs[0].items():
         assert torch.equal(x, runs[1][name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0, "scale": 0.3}, {"window": 10**6}])
+def test_backward_by_itself_is_autograds_bit_for_bit(options):
+    q, k, v, dout = (torch.randn(1, S, heads, 16) for S, heads in ((20, 4), (33, 2), (33, 2), (20, 4)))
+    starts = torch.arange(20, dtype=torch.int32)[None] // 7 * 7
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = flash_attention(*leaves, starts=starts, return_lse=True, **options)
+    expected = torch.autograd.grad(out, leaves, dout)
+    got = flash_attention_backward(dout, q, k, v, out.detach(), lse, starts=starts, **options)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @interpreted

@@ -34,6 +34,11 @@ CASES: dict[str, list[str]] = {
     "GPT-2, recall": ["model=gpt2-124m", "model.dim=32", "model.ffn_dim=50", "model.n_heads=2", *RECALL],
 }
 PARALLEL = {"data": ["parallel=data"], "fsdp": ["parallel=fsdp"], "hsdp": ["parallel=hsdp", "parallel.shards=2"]}
+PARALLEL |= {
+    "context": ["parallel=data", "parallel.context=4"],  # two heads: by all-gather
+    "context, data": ["parallel=data", "parallel.context=2", "parallel.context_method=all-gather"],
+    "context, fsdp": ["parallel=fsdp", "parallel.context=2"],  # by Ulysses
+}
 """How four ranks are arranged."""
 EXACT = 1e-5
 """Of float32 sums in another order. Muon's iteration is in bf16, and moments in bf16 are rounded."""
