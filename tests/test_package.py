@@ -104,7 +104,9 @@ except ValueError as error:
     refused = run(python, "-c", use)
     assert refused.startswith(first + "flash_attention runs on CUDA GPUs, not on CPU tensors; use flash_gpt.attention")
 
-    run(python, "-m", "pip", "install", "--quiet", "-c", source / "constraints.txt", "numpy")  # Triton's interpreter does
+    run(
+        python, "-m", "pip", "install", "--quiet", "-c", source / "constraints.txt", "numpy"
+    )  # Triton's interpreter does
     assert run(python, "-c", use, TRITON_INTERPRET="1") == first + shape + "\n"
 
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "triton")
