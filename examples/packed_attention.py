@@ -32,6 +32,5 @@ torch.testing.assert_close(as_row[0], out)
 
 # And the definition, which holds T × T scores in memory.
 defined = attention(q[None], k[None], v[None], starts=starts)
-print(
-    f"{len(lengths)} documents, {T} tokens: largest difference from the definition {(defined[0] - out).abs().max():.1e}"
-)
+difference = (defined[0] - out).abs().max()
+print(f"{len(lengths)} documents, {T} tokens: largest difference from the definition {difference:.1e}")

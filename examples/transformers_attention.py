@@ -17,14 +17,8 @@ from flash_gpt.transformers import register
 from transformers import LlamaConfig, LlamaForCausalLM
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-config = LlamaConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, **heads)
 tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0)).to(device)
 padding = torch.ones_like(tokens)
 padding[0, :11] = 0  # the first row is shorter, padded on the left

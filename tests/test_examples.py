@@ -27,10 +27,8 @@ def run_alone(tmp_path: Path, file: str) -> str:
 
 def test_the_page_lists_every_example():
     listed = re.findall(r"\]\(([\w/.]+)\)", (EXAMPLES / "README.md").read_text("utf-8"))
-    files = {
-        str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*") if path.is_file() and "__" not in str(path)
-    }
-    assert set(listed) == files - {"README.md"}
+    files = (path for path in EXAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert set(listed) == {str(path.relative_to(EXAMPLES)) for path in files} - {"README.md"}
 
 
 def test_packed_attention_is_the_definition(tmp_path: Path):
@@ -52,34 +50,14 @@ def test_own_text_becomes_a_model_that_writes_and_a_folder_of_transformers(tmp_p
     texts.mkdir()
     for number in range(12):
         (texts / f"{number}.txt").write_text(f"The {number}th text says something. " * 60)
-    small = [
-        "max_steps=2",
-        "seq_len=64",
-        "batch_size=2",
-        "eval_tokens=256",
-        "sample_tokens=0",
-        "device=cpu",
-        "logger=none",
-    ]
-    small += [
-        f"data.cache_dir={tmp_path / 'cache'}",
-        "tokenizer=bytes",
-        "model.vocab_size=257",
-        "run_dir=" + str(tmp_path / "a"),
-    ]
-    script = (EXAMPLES / "own_text.sh").read_text("utf-8").replace("run=runs/own-text", f"run={tmp_path / 'a'}")
-    copy = (
-        EXAMPLES.parent / "examples" / f".own_text-{os.getpid()}.sh"
-    )  # beside the original: it goes to the folder above
-    copy.write_text(script)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    try:
-        command = ["bash", str(copy), str(texts), *small]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    finally:
-        copy.unlink()
+    run = tmp_path / "run"
+    small = ["max_steps=2", "seq_len=64", "batch_size=2", "eval_tokens=256", "sample_tokens=0", "device=cpu"]
+    small += [f"data.cache_dir={tmp_path / 'cache'}", "tokenizer=bytes", "model.vocab_size=257", "logger=none"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RUN": str(run)}
+    command = ["bash", str(EXAMPLES / "own_text.sh"), str(texts), *small]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "a" / "huggingface" / "model.safetensors").exists()
+    assert (run / "huggingface" / "model.safetensors").exists()
     assert "\nThe " in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The package `flash_gpt`: what it needs, what wheel and source distribution hold, and that it works where nothing else is."""
+"""The package `flash_gpt`: what it needs, what wheel and source distribution hold, and that it works alone."""
 
 from __future__ import annotations
 
@@ -104,9 +104,8 @@ except ValueError as error:
     refused = run(python, "-c", use)
     assert refused.startswith(first + "flash_attention runs on CUDA GPUs, not on CPU tensors; use flash_gpt.attention")
 
-    run(
-        python, "-m", "pip", "install", "--quiet", "-c", source / "constraints.txt", "numpy"
-    )  # Triton's interpreter does
+    # Triton's interpreter needs NumPy.
+    run(python, "-m", "pip", "install", "--quiet", "-c", source / "constraints.txt", "numpy")
     assert run(python, "-c", use, TRITON_INTERPRET="1") == first + shape + "\n"
 
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "triton")
