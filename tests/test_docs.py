@@ -171,7 +171,8 @@ def anchors(page: Path) -> set[str]:
 
 def links(page: Path) -> list[str]:
     text = "\n".join(line for _, line in prose(page))
-    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text))
+    text = re.sub(r"`[^`]*`", "", text)
+    return re.findall(r"(?<=\]\()[^)\s]+(?=\))", text) + re.findall(r"^\[\w+\]: (\S+)$", text, re.MULTILINE)
 
 
 @of_pages(PAGES)

@@ -50,7 +50,7 @@ def test_the_version_stands_in_one_place():
 
 def test_every_extra_that_the_pins_serve_is_pinned():
     pins = (ROOT / "constraints.txt").read_text("utf-8").lower()
-    for extra in ("train", "tensorboard", "dev"):
+    for extra in ("train", "tensorboard", "dev", "docs"):
         for line in PROJECT["optional-dependencies"][extra]:
             name = line.split(">=")[0].lower()
             assert name.startswith("flash-gpt[") or f"\n{name}==" in pins, f"{name} of the extra {extra}"
