@@ -264,8 +264,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plots: Sequence[str] = 
 
 
 def charts(rows: Sequence[Row]) -> dict[str, str]:
-    """Plots by the ending of their file's name, against S on the grid: speed, two panels of it for a page that has no room
-    for all, and the ratio to the fastest other."""
+    """Plots by the ending of their file's name, against S on the grid: speed, also in two panels for a small page, and
+    the ratio to the fastest other."""
     table = {case: by_peer for case, by_peer in by_case(rows).items() if case.is_grid}
     speed = [[panel for panel in line if panel.series] for line in speed_panels(table)]
     ahead = [panel for panel in ratio_panels(table) if panel.series]
