@@ -1,6 +1,6 @@
 """Train a GPT: python train.py attention=sdpa seq_len=16384
 
-configs/train.yaml lists everything that can be set; README.md explains the numbers.
+configs/train.yaml lists everything that can be set; docs/configuration.md and docs/numbers.md explain it.
 """
 
 from __future__ import annotations

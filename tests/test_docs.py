@@ -331,9 +331,8 @@ def test_issue_forms_ask_for_the_start_up_lines_and_the_facts(form: str) -> None
 def test_the_site_is_built_and_workflows_fit_githubs_schema(tmp_path: Path) -> None:
     """Where the extra `docs` is installed, as `.ci/run` does."""
     pytest.importorskip("mkdocs")
-    tools = Path(sys.executable).parent
     site = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    schema = [str(tools / "check-jsonschema"), "--builtin-schema"]
+    schema = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
     forms = sorted(map(str, (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")))
     for command in (
         site,
