@@ -187,7 +187,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_every_page_can_be_found_from_the_site_and_the_lists_of_notes_and_records():
-    nav = re.findall(r"- ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    nav = re.findall(r"- (?:[\w ]+: )?([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert {DOCS / page for page in nav} == {
         page for page in DOCS.rglob("*.md") if page.parent.name in ("docs", "kernels") or page.name == "README.md"
     }
