@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import training.installed  # noqa: F401  (first: it says in one line what is not installed)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

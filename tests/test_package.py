@@ -56,6 +56,15 @@ def test_every_extra_that_the_pins_serve_is_pinned():
             assert name.startswith("flash-gpt[") or f"\n{name}==" in pins, f"{name} of the extra {extra}"
 
 
+def test_without_the_extra_the_trainer_says_in_one_line_what_to_install():
+    script = "import runpy, sys; sys.modules['hydra'] = None; runpy.run_path('train.py', run_name='__main__')"
+    find = "import importlib.util as u; real = u.find_spec; u.find_spec = lambda name: name != 'hydra' and real(name)"
+    done = subprocess.run([sys.executable, "-c", f"{find}; {script}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    remedy = "pip install -c constraints.txt -e '.[train]'"
+    assert done.stderr == f"error: hydra not installed: the trainer's packages are an extra; {remedy}\n"
+
+
 @pytest.mark.slow
 def test_wheel_and_source_distribution_hold_the_library_and_it_works_alone(tmp_path):
     """In a fresh environment, from another folder: with its two dependencies, and without Triton."""
