@@ -57,8 +57,8 @@ def test_every_extra_that_the_pins_serve_is_pinned():
 
 
 def test_without_the_extra_the_trainer_says_in_one_line_what_to_install():
+    find = "import importlib.util as u; real = u.find_spec; u.find_spec = lambda x: None if x == 'hydra' else real(x)"
     script = "import runpy, sys; sys.modules['hydra'] = None; runpy.run_path('train.py', run_name='__main__')"
-    find = "import importlib.util as u; real = u.find_spec; u.find_spec = lambda name: None if name == 'hydra' else real(name)"
     done = subprocess.run([sys.executable, "-c", f"{find}; {script}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     remedy = "pip install -c constraints.txt -e '.[train]'"
