@@ -48,10 +48,10 @@ def write_small_text(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
+    parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="how often (default 200)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
     if options.out.exists():

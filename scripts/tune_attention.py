@@ -35,14 +35,20 @@ Run = Callable[[Tiles], tuple[Any, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"])
-    parser.add_argument("--seq-len", type=int, default=16384)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.tune_attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default 64 128 256")
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"], help="default causal full")
+    parser.add_argument("--seq-len", type=int, default=16384, help="default 16384")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default bfloat16"
+    )
     parser.add_argument("--out", type=Path, help="folder for tuning.json with every figure")
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile (default 12)")
     args = parser.parse_args(argv)
     need_cuda("tune_attention")
     dtype = getattr(torch, args.dtype)

@@ -5,7 +5,7 @@ a selective-checkpointing policy and one line in FlopCounterMode. The kernels th
 and whether they run on this machine is asked there too: with real tensors, never while tracing.
 
 Registered by torch.library.Library and an autograd.Function, not by torch.library.custom_op: its wrappers take 65 µs
-more of the host for a forward and backward pass (docs/kernels/portable.md), and at 1k tokens the GPU waits for them.
+more of the host for a forward and backward pass (docs/lab, L6), and at 1k tokens the GPU waits for them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _FlashAttention(torch.autograd.Function):
 
 def _nobody_looks_on(*tensors: Tensor) -> bool:
     """Whether calling a kernel itself shows in nothing but the time: the dispatcher takes 6 µs for the forward operator
-    and 23 for the backward (docs/kernels/portable.md). It must be asked where a mode, a transform or a subclass of
+    and 23 for the backward (docs/lab, L19). It must be asked where a mode, a transform or a subclass of
     Tensor listens, or where there is no data."""
     return (
         not torch.compiler.is_compiling()

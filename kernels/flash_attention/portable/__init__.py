@@ -16,7 +16,7 @@ Three choices shape the kernels (kernels.py), which this file launches:
   (TMA); elsewhere, and where tokens of nobody are to be read as 0, `_load` and `_store` make pointers. Rows past the
   end read as zero and are not written.
 
-docs/kernels/portable.md has the measurements behind these, and what was tried besides.
+docs/lab (L1) has the measurements behind these, and what was tried besides.
 """
 
 from __future__ import annotations
