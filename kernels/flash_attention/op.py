@@ -147,7 +147,7 @@ class _FlashAttention(torch.autograd.Function):
 
 def _nobody_looks_on(*tensors: Tensor) -> bool:
     """Whether calling a kernel itself shows in nothing but the time: the dispatcher takes 6 µs for the forward operator
-    and 23 for the backward (docs/lab, L19). It must be asked where a mode, a transform or a subclass of
+    and 23 for the backward (docs/lab, L20). It must be asked where a mode, a transform or a subclass of
     Tensor listens, or where there is no data."""
     return (
         not torch.compiler.is_compiling()

@@ -120,6 +120,26 @@ def test_what_lies_outside_reaches_nobody(causal, apart):
         assert (y[6:31] != 0).any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128, 192])
+def test_in_16_bits_tokens_of_nobody_get_nothing_too(D):
+    """On Hopper by the Hopper kernels, which know them by their starts alone."""
+    cu_seqlens = torch.tensor([40, 170, 301], dtype=torch.int32, device="cuda")
+    q, k, v = (torch.randn(380, heads, D, device="cuda").bfloat16().requires_grad_() for heads in (H, G, G))
+    dout = torch.randn(380, H, D, device="cuda").bfloat16()
+    out = flash_attention_varlen(q, k, v, cu_seqlens)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    theirs = [reference(*(x[None, a:b] for x in leaves))[0] for a, b in pairwise(cu_seqlens.tolist())]
+    expected = torch.autograd.grad(torch.cat(theirs), leaves, dout[40:301].float())
+    torch.testing.assert_close(out[40:301].float(), torch.cat(theirs), rtol=2e-2, atol=2e-2)
+    for x, y in zip((out, *gradients), (None, *expected), strict=True):
+        assert (x[:40] == 0).all()
+        assert (x[301:] == 0).all()
+        if y is not None:
+            torch.testing.assert_close(x.float(), y, rtol=5e-2, atol=5e-2)
+
+
 def test_slopes_are_of_distances_within_a_sequence():
     cu_seqlens = offsets([20, 13])
     q, k, v = tokens(33, H), tokens(33, G), tokens(33, G)
