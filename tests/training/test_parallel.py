@@ -30,14 +30,14 @@ CASES: dict[str, list[str]] = {
     "window, clipped": ["model.window=7", "data.document_mask=false", "grad_clip=0.05"],
     "Muon": ["optimizer=muon"],
     "recomputed, bf16 moments": ["memory=full", "memory.tile=24", "optimizer.moments=bfloat16"],
-    "poisoned": ["bad_step.action=skip"],
+    "poisoned": ["bad_step.action=skip", "optimizer=muon"],
     "GPT-2, recall": ["model=gpt2-124m", "model.dim=32", "model.ffn_dim=50", "model.n_heads=2", *RECALL],
 }
 PARALLEL = {"data": ["parallel=data"], "fsdp": ["parallel=fsdp"], "hsdp": ["parallel=hsdp", "parallel.shards=2"]}
 """How four ranks are arranged."""
 EXACT = 1e-5
 """Of float32 sums in another order. Muon's iteration is in bf16, and moments in bf16 are rounded."""
-LOOSE = {"Muon": 3e-4, "recomputed, bf16 moments": 1e-4}
+LOOSE = {"Muon": 3e-4, "poisoned": 3e-4, "recomputed, bf16 moments": 1e-4}
 
 
 @pytest.fixture(scope="module")
