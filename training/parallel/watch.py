@@ -34,6 +34,7 @@ SUSPECT_SECONDS = 5.0
 GRACE_SECONDS = 10.0
 """That a rank has, after the verdict about another one, to end by itself."""
 READING_SECONDS = 5.0
+"""For which rank 0, before it ends, waits at most until the others have read the verdict."""
 CODES: dict[type[BaseException], int] = {ValueError: 2, OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
 DONE = 1 << 40
 VERDICT = "verdict"
