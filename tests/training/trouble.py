@@ -2,8 +2,9 @@
 
     python tests/training/trouble.py CASES.json OUT.json
 
-CASES.json: name → {"act", "phase", "rank", "words"}. This process imports everything once and forks the ranks of each
-case, which are those of `train.py`; OUT.json: name → {"codes", "seconds", "said"}.
+CASES.json: name → {"act", "phase", "at", "rank", "words"}, "at" being which call of the phase's function it is. This
+process imports everything once and forks the ranks of each case, which are those of `train.py`, case after case;
+OUT.json: name → {"codes", "seconds", "said"}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 4
-AT_STEP = 3
 LIMIT_S = 300.0  # nothing here takes so long
 
 
@@ -39,7 +39,7 @@ def act(what: str, phase: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if phase == "save" else MemoryError("no page is left")
 
 
-def make_trouble(what: str, phase: str) -> None:
+def make_trouble(what: str, phase: str, at: int) -> None:
     """Of this rank, once, in a phase of the run."""
     from training import run as runs
     from training import step as steps
@@ -59,7 +59,7 @@ def make_trouble(what: str, phase: str) -> None:
     def troubled(*arguments: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == (1 if phase in ("prepare", "save") else AT_STEP):
+        if calls == at:
             act(what, phase)
         return original(*arguments, **more)
 
@@ -82,7 +82,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
                 code = 1
                 try:
                     if rank == case["rank"]:
-                        make_trouble(case["act"], case["phase"])
+                        make_trouble(case["act"], case["phase"], case["at"])
                     sys.argv = ["train.py", *case["words"]]
                     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
                 except SystemExit as ended:
