@@ -1,7 +1,8 @@
 """What the GPUs of a run send each other in a step, in bytes, and how long that takes. No torch here.
 
-A collective among n ranks is counted as its ring algorithm sends it: of an all-gather or reduce-scatter of B bytes each
-rank sends B (n − 1) / n, of an all-reduce twice that, of an all-to-all of B bytes of its own B (n − 1) / n.
+A collective among n ranks is counted as its ring algorithm sends it: of an all-gather, reduce-scatter or broadcast of B
+bytes each rank sends B (n − 1) / n on average, of an all-reduce twice that, of an all-to-all of B bytes of its own
+B (n − 1) / n.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _parameters(work: Workload, micro_batches: int, ranks: Arrangement) -> Itera
         yield Sent("all-reduce", "gradients of copies", shard * share, ranks.size <= ranks.node, is_hidden=True)
     if work.optimizer == "muon":
         yield _among(ranks, of_group, "all-gather", "Muon's momentum", 2 * count.block_matrices, is_hidden=False)
+        yield _among(ranks, of_group, "broadcast", "Muon's updates", FLOAT32 * count.block_matrices, is_hidden=False)
 
 
 def _rows(work: Workload, micro_batches: int, ranks: Arrangement) -> Iterator[Sent]:

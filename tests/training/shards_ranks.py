@@ -173,6 +173,9 @@ class Counted(TorchDispatchMode):
         if name == "allreduce_":
             n = dist.ProcessGroup.unbox(second).size()
             kind, sent = "all-reduce", sum(2 * t.nbytes * (n - 1) / n for t in first if t.numel() > self.SMALL)
+        elif name == "broadcast_":
+            n = dist.ProcessGroup.unbox(second).size()
+            kind, sent = "broadcast", sum(t.nbytes * (n - 1) / n for t in first)
         elif name == "all_gather_into_tensor":  # of a DTensor
             kind, sent = "all-gather", first.nbytes * (second - 1)
         elif name == "_allgather_base_":

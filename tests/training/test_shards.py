@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from data import disk
 from scripts.checkpoint import main as checkpoint_script
+from scripts.convert import read_run
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import state
 from training.checkpoint.folder import DamagedCheckpoint
@@ -27,6 +28,7 @@ from training.config import CheckpointConfig
 from training.loggers import read_metrics
 from training.parallel.pieces import Piece, piece_at
 from training.parallel.together import Together
+from training.trained import load_model
 
 HOW = ("whole", "shards", "copies")
 ALONE = Together()
@@ -114,6 +116,19 @@ def test_a_run_goes_on_with_another_number_of_ranks_as_if_nothing_had_been(saved
     for key, tensor in theirs.items():
         assert torch.allclose(mine[key], tensor, rtol=1e-3, atol=1e-5), key
     assert (saved / name / "samples.md").read_text() == (saved / "undisturbed" / "samples.md").read_text()
+
+
+def test_whoever_uses_a_model_takes_it_from_shards(saved: Path, text_folder: Path) -> None:
+    (path,) = [path for path in checkpoints.candidates(saved / "four") if path.name == "step-00000003"]
+    weights = state.read_weights(path, checkpoints.verify(path))
+    model, _ = load_model(str(saved / "four"), device="cpu")
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    _, converted, _ = read_run(saved / "four")
+    assert converted.keys() == weights.keys()
+    words = run_words(saved, text_folder, "begun with shards", [f"init_from={saved / 'four'}", "learning_rate=1e-30"])
+    train([*words, "max_steps=1"], stop_at=0, copies=[], ranks=ALONE)
+    begun = load_file(saved / "begun with shards" / "model.safetensors")
+    assert all(torch.allclose(begun[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("name", TRAFFIC)

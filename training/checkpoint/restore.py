@@ -34,7 +34,7 @@ def restore(run: Run, run_folder: RunFolder) -> None:
     changes = fits.check_resume(path, manifest, config)
     saved = run.together.each(lambda: _read(run, path, manifest))
     # So far nothing was changed; from here on only a disk can refuse.
-    run.records.source = run_folder.origin(path)
+    run.records.source = run.together.first(lambda: run_folder.origin(path))
     saved.load(run.parts)
     if run.records.source == run.folder:  # a branch has no checkpoint of its own yet
         run.progress.saved = run.progress.step

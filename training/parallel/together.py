@@ -50,7 +50,7 @@ class Together:
         try:
             yield
         except (RuntimeError, OSError) as error:
-            raise RankLost(f"the connection to another rank has broken: {error}") from error
+            raise RankLost(f"the gloo connection to another rank has broken: {error}") from error
 
     @property
     def is_first(self) -> bool:
