@@ -60,7 +60,9 @@ def split_kernel(
     tile, index = index % row_tiles, index // row_tiles
     g, b = index % G, (index // G).to(tl.int64)
 
-    length = tl.load(lengths_ptr + b)
+    length = capacity
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + b)
     first, keys, used = _share(length, S, capacity, window, splits, N, LEAST, WINDOW)
     if split >= used:
         return
@@ -137,7 +139,9 @@ def merge_kernel(
     CHUNK: tl.constexpr = 16
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(B, tl.int64) * S * H
-    length = tl.load(lengths_ptr + row // (S * H))
+    length = capacity
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + row // (S * H))
     _, _, used = _share(length, S, capacity, window, splits, N, LEAST, WINDOW)
     every = tl.arange(0, SPLITS)
     lse = tl.load(partial_lse_ptr + every * rows + row, mask=every < used, other=float("-inf")) * LOG2E
@@ -160,13 +164,14 @@ def merge_kernel(
 
 
 def decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, sinks: Tensor | None, *,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, sinks: Tensor | None, *,
     window: int | None, softcap: float, scale: float, splits: int | None = None, tiles: DecodeTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and LSE of inputs that the interface has checked.
 
     Args:
-        q: (B, S, H, D). k_cache, v_cache: (B, capacity, G, D). lengths: int32 (B,). sinks: (H,).
+        q: (B, S, H, D). k_cache, v_cache: (B, capacity, G, D). lengths: int32 (B,); None where every
+            row is as long as the cache. sinks: (H,).
         splits, tiles: instead of those chosen for the GPU (for tuning and tests).
     Returns:
         out (B, S, H, D), contiguous, in q's dtype; LSE (B, S, H), float32, natural log.

@@ -73,7 +73,9 @@ def flash_attention(
         implementation: "hopper", for 16-bit inputs on sm_90; "triton", the portable kernels, on every GPU from sm_80,
             and in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); "auto", hopper where it can, else triton.
             The Hopper kernels have no ends, no alibi_slopes, no D_v other than D, no D above 256 and no S above S_k.
-            The portable kernels compute the gradients of "auto" where those of q, or of k and v, alone are wanted.
+            The portable kernels compute the gradients of "auto" where those of q, or of k and v, alone are wanted, and
+            the decoding kernels (`flash_decode`) its result for at most 16 queries that see 1,024 keys or more, without
+            starts, ends and alibi_slopes.
     Returns:
         out (B, S, H, D_v), contiguous, in q's dtype. With return_lse (out, lse): lse (B, H, S) float32, the natural log
         of the softmax's denominator. A query that sees no key gives out 0, lse −inf (or its sink) and gradients 0;

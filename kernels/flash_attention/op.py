@@ -38,9 +38,16 @@ def forward(
     """(out, lse) of inputs that `flash_attention` has checked. Always both: backward, and a checkpoint, need both."""
     if q.numel() == 0 or k.numel() == 0:
         return _attend_to_nothing(q, v, sinks)
+    window = _bounding(window, q, k)
+    if implementation == "auto" and _are_few(q, k, v, starts, ends, slopes, causal):
+        from .decode_kernels import decode
+
+        choose_implementation("triton", q.device, q.dtype)
+        out, lse = decode(q, k, v, None, sinks, window=window, softcap=softcap, scale=scale)
+        return out, lse.transpose(1, 2).contiguous()
     return _run(
         "forward", implementation, (q, k, v), starts, ends, sinks, slopes,
-        causal=causal, window=_bounding(window, q, k), softcap=softcap, scale=scale,
+        causal=causal, window=window, softcap=softcap, scale=scale,
     )  # fmt: skip
 
 
@@ -74,6 +81,17 @@ def _bounding(window: int | None, q: Tensor, k: Tensor) -> int | None:
     """The window, and None where it hides nothing; so no position plus window can pass 2³¹. Here, not where inputs are
     checked: a traced graph would else be one for lengths above the window, or below."""
     return None if window is None or window >= max(q.shape[1], k.shape[1]) else window
+
+
+FEW_QUERIES, MANY_KEYS = 16, 1024
+
+
+def _are_few(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None, slopes: Tensor | None, causal: bool
+) -> bool:
+    """Whether too few queries a head keep the GPU busy, so that the decoding kernels, which split the keys, serve."""
+    is_plain = causal and starts is None and ends is None and slopes is None and q.shape[3] == v.shape[3] <= 256
+    return is_plain and q.shape[1] <= FEW_QUERIES and k.shape[1] >= MANY_KEYS
 
 
 def _attend_to_nothing(q: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,28 @@ def test_it_is_flash_attention_where_all_rows_are_full():
     torch.testing.assert_close(flash_decode(q, k, v, lengths, window=70), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"sinks": True}, {"window": 300, "softcap": 5.0}], ids=str)
+def test_flash_attention_of_few_queries_is_decoding_and_has_its_gradient(options, monkeypatch):
+    calls = []
+    inner = decode_kernels.decode
+    monkeypatch.setattr(decode_kernels, "decode", lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs))
+    options = {**options, "sinks": torch.randn(2, device=DEVICE)} if "sinks" in options else options
+    leaves = [torch.randn(1, S, heads, 16, device=DEVICE) for S, heads in ((3, 2), (1040, 1), (1040, 1))]
+    ours = [x.clone().requires_grad_() for x in leaves]
+    truth = [x.double().requires_grad_() for x in leaves]
+    dout = torch.randn(1, 3, 2, 16, device=DEVICE)
+    out, lse = flash_attention(*ours, return_lse=True, **options)
+    assert len(calls) == 1
+    expected, expected_lse = attention(*truth, return_lse=True, **options)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(out, ours, dout)
+    for found, right in zip(gradients, torch.autograd.grad(expected, truth, dout.double()), strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
+    flash_attention(*ours, implementation="triton", **options)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("splits", [1, 4, 16])
 def test_the_grid_is_that_of_the_capacity_whatever_the_lengths(splits, monkeypatch):
     """Splits beyond a row's keys write nothing, and what their memory held (here NaN) is not merged."""
