@@ -19,7 +19,7 @@ from model.memory import GIB, predict, state_bytes
 from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
-from .runtime import Runtime, attention_spec, product_bytes, residual_bytes
+from .runtime import Runtime, attention_spec
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
@@ -51,10 +51,10 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         seq_len=config.seq_len,
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
-        moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,
+        moment_bytes=config.precision.moment_bytes,
         rounded_at_once=ROUNDED_AT_ONCE,
-        product_bytes=product_bytes(runtime.precision),
-        residual_bytes=residual_bytes(runtime.precision),
+        product_bytes=runtime.precision.product_bytes,
+        residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
@@ -284,7 +284,7 @@ def changes(config: TrainConfig, work: Workload) -> Iterator[tuple[list[str], Wo
         work, typed = replace(work, residual_bytes=work.product_bytes), [*typed, "precision=bf16-residual"]
         yield typed, work
     if work.moment_bytes == 4 and max(config.optimizer.betas) <= SLOWEST_IN_BF16:
-        yield [*typed, "optimizer.moments=bfloat16"], replace(work, moment_bytes=2)
+        yield [*typed, "precision.moments=bfloat16"], replace(work, moment_bytes=2)
 
 
 def smaller_batches(config: TrainConfig) -> list[int]:

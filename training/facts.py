@@ -15,6 +15,7 @@ from model.arithmetic import parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
 from model.layer_memory import kept_bytes
 from model.memory import GIB, predict, state_bytes
+from model.precision_config import described
 
 from . import hardware
 from .capacity import workload
@@ -33,7 +34,7 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "train_flops_per_token": train_flops_per_token(config.model, config.seq_len / 2),
         "attention": f"{attention.name}: {attention.describe()}",
         "device": hardware.describe_device(runtime.device),
-        "precision": runtime.precision,
+        "precision": runtime.precision.name,
         "compile": runtime.compile,
         "peak_flops": matmul_peak(runtime),
         "versions": hardware.versions(),
@@ -45,7 +46,7 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
 
 def matmul_peak(runtime: Runtime) -> float | None:
     """Dense peak in FLOP/s of the units this run's matrix products use; None where it is not known."""
-    if runtime.device.type != "cuda" or runtime.precision == "fp32":  # fp32 products do not use the tensor cores
+    if runtime.device.type != "cuda" or runtime.precision.name == "fp32":  # fp32 products do not use the tensor cores
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
     return hardware.peak_flops(name, runtime.dtype, capability)
@@ -57,6 +58,7 @@ def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any])
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
+        f"precision  {described(config.precision, runtime.precision, config.model, emulated=runtime.gpu is None)}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
         f"attention  {facts['attention']}",

@@ -24,12 +24,14 @@ class Optimizer:
 
     name = "optimizer"
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, device: torch.device, moments: str = "float32"
+    ) -> None:
         self.parameters = parameters = dict(model.named_parameters())
         hidden = [p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2]
         by_muon = {id(p) for p in hidden} if isinstance(config, MuonConfig) else set()
         others = [p for p in parameters.values() if id(p) not in by_muon]
-        self.moments: torch.dtype = getattr(torch, config.moments)
+        self.moments: torch.dtype = getattr(torch, moments)
         beta1, beta2 = config.betas
         self.adamws = [
             torch.optim.AdamW(

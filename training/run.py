@@ -76,7 +76,7 @@ class Run:
                 z_loss=config.z_loss,
                 label_smoothing=config.label_smoothing,
             )
-        self.optimizer = Optimizer(self.model, config.optimizer, world.device)
+        self.optimizer = Optimizer(self.model, config.optimizer, world.device, config.precision.moments)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
         self.train_step = TrainStep(
             self.model, self.optimizer, self.guard, world, grad_clip=config.grad_clip, autocast=runtime.autocast
@@ -167,4 +167,4 @@ def _set_up_torch(config: TrainConfig, runtime: Runtime) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if runtime.precision.name == "tf32" else "highest")

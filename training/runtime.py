@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from model.attention import AttentionSpec, build_attention, choose_attention
+from model.precision_config import PrecisionConfig, precision_named
 
 from .config import TrainConfig
 from .machine import Gpu, find_gpu
@@ -27,7 +28,8 @@ class Runtime:
 
     gpu: Gpu | None
     """None: on the CPU."""
-    precision: str
+    precision: PrecisionConfig
+    """Never auto."""
     compile: bool
 
     @cached_property
@@ -44,7 +46,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return "bfloat16" if product_bytes(self.precision) == 2 else "float32"
+        return "bfloat16" if self.precision.product_bytes == 2 else "float32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +61,7 @@ class Runtime:
         """Of the residual stream: the embedding's output and every layer's sum."""
         import torch
 
-        return torch.bfloat16 if residual_bytes(self.precision) == 2 else torch.float32
+        return torch.bfloat16 if self.precision.residual_bytes == 2 else torch.float32
 
     def working_dtype(self, config: TrainConfig) -> torch.dtype | None:
         """Of the copies of the weights that linear layers multiply with, cast once a step; None: no copies.
@@ -67,22 +69,12 @@ class Runtime:
         A step of one micro-batch has none: autocast casts each weight once for it, or twice where layers are computed
         again, and holds no cast of theirs from step to step.
         """
-        return self.dtype if product_bytes(self.precision) == 2 and config.plan.accumulation > 1 else None
+        return self.dtype if self.precision.product_bytes == 2 and config.plan.accumulation > 1 else None
 
     def autocast(self) -> torch.autocast:
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=product_bytes(self.precision) == 2)
-
-
-def product_bytes(precision: str) -> int:
-    """Of a number in a matrix product or in attention."""
-    return 2 if precision in ("bf16", "bf16-residual") else 4
-
-
-def residual_bytes(precision: str) -> int:
-    """Of a number in the residual stream."""
-    return 2 if precision == "bf16-residual" else 4
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.product_bytes == 2)
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
@@ -93,8 +85,10 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this version trains in one process; run python train.py without torchrun")
-    gpu, precision = resolve_device(config.device, config.precision)
-    runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
+    gpu, name = resolve_device(config.device, config.precision.name)
+    runtime = Runtime(
+        gpu, config.precision.decided(name), gpu is not None if config.compile == "auto" else bool(config.compile)
+    )
     choose_attention(config.attention, attention_spec(config, runtime))
     return runtime
 
@@ -103,7 +97,7 @@ def resolve_device(device: str, precision: str) -> tuple[Gpu | None, str]:
     """The GPU to run on, None for the CPU, and the precision there.
 
     Args:
-        device: auto, cuda or cpu. precision: auto, or one of those that `configs/train.yaml` lists.
+        device: auto, cuda or cpu. precision: auto, or another option of `configs/precision`.
     Raises:
         ValueError: this machine does not have what was asked for.
     """
@@ -117,8 +111,10 @@ def resolve_device(device: str, precision: str) -> tuple[Gpu | None, str]:
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if product_bytes(precision) == 2 and gpu is not None and not has_bf16:
+    if precision_named(precision).product_bytes == 2 and gpu is not None and not has_bf16:
         raise ValueError(f"precision={precision} needs an A100 or newer, not {gpu.name}; use precision=fp32")
+    if precision == "fp8" and gpu is not None and not (gpu.capability >= (9, 0) and gpu.name.startswith("NVIDIA")):
+        raise ValueError(f"precision=fp8 needs an NVIDIA GPU from the H100 on, not {gpu.name}; use precision=bf16")
     return gpu, precision
 
 

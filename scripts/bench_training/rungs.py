@@ -8,7 +8,7 @@ from dataclasses import dataclass
 EVERY_RUNG = "attention=flash data.document_mask=false tokenizer=bytes batch_size=1"
 """One row a step, read as one text: the whole triangle of attention. As bytes the default text, Python's standard
 library, has eight rows of a million tokens; more of a vocabulary costs the head nothing."""
-LIGHT = "precision=bf16-residual optimizer.moments=bfloat16"
+LIGHT = "precision=bf16-residual precision.moments=bfloat16"
 LLAMA_1B = "model=llama-1b precision=bf16-residual"
 GPT_1B = (
     "model=gpt2-1.5b model.name=gpt-1.3b model.n_layers=24 model.dim=2048 model.n_heads=16 model.ffn_dim=8192 "

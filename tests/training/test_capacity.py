@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.memory import GIB, predict
+from model.precision_config import precision_named
 from training import capacity, cli, machine
 from training import runtime as runtime_module
 from training.capacity import (
@@ -41,10 +42,10 @@ from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 CONFIGS = Path(__file__).parents[2] / "configs"
-CPU = Runtime(None, "fp32", False)
+CPU = Runtime(None, precision_named("fp32"), False)
 MEASURED = json.loads((Path(__file__).parent / "memory-h200.json").read_text())
 LLAMA_1B = "model=llama-1b"
-MOMENTS = "optimizer.moments=bfloat16"
+MOMENTS = "precision.moments=bfloat16"
 
 
 @cache
@@ -262,7 +263,7 @@ def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state(
 
 
 def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig) -> None:
-    check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), "bf16", True))
+    check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), precision_named("bf16"), True))
 
 
 def test_this_machine_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
