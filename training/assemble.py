@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from model import activations
+from model import activations, float8
 from model.activations_config import FullConfig, MemoryConfig
 from model.attention.base import AttentionBackend
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
+from model.precision_config import Float8Config, PrecisionConfig
 
 COMPILE_UNIT = "model"
 """What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %:
@@ -27,6 +28,7 @@ def assemble(
     memory: MemoryConfig | None = None,
     residual_dtype: torch.dtype | None = None,
     working_dtype: torch.dtype | None = None,
+    precision: PrecisionConfig | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> GPT:
@@ -37,6 +39,7 @@ def assemble(
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
         residual_dtype: of the residual stream; None: float32.
         working_dtype: of copies of the weights that linear layers multiply with, see `model.linear`; None: no copies.
+        precision: whose fp8, if it is that, the linear layers of blocks multiply in, see `model.float8`.
         z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
@@ -47,6 +50,8 @@ def assemble(
     model.residual_dtype = residual_dtype
     if working_dtype is not None:
         keep_working_copies(model, working_dtype)
+    if isinstance(precision, Float8Config):
+        float8.convert(model, precision, compile)
     # 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
     # 4. Compilation.

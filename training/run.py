@@ -73,6 +73,7 @@ class Run:
                 memory=config.memory,
                 residual_dtype=runtime.residual_dtype,
                 working_dtype=runtime.working_dtype(config),
+                precision=runtime.precision,
                 z_loss=config.z_loss,
                 label_smoothing=config.label_smoothing,
             )
