@@ -129,6 +129,9 @@ def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
     A layer that keeps everything keeps its weights' copies, too; the others cast them anew.
     """
     count, L = parameter_count(work.model), work.model.n_layers
+    if work.in_fp8:
+        has_head = head or work.keeps_copies
+        return 2 * count.block_matrices + work.product_bytes * (count.matmul - count.block_matrices) * has_head
     if work.keeps_copies:
         return work.product_bytes * count.matmul
     if work.product_bytes == FLOAT32:

@@ -15,6 +15,7 @@ from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
 from model.layer_memory import Workload
 from model.memory import GIB, predict, state_bytes
+from model.precision_config import Float8Config
 
 from . import machine
 from .config import TrainConfig
@@ -54,6 +55,8 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         moment_bytes=config.precision.moment_bytes,
         rounded_at_once=ROUNDED_AT_ONCE,
         product_bytes=runtime.precision.product_bytes,
+        in_fp8=isinstance(runtime.precision, Float8Config),
+        input_bytes=1 if getattr(runtime.precision, "weight_gradients", None) == "fp8" else None,
         residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
@@ -281,7 +284,10 @@ def changes(config: TrainConfig, work: Workload) -> Iterator[tuple[list[str], Wo
         typed = [f"batch_size={batch_size}", f"tokens_per_step={config.plan.tokens_per_step}"]
         yield typed, work
     if work.product_bytes < work.residual_bytes:
-        work, typed = replace(work, residual_bytes=work.product_bytes), [*typed, "precision=bf16-residual"]
+        work, typed = (
+            replace(work, residual_bytes=work.product_bytes),
+            [*typed, "precision.residual=bfloat16" if work.in_fp8 else "precision=bf16-residual"],
+        )
         yield typed, work
     if work.moment_bytes == 4 and max(config.optimizer.betas) <= SLOWEST_IN_BF16:
         yield [*typed, "precision.moments=bfloat16"], replace(work, moment_bytes=2)

@@ -11,23 +11,24 @@ import torch
 
 from data.corpus import Corpus
 from model.activations_config import SelectiveConfig
-from model.arithmetic import parameter_count, train_flops_per_token
+from model.arithmetic import float8_flops_per_token, parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
 from model.layer_memory import kept_bytes
 from model.memory import GIB, predict, state_bytes
-from model.precision_config import described
+from model.precision_config import Float8Config, described
 
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
 from .runtime import Runtime
+from .throughput import Peak
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend, corpus: Corpus) -> dict[str, Any]:
     """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command."""
-    count = parameter_count(config.model)
+    count, peak = parameter_count(config.model), matmul_peak(config, runtime)
     return {
         "parameters": count.total,
         "matmul_parameters": count.matmul,
@@ -36,7 +37,7 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "device": hardware.describe_device(runtime.device),
         "precision": runtime.precision.name,
         "compile": runtime.compile,
-        "peak_flops": matmul_peak(runtime),
+        "peak_flops": peak(config.seq_len / 2) if peak else None,
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
         "data": corpus.manifest,
@@ -44,12 +45,31 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
     }
 
 
-def matmul_peak(runtime: Runtime) -> float | None:
-    """Dense peak in FLOP/s of the units this run's matrix products use; None where it is not known."""
+def matmul_peak(config: TrainConfig, runtime: Runtime) -> Peak | None:
+    """Dense peak of the units this run's matrix products use; None where it is not known.
+
+    With fp8 each product is held against the peak of its own factors: the linear layers' against that of 8 bits,
+    attention's and the head's against that of bf16.
+
+    Returns:
+        FLOP/s, by the keys that a token sees on average, on which the share of the linear layers depends.
+    """
     if runtime.device.type != "cuda" or runtime.precision.name == "fp32":  # fp32 products do not use the tensor cores
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
-    return hardware.peak_flops(name, runtime.dtype, capability)
+    peak = hardware.peak_flops(name, runtime.dtype, capability)
+    if peak is None or not isinstance(runtime.precision, Float8Config):
+        return None if peak is None else lambda keys: peak
+    peak_in_fp8 = hardware.peak_flops(name, torch.float8_e4m3fn, capability)
+    if peak_in_fp8 is None:
+        return None
+    in_fp8 = float8_flops_per_token(config.model, runtime.precision)
+    return lambda keys: mixed_peak(train_flops_per_token(config.model, keys), in_fp8, peak, peak_in_fp8)
+
+
+def mixed_peak(flops: float, in_fp8: float, peak: float, peak_in_fp8: float) -> float:
+    """The rate at which so many FLOPs are done, of which some at another peak."""
+    return flops / ((flops - in_fp8) / peak + in_fp8 / peak_in_fp8)
 
 
 def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:

@@ -90,7 +90,7 @@ class Run:
         self.throughput = Throughput(
             config.model,
             config.seq_len,
-            matmul_peak(runtime),
+            matmul_peak(config, runtime),
             synchronize=torch.cuda.synchronize if world.device.type == "cuda" else lambda: None,
         )
         self.interrupt = Interrupt(self.folder, config.max_time)

@@ -25,7 +25,6 @@ from train import check
 from training.capacity import workload
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
-from training.facts import matmul_peak
 from training.loggers.jsonl import read_metrics
 from training.memory import out_of_memory_explained
 from training.run import Run
@@ -92,7 +91,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
         del clock.seconds[steps + 1]
     config, facts = trainer.run.config, trainer.run.facts()
     return {
-        **figures(config, *clock.step_seconds(), peak_flops=matmul_peak(runtime)),
+        **figures(config, *clock.step_seconds(), peak_flops=facts["peak_flops"]),
         "first_step_s": clock.seconds[1] - clock.seconds[0],
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
         "predicted_gib": predict(workload(config, runtime)).total / GIB,

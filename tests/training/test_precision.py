@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from model.float8 import Float8Linear
 from model.linear import Linear
 from training.checkpoint import folder as checkpoints
 from training.config import TrainConfig
@@ -214,3 +215,45 @@ def test_what_an_older_version_saved_goes_on_without_a_change(config: MakeConfig
     assert saved_settings(folder) == settings
     composed = with_saved(OmegaConf.create(settings), upgraded(older), ["precision.moments"])
     assert composed.precision.moments == "bfloat16"
+
+
+@pytest.mark.parametrize("options", [[], ["precision.scaling=rowwise", "memory=full", "memory.tile=16"]])
+def test_a_run_in_fp8_learns_and_goes_on_bit_for_bit(config: MakeConfig, tmp_path: Path, options: list[str]) -> None:
+    settings = ["precision=fp8", "attention=sdpa", "learning_rate=1e-2", "max_steps=6", "tokens_per_step=256"]
+    settings += ["checkpoint.every=2", "checkpoint.keep_last=9", "eval_every=2", "sample_tokens=4", *options]
+    whole, branch, lines = tmp_path / "whole", tmp_path / "branch", list[str]()
+    trainer = Trainer(config(*settings, f"run_dir={whole}"), lines.append)
+    trainer.fit()
+    assert sum(isinstance(layer, Float8Linear) for layer in trainer.run.model.modules()) == 4
+    (said,) = (line for line in lines if line.startswith("precision  "))
+    assert "fp8: attention.qkv, attention.out, mlp.gate_up, mlp.down of each block, scaled " in said
+    assert ", emulated" in said
+    fit(config(*settings, f"run_dir={branch}", f"resume={checkpoints.path_of(whole, 2)}"))
+    assert trained(branch)[:2] == trained(whole)[:2]
+    records = [x["train/loss"] for x in read_metrics(whole / "metrics.jsonl") if "train/loss" in x]
+    assert records[-1] < records[0]
+
+
+def test_layers_that_fp8_leaves_alone_are_named_and_a_model_without_others_is_refused(config: MakeConfig) -> None:
+    lines: list[str] = []
+    Trainer(config("precision=fp8", "model.ffn_dim=72", "max_steps=1"), lines.append).fit()
+    left = "in bf16, for want of multiples of 16, mlp.down (72 → 32)"
+    (said,) = (line for line in lines if line.startswith("precision  "))
+    assert "fp8: attention.qkv, attention.out, mlp.gate_up of" in said
+    assert left in said
+    with pytest.raises(
+        ValueError, match=r"fp8 needs layers .* multiples of 16.*attention.qkv 36 → 72.*use precision=bf16"
+    ):
+        config("precision=fp8", "model.dim=36", "model.ffn_dim=72")
+
+
+def test_fp8_over_100_steps_costs_little_more_than_bf16(config: MakeConfig, tmp_path: Path) -> None:
+    exact = losses(config, tmp_path / "fp32")
+    distances = [
+        statistics.fmean(abs(a - b) for a, b in zip(losses(config, tmp_path / name, *options), exact, strict=True))
+        for name, options in {
+            "fp8": ["precision=fp8"],
+            "rowwise": ["precision=fp8", "precision.scaling=rowwise"],
+        }.items()
+    ]
+    assert 0 < max(distances) < 0.03

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from model.precision_config import precision_named
+from model.precision_config import Float8Config, precision_named
 from training import runtime as runtime_module
 from training.config import TrainConfig
 from training.machine import Gpu
@@ -154,3 +154,19 @@ def test_the_attention_is_told_all_that_the_run_asks_of_it(config: MakeConfig) -
     plain = attention_for(config("attention=math", "data.document_mask=false"), CPU, max_documents=3).spec
     assert plain.max_documents is None
     assert plain.is_plain
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (A100, "not NVIDIA A100-SXM4-80GB"),
+        (Gpu("NVIDIA L40S", (8, 9)), "not NVIDIA L40S"),
+        (Gpu("AMD Instinct MI300X", (9, 4)), "not AMD Instinct MI300X"),
+    ],
+)
+def test_fp8_is_refused_before_hopper(config: MakeConfig, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, said: str) -> None:
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: gpu)
+    with pytest.raises(ValueError, match=rf"fp8 needs an NVIDIA GPU from the H100 on, {said}; use precision=bf16"):
+        resolve_runtime(config("device=cuda", "precision=fp8"))
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: Gpu("NVIDIA H200", (9, 0)))
+    assert resolve_runtime(config("device=cuda", "precision=fp8")).precision == Float8Config()
