@@ -20,6 +20,7 @@ from model.precision_config import Float8Config, described
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
+from .graphs import uses_graphs
 from .runtime import Runtime
 from .throughput import Peak
 
@@ -37,6 +38,7 @@ def run_facts(config: TrainConfig, runtime: Runtime, attention: AttentionBackend
         "device": hardware.describe_device(runtime.device),
         "precision": runtime.precision.name,
         "compile": runtime.compile,
+        "cuda_graphs": uses_graphs(config, runtime),
         "peak_flops": peak(config.seq_len / 2) if peak else None,
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
@@ -74,7 +76,7 @@ def mixed_peak(flops: float, in_fp8: float, peak: float, peak_in_fp8: float) -> 
 
 def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:
     """What a person should know before the first step."""
-    execution = "torch.compile" if facts["compile"] else "eager"
+    execution = ("torch.compile" if facts["compile"] else "eager") + (", CUDA graphs" if facts["cuda_graphs"] else "")
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",

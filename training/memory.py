@@ -23,14 +23,18 @@ NOTICEABLY = 0.9
 """Fraction of the predicted peak that a policy must stay below to be of help."""
 
 
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory since the last call, then the peaks start anew; empty on a CPU."""
+def memory_metrics(device: torch.device, replayed: int = 0) -> dict[str, float]:
+    """Peak memory since the last call, then the peaks start anew; empty on a CPU.
+
+    Args:
+        replayed: bytes at the peak of what was replayed, which the allocator does not count.
+    """
     if device.type != "cuda":
         return {}
     stats = torch.cuda.memory_stats(device)
     torch.cuda.reset_peak_memory_stats(device)
     return {
-        "memory/peak_allocated_gib": stats["allocated_bytes.all.peak"] / GIB,
+        "memory/peak_allocated_gib": max(stats["allocated_bytes.all.peak"], replayed) / GIB,
         "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
         "memory/alloc_retries": stats["num_alloc_retries"],
     }

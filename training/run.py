@@ -18,6 +18,8 @@ from .capacity import as_typed, resolve_memory
 from .checkpoint.saver import Saver
 from .config import TrainConfig
 from .facts import matmul_peak, run_facts
+from .graphed_step import GraphedStep
+from .graphs import uses_graphs
 from .guard import Guard
 from .interrupt import Interrupt
 from .loggers import build_loggers
@@ -79,7 +81,8 @@ class Run:
             )
         self.optimizer = Optimizer(self.model, config.optimizer, world.device, config.precision.moments)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
-        self.train_step = TrainStep(
+        step = GraphedStep if uses_graphs(config, runtime) else TrainStep
+        self.train_step = step(
             self.model, self.optimizer, self.guard, world, grad_clip=config.grad_clip, autocast=runtime.autocast
         )
         self.last: StepResult

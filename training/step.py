@@ -92,24 +92,45 @@ class TrainStep(Forward):
         self.optimizer, self.guard, self.world = optimizer, guard, world
         self.max_norm = grad_clip or math.inf
 
+    @property
+    def replayed_peak(self) -> int:
+        """Bytes allocated at most in what is replayed, which PyTorch's allocator does not see."""
+        return 0
+
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch in nats."""
         return self._loss(batch, per_token=False)
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
+        num_tokens, num_targets, pairs = self.counts(micro_batches)
+        loss = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            loss += self.backward(batch, num_targets)
+        loss = self.world.sum(loss)
+        grad_norm, good = self.update(loss, step, learning_rate)
+        return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)
+
+    # ---- the parts of a step; numbers may be scalars on the device, for `training.graphed_step`
+
+    def counts(self, micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
+        """Tokens, targets and visible pairs of a step on all ranks."""
         num_tokens, num_targets, pairs = (
             self.world.count(sum(getattr(batch, name) for batch in micro_batches))
             for name in ("num_tokens", "num_targets", "visible_pairs")
         )
-        loss = torch.zeros((), device=self.world.device)
-        for batch in micro_batches:
-            # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
-            micro_loss = self.loss(batch) / num_targets
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        loss = self.world.sum(loss)
+        return num_tokens, num_targets, pairs
+
+    def backward(self, batch: Batch, num_targets: int | Tensor) -> Tensor:
+        """Add a micro-batch's part of the step's gradients; returns its part of the loss."""
+        # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
+        micro_loss = self.loss(batch) / num_targets
+        micro_loss.backward()
+        return micro_loss.detach()
+
+    def update(self, loss: Tensor, step: int | Tensor, learning_rate: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, guard, step; returns the gradient's norm, and whether the parameters took the step."""
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         good = self.guard.check(step, loss, grad_norm)
         self.optimizer.step(learning_rate, good)
         refresh(self.model)
-        return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)
+        return grad_norm, good

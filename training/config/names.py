@@ -29,6 +29,7 @@ OTHER_NAMES: dict[str, str] = {
         "device": "gpu cuda accelerator",
         "precision": "dtype torch_dtype bf16 fp16 fp32 tf32 amp mixed_precision autocast",
         "compile": "torch_compile use_compile",
+        "cuda_graphs": "cudagraphs cuda_graph use_cuda_graph enable_cuda_graph",
         "log_every": "log_interval logging_steps log_freq log_every_n_steps print_every",
         "profile": "profiler profiling enable_profiling use_profiler torch_profiler profile_memory memory_snapshot "
         "enable_memory_snapshot",

@@ -61,6 +61,7 @@ class TrainConfig:
     seed: int
     device: str
     compile: Any
+    cuda_graphs: Any
     check_memory: bool
     deterministic: bool
     log_every: int
@@ -87,7 +88,8 @@ class TrainConfig:
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use 1 or more")
         require(0 < self.learning_rate < 10, "learning_rate", self.learning_rate, "use a small positive number")
         require(self.device in ("auto", "cuda", "cpu"), "device", self.device, "use auto, cuda or cpu")
-        require(self.compile in ("auto", True, False), "compile", self.compile, "use auto, true or false")
+        for name in ("compile", "cuda_graphs"):
+            require(getattr(self, name) in ("auto", True, False), name, getattr(self, name), "use auto, true or false")
         require(
             self.optimized_metric in OPTIMIZED_METRICS,
             "optimized_metric",

@@ -57,7 +57,7 @@ class Logging(Service):
                 "train/learning_rate": run.last.learning_rate,
                 **bad,
                 **run.throughput.report(),
-                **memory_metrics(run.world.device),
+                **memory_metrics(run.world.device, run.train_step.replayed_peak),
                 **run.take_metrics(),
             }
         )
