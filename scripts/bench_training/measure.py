@@ -30,6 +30,7 @@ from training.memory import out_of_memory_explained
 from training.run import Run
 from training.services import Service
 from training.services.first_step import FirstStep
+from training.services.garbage import Garbage
 from training.services.logging import Logging
 from training.services.profiling import Profiling
 from training.trainer import Trainer
@@ -78,7 +79,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
             clock, profiling = Clock(), Profiling()
             with out_of_memory_explained(config, runtime):
                 trainer = Trainer(config, _say, runtime)
-                trainer.services = [profiling, FirstStep(), Logging(), clock]
+                trainer.services = [profiling, FirstStep(), Logging(), Garbage(), clock]
                 trainer.fit()
         except (OutOfMemory, ValueError, NonFiniteError) as error:
             kinds: dict[type[Exception], str] = {OutOfMemory: "out_of_memory", NonFiniteError: "failed"}
