@@ -9,7 +9,8 @@ samples and checkpoints. The record is written after every rung, and keeps the r
 climbed in several calls. Out of memory is a result.
 
 No speed is recorded for a wrong model: with four layers and rows of 16,384 tokens at most, each policy's losses and
-gradient norms over three steps must be those of a run that is not compiled and keeps everything.
+gradient norms over three steps, and those of fp8 and of recorded steps, must be those of a run in bf16 that is not
+compiled, records nothing and keeps everything.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ MOST_CHECKED = 16384
 CHECKED = ["model.n_layers=4", "max_steps=3", "log_every=1"]
 TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
 """Relative: a compiled model rounds elsewhere."""
+TOLERANCES_IN_FP8 = {"losses": 0.01, "grad_norms": 0.1}
+IN_FP8_ONLY = ("precision=fp8", "precision.scaling=", "precision.weight_gradients=")
+"""Settings that a run in bf16, with which one in fp8 is compared, goes without."""
 POLICIES = ("none", "selective", "full", "offload")
 
 
@@ -69,11 +73,11 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
     for name, rung in chosen.items():
         words = [*rung.words, *args.set]
         policy = tuple(word for word in words if not word.startswith("seq_len="))
-        has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
-        if has_policy and not args.no_check and policy not in complaints:
+        if is_checked(words) and not args.no_check and policy not in complaints:
             complaints[policy] = complaint(words)
         wrong = complaints.get(policy)
-        steps = min(rung.steps, 2) if args.profile else rung.steps
+        few = 4 if "cuda_graphs=true" in words else 2  # the third step is recorded
+        steps = min(rung.steps, few) if args.profile else rung.steps
         timed = [*words, f"max_steps={steps}", f"log_every={rung.window}"]
         found: Row = {"wrong": wrong} if wrong else run(timed, profile=bool(args.profile))
         found |= {"command": command(rung, args.set), "checked": policy in complaints}
@@ -85,6 +89,12 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
             print(cells({"rung": name, **found}), flush=True)
         code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
     return code
+
+
+def is_checked(words: Sequence[str]) -> bool:
+    """Whether more than the plain step is at work in a run."""
+    has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
+    return has_policy or "precision=fp8" in words or "cuda_graphs=true" in words
 
 
 def command(rung: Rung, more: Sequence[str] = ()) -> str:
@@ -107,9 +117,12 @@ def complaint(words: Sequence[str]) -> str | None:
     """What is wrong with the numbers of these settings, on a small model of the kind."""
     (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
     small = [*words, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}"]
-    plain = [word for word in small if not word.startswith(("memory=", "memory."))]
+    plain = [word for word in small if not word.startswith(("memory=", "memory.", "cuda_graphs="))]
+    in_fp8 = "precision=fp8" in words
+    if in_fp8:
+        plain = [word for word in plain if not word.startswith(IN_FP8_ONLY)]
     ours, theirs = run(small), run([*plain, "memory=none", "compile=false"])
-    for what, tolerance in TOLERANCES.items():
+    for what, tolerance in (TOLERANCES_IN_FP8 if in_fp8 else TOLERANCES).items():
         if what not in ours or what not in theirs:
             return f"not checked: {reason(ours) or reason(theirs)}"
         for step, (found, expected) in enumerate(zip(ours[what], theirs[what], strict=True), 1):
@@ -166,8 +179,8 @@ EXPLANATION = """\
 Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
 over windows of steps. The first step, which compiles and pins memory, is in no window, unless it is the only one.
 TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run. Before it was timed,
-each policy's losses and gradient norms over three steps of four layers were compared with those of a run that is not
-compiled and keeps everything."""
+each policy, fp8 and recorded steps were compared, over three steps of four layers, in losses and gradient
+norms with a run in bf16 that is not compiled, records nothing and keeps everything."""
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:
