@@ -78,10 +78,11 @@ def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _transposed(values_RK: Tensor) -> Tensor:
     """(K, R), and as many zeros after each row as make its length a multiple of what the tensor cores need."""
-    bytes_KR = values_RK.view(torch.uint8).t()
-    missing = -bytes_KR.shape[1] % MULTIPLE
-    bytes_KR = F.pad(bytes_KR, (0, missing)) if missing else bytes_KR.clone(memory_format=torch.contiguous_format)
-    return bytes_KR.view(values_RK.dtype)
+    missing = -len(values_RK) % MULTIPLE
+    if not missing:
+        return values_RK.t().clone(memory_format=torch.contiguous_format)
+    bytes_KR = values_RK.view(torch.uint8).t()  # of which PyTorch knows how to add zeros
+    return F.pad(bytes_KR, (0, missing)).view(values_RK.dtype)
 
 
 def product(

@@ -184,6 +184,30 @@ def test_every_policy_gives_the_same_bits_and_tiles_err_no_more(name: str, recip
         assert allowed < 0.3 * true.norm(), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[2]], ids=["tensorwise", "rowwise"])
+def test_compiled_for_a_cpu_with_pytorchs_own_product_the_numbers_are_nearly_those_of_the_emulation(
+    recipe: Float8Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor takes the layouts and fuses the rest. PyTorch's product for a CPU is tried with one scale."""
+    expected = losses_and_gradients(model_of(GPT2, recipe, MemoryConfig()))
+    if recipe.scaling == "tensorwise":
+
+        def scaled_mm(
+            a: Factor, b: Factor, dtype: torch.dtype, *, fast: bool = False, bias: Tensor | None = None
+        ) -> Tensor:
+            scale_b, columns = b.scale.t(), b.values_RK.t()
+            return torch._scaled_mm(a.values_RK, columns, a.scale, scale_b, bias, None, dtype, fast)
+
+        monkeypatch.setattr(float8, "product", scaled_mm)
+    model = model_of(GPT2, recipe, MemoryConfig())
+    torch._dynamo.reset()
+    model.compile("model", fullgraph=True)
+    found = losses_and_gradients(model)
+    for key, true in expected.items():
+        assert (found[key] - true).norm() < 0.1 * true.norm(), key
+
+
 def test_only_what_divides_inside_of_blocks_is_converted() -> None:
     model = model_of(replace(LLAMA, ffn_dim=100), RECIPES[0], MemoryConfig())
     converted = {name for name, layer in model.named_modules() if isinstance(layer, Float8Linear)}
