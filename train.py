@@ -1,6 +1,6 @@
 """Train a GPT: python train.py attention=sdpa seq_len=16384
 
-configs/train.yaml lists everything that can be set; README.md explains the numbers.
+configs/train.yaml lists everything that can be set; docs/configuration.md and docs/numbers.md explain it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import training.installed  # noqa: F401  (first: it says in one line what is not installed)
+
+# isort: split
 import hydra
 from omegaconf import DictConfig
 

@@ -19,13 +19,15 @@ PREFETCHED_BATCHES = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of S tokens.
+    """B rows of S tokens; or a shard of them: S of each row's tokens, and what these count.
 
     tokens_BS, targets_BS: int64. starts_BS: int32, see `Row`; None for plain causal attention.
     positions_BS: int64, each token's place in its document; (1, S) where it is the same in every row.
     visible_pairs: (query, key) pairs that causal attention, documents and window let through, over the batch.
     num_tokens: B · S, but for the last batch of an evaluation.
     num_targets: targets that are not IGNORE_INDEX.
+    split: of a shard, which rank holds which tokens (`model.attention.context`), on the host; starts_BS of a shard are
+        those of the whole rows.
     """
 
     tokens_BS: Tensor
@@ -35,6 +37,7 @@ class Batch:
     visible_pairs: int
     num_tokens: int
     num_targets: int
+    split: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy overlaps with computation."""
@@ -103,11 +106,13 @@ class Loader:
         world_size: int = 1,
         first: int = 0,
         window: int | None = None,
+        shard: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
+        """shard: what of a batch this rank computes, where several share rows; asked in the thread, on the host."""
         assert batch_size > 0
         assert 0 <= rank < world_size
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world_size, self.window = rank, world_size, window
+        self.rank, self.world_size, self.window, self.shard = rank, world_size, window, shard
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -163,7 +168,8 @@ class Loader:
 
     def _batch(self, first: int, number: int) -> Batch:
         begin = first + (number * self.world_size + self.rank) * self.batch_size
-        return collate((self.rows.at(self.seed, n) for n in range(begin, begin + self.batch_size)), self.window)
+        rows = (self.rows.at(self.seed, n) for n in range(begin, begin + self.batch_size))
+        return self.shard(collate(rows, self.window))
 
 
 def eval_batches(rows: Rows, batch_size: int, max_tokens: int) -> Iterator[Batch]:

@@ -6,8 +6,10 @@ Installed elsewhere as `flash_gpt`; inside this repository as `kernels`.
 from .flash_attention import (
     FLASH_ATTENTION_OPS,
     flash_attention,
+    flash_attention_backward,
     flash_attention_varlen,
     flash_decode,
+    intervals_from_cu_seqlens,
     starts_from_cu_seqlens,
     starts_from_separators,
 )
@@ -21,8 +23,10 @@ __all__ = [
     "attention",
     "cached_pairs",
     "flash_attention",
+    "flash_attention_backward",
     "flash_attention_varlen",
     "flash_decode",
+    "intervals_from_cu_seqlens",
     "linear_cross_entropy",
     "online_softmax",
     "safe_softmax",

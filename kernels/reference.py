@@ -116,23 +116,25 @@ def visible_pairs(
     causal: bool = True,
     window: int | None = None,
     starts: Tensor | None = None,
+    ends: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Which query sees which key: the one definition of every mask.
 
     The queries are the last `num_queries` of the `num_keys` positions. Query t (in key positions) sees key s when all
     that is asked for holds: s ≤ t (causal), s > t − window (the window's most recent keys, itself included; without
-    causal also s < t + window), and s ≥ starts[t] (the first key of t's document).
+    causal also s < t + window), s ≥ starts[t] (the first key of t's document), and s < ends[t] (where its keys end).
 
     Args:
         causal: no query sees a later key.
         window: how many recent keys a query sees, itself included; None for all.
         starts: (B, S) int32, first visible key of each query; None for 0.
-        device: of the result; that of `starts` where given.
+        ends: (B, S) int32, the key after the last visible one of each query; None for K.
+        device: of the result; that of `starts` or `ends` where given.
     Returns:
-        bool (B, S, K), or (1, S, K) without `starts`; True where the pair is visible.
+        bool (B, S, K), or (1, S, K) without `starts` and `ends`; True where the pair is visible.
     """
-    device = starts.device if starts is not None else device
+    device = starts.device if starts is not None else ends.device if ends is not None else device
     t = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     s = torch.arange(num_keys, device=device)[None, :]
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
@@ -140,9 +142,10 @@ def visible_pairs(
         visible = visible & (s <= t)
     if window is not None:
         visible = visible & (s > t - window) & (s < t + window)
-    if starts is None:
-        return visible[None]
-    return visible & (s >= starts[:, :, None])
+    visible = visible[None]
+    if starts is not None:
+        visible = visible & (s >= starts[:, :, None])
+    return visible if ends is None else visible & (s < ends[:, :, None])
 
 
 def cached_pairs(lengths_B: Tensor, num_queries: int, capacity: int, window: int | None = None) -> Tensor:
@@ -172,6 +175,7 @@ def attend(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    bias_HSK: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Standard attention under an explicit mask: softmax(mask(softcap(scale · q kᵀ))) v.
@@ -186,10 +190,11 @@ def attend(
         sinks: (H,), one learnable logit per query head, that of a key without a value: it joins the softmax's
             denominator, Σ exp(s) + exp(sink), and a head can so attend to nothing. Neither scaled nor capped. (Xiao et
             al. 2023, arXiv:2309.17453, name the need; the learnable logit is gpt-oss's, arXiv:2508.10925.)
+        bias_HSK: added to the scores, after the soft cap.
         return_lse: also return the natural log of the softmax's denominator.
     Returns:
-        out (B, S, H, D) in q's dtype; 0 where a query sees nothing. With return_lse also lse (B, H, S), float32
-        (float64 for float64 inputs); where a query sees nothing, its sink, or −inf without sinks.
+        out (B, S, H, D), D as v has it, in q's dtype; 0 where a query sees nothing. With return_lse also lse (B, H, S),
+        float32 (float64 for float64 inputs); where a query sees nothing, its sink, or −inf without sinks.
     """
     H, D = q_BSHD.shape[2:]
     K, G = k_BKGD.shape[1:3]
@@ -202,6 +207,8 @@ def attend(
     scores = (q_BGRSD @ k_BG1KD.transpose(-1, -2)).to(accurate) * (scale if scale is not None else 1 / math.sqrt(D))
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias_HSK is not None:
+        scores = scores + bias_HSK.to(accurate).unflatten(0, (G, H // G))
     # The lowest finite number, not −inf: torch.softmax (safe, and it saves one tensor for backward) would turn a row
     # of −inf into NaN. Such a row comes out uniform instead and is zeroed below, which also zeroes its gradient.
     lowest = torch.finfo(accurate).min
@@ -227,34 +234,44 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     starts: Tensor | None = None,
+    ends: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with its mask described as data; see `visible_pairs` for the mask and `attend` for the arithmetic.
 
     Args:
-        q: (B, S, H, D). k, v: (B, K, G, D) with H divisible by G and K ≥ S: the queries are the last S positions.
-        causal, window, starts: the mask. softcap, scale, sinks (H,): see `attend`.
+        q: (B, S, H, D). k: (B, K, G, D). v: (B, K, G, D_v). H divisible by G. The queries are the last S of the K
+            positions: K ≥ S, unless `causal` is False.
+        causal, window, starts, ends: the mask. softcap, scale, sinks (H,): see `attend`.
+        alibi_slopes: (H,): slope · |t − s| is subtracted from the score of query t with key s (Press et al. 2021,
+            arXiv:2108.12409).
         return_lse: also return the log-sum-exp (B, H, S).
     Returns:
-        out (B, S, H, D) in q's dtype. With return_lse (out, lse).
+        out (B, S, H, D_v) in q's dtype. With return_lse (out, lse).
     Raises:
         ValueError: shapes that do not fit together, or a window below 1.
     """
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: (B, S, H, D) each")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
-    if q.shape[1] > k.shape[1]:
+    if causal and q.shape[1] > k.shape[1]:
         raise ValueError(f"{q.shape[1]} queries but {k.shape[1]} keys; the queries are the last of the keys' positions")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"sinks {tuple(sinks.shape)} must be ({q.shape[2]},): one logit per query head")
-    visible = visible_pairs(q.shape[1], k.shape[1], causal=causal, window=window, starts=starts, device=q.device)
-    return attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse)
+    S, K = q.shape[1], k.shape[1]
+    visible = visible_pairs(S, K, causal=causal, window=window, starts=starts, ends=ends, device=q.device)
+    bias_HSK = None
+    if alibi_slopes is not None:
+        t_S1, s_K = torch.arange(K - S, K, device=q.device)[:, None], torch.arange(K, device=q.device)
+        bias_HSK = -alibi_slopes[:, None, None] * (t_S1 - s_K).abs()
+    return attend(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks, bias_HSK=bias_HSK, return_lse=return_lse)
 
 
 def tiled_attention(

@@ -239,6 +239,7 @@ class GPT(nn.Module):
         attention: AttentionBackend | None = None,
         per_token: bool = False,
         places_BS: Tensor | None = None,
+        split: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with targets the summed loss.
 
@@ -251,6 +252,7 @@ class GPT(nn.Module):
             attention: another backend for this call only, uncompiled (such as a cache around one).
             per_token: the loss of each token instead of their sum; made for evaluation, without gradients.
             places_BS: bool; without targets, where logits are wanted: there are no others.
+            split: of shards of rows, which rank holds which tokens; see `model.attention.context`.
         Returns:
             logits (B, S, V) without targets, or those of the places (places, V) in the order of rows; with targets
             Σ −log p(target) in nats, a float32 scalar (and what the head adds to it in training), or with per_token
@@ -263,7 +265,7 @@ class GPT(nn.Module):
         is_whole = attention is None and torch.is_grad_enabled()
         steps = self._compiled if is_whole and self._compiled else self.steps
         attention = attention or self.attention
-        mask = attention.prepare(starts_BS, S)
+        mask = attention.mask(starts_BS, S, split)
         if places_BS is not None:
             return self.logits(self.hidden(tokens_BS, positions_BS, attention, mask)[places_BS])
         return steps(tokens_BS, targets_BS, positions_BS, attention, mask, per_token)

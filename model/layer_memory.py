@@ -44,6 +44,8 @@ class Workload:
     """Whether of sharded weights those of the layer in use are gathered alone, and not those of all layers."""
     state_on_host: bool = False
     """Whether the shards lie in the host's memory."""
+    context: int = 1
+    """Ranks that share each row; seq_len is this rank's part."""
     sums_queries: bool = True
     """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
 

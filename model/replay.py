@@ -23,6 +23,7 @@ from .gpt import Attend
 # operator whose result spares its backward pass the S × S scores.
 ATTENTION = {
     *(op.name() for op in FLASH_ATTENTION_OPS),
+    "flash_gpt::context_attention",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

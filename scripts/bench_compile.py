@@ -29,7 +29,11 @@ UNITS = ("model", "block")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("overrides", nargs="*", help="settings of train.py, after the defaults")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--unit", choices=UNITS, help=argparse.SUPPRESS)  # the process that is measured

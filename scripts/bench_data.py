@@ -184,8 +184,10 @@ def markdown(facts: dict[str, Any], made: dict[str, Any], opened: dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_data", description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=150, help="of text at most")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megabytes", type=int, default=150, help="of text at most (default 150)")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -211,8 +211,16 @@ def markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="TOKENSxVOCABULARYxWIDTH")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=SIZES,
+        metavar="TOKENSxVOCABULARYxWIDTH",
+        help="default: those of GPT-2 and Llama 3.2",
+    )
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args(argv)
     device = need_cuda("bench_loss")

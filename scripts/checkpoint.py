@@ -1,8 +1,9 @@
-"""Look after the checkpoints of a run, without torch.
+"""Look after the checkpoints of a run, without torch, those of many ranks, too.
 
 python -m scripts.checkpoint list RUN      what there is: step, tokens, size, validation loss
 python -m scripts.checkpoint verify RUN    read every byte; exit code 1 if any checkpoint is damaged
 python -m scripts.checkpoint prune RUN --keep-last 1 [--keep-every K] [--no-best]
+python -m scripts.checkpoint export RUN FILE    the weights of a checkpoint, or of a run's newest (needs torch)
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
             action.add_argument("--keep-last", type=int, default=1, help="the newest so many stay (default 1)")
             action.add_argument("--keep-every", type=int, default=0, help="and those at multiples of this step")
             action.add_argument("--no-best", action="store_true", help="the lowest validation loss need not stay")
+    action = actions.add_parser("export", help="write the whole weights as one safetensors file")
+    action.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint in one")
+    action.add_argument("file", type=Path, metavar="FILE", help="which is not there yet")
     options = parser.parse_args(arguments)
+    if options.action == "export":
+        return export(parser, options.run, options.file)
     try:
         found = checkpoints.candidates(options.run)
     except ValueError as error:
@@ -48,12 +54,28 @@ def show(found: list[Path], read_all: bool) -> int:
             manifest = checkpoints.verify_shown(path) if read_all else checkpoints.read_manifest(path)
             loss = f"   val/loss {manifest.val_loss:.4f}" if manifest.val_loss is not None else ""
             size = f"{manifest.num_bytes / 1e6:,.1f} MB"
+            size += f" of {manifest.world_size} ranks" if manifest.world_size > 1 else ""
             good = "   good" if read_all else ""
             print(f"{path}   step {manifest.step:,}   {manifest.tokens:,} tokens   {size}{loss}{good}")
         except DamagedCheckpoint as damage:
             damaged += 1
             print(f"{path}   DAMAGED: {damage}")
     return 1 if damaged else 0
+
+
+def export(parser: argparse.ArgumentParser, run: Path, file: Path) -> int:
+    from training.checkpoint.weights import export_weights  # torch, which no other action needs
+    from training.run_folder import find
+
+    if file.exists():
+        parser.error(f"{file} exists; name a new file")
+    try:
+        path, manifest = find(str(run), "RUN", print)
+        num_bytes = export_weights(path, manifest, file)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{file}   step {manifest.step:,}   {num_bytes / 1e6:,.1f} MB")
+    return 0
 
 
 def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

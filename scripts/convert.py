@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from data import disk
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from model.huggingface.folder import read_separator, read_settings, write_json, write_tokenizer
+from model.huggingface.folder import is_huggingface, read_separator, read_settings, write_json, write_tokenizer
 from model.huggingface.settings import describe, understand
 from model.huggingface.shards import read_weights, write_weights
 from model.huggingface.weights import from_theirs, to_theirs
 from training.checkpoint.fits import flat
-from training.checkpoint.state import read_tensors
-from training.trained import find
+from training.trained import find, read_state
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,14 +70,14 @@ def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes:
         ValueError: there is no model, or transformers has none like it.
     """
     found = find(str(run), print)
-    if found.weights.is_dir():
+    if is_huggingface(run):
         raise ValueError(f"{run} is a folder of transformers already; name a run folder or a checkpoint")
     config, seq_len = found.model, found.settings["seq_len"]
     tokenizer = Tokenizer.load(found.tokenizer, found.settings.get("tokenizer", {}).get("separator"))
     described = describe(config, seq_len, dtype, tokenizer.separator_id)
     with disk.part_of(target) as part:
         write_json(part / "config.json", described)
-        parameters = write_weights(part, to_theirs(config, read_tensors(found.weights)), DTYPES[dtype], shard_bytes)
+        parameters = write_weights(part, to_theirs(config, read_state(found)), DTYPES[dtype], shard_bytes)
         most = config.n_positions if config.position == "learned" else seq_len
         write_tokenizer(part, tokenizer.to_json(), tokenizer.separator, tokenizer.separator_id, most)
         os.replace(part, target)

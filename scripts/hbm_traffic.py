@@ -258,10 +258,14 @@ def moved(row: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.hbm_traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seq-len", nargs="+", type=int, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
+    )
+    parser.add_argument("--heads", type=int, default=8, help="default 8")
+    parser.add_argument("--head-dim", type=int, default=64, help="default 64")
     parser.add_argument("--ncu", default="ncu", help="where Nsight Compute is, if not on the PATH")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and, kernel by kernel, OUT.csv")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # the process that ncu watches

@@ -1,21 +1,26 @@
 """Kill a training run with SIGKILL, again and again, and compare what it becomes with a run that was left in peace.
 
     python -m scripts.kill_test --kills 200 --out runs/kill-test
+    python -m scripts.kill_test --ranks 4 --kills 20 --out runs/kill-test
 
 A process is started on the same run folder until the run has finished; every process but the last is killed: half of
 them inside a save (a temporary checkpoint folder is there), the others at a random instant of their life. The final
-weights, optimizer state, random numbers and record must equal the undisturbed run's, byte for byte.
+weights, optimizer state, random numbers and record must equal the undisturbed run's, byte for byte. Of several ranks,
+which share the parameters, one is killed at random, and the others must end by themselves within a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,7 +33,9 @@ SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=
 SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
 SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
 STEPS_PER_KILL = 120  # a process advances some 40 steps before it is killed, more on a machine that gets faster
+STEPS_PER_KILL_OF_RANKS = 30  # which wait for each other
 SECONDS_OF_TRAINING = 1.0
+MOST_SECONDS_ALONE = 60.0  # for the ranks that are left
 MEASURED_BY_CLOCK = ("throughput/", "time", "checkpoint/", "memory/")
 
 
@@ -41,9 +48,10 @@ def write_small_text(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="how often (default 200)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
     if options.out.exists():
@@ -51,28 +59,33 @@ def main() -> None:
     text = options.out / "text"
     write_small_text(text)
 
-    steps = STEPS_PER_KILL * (options.kills + 1)
+    steps = (STEPS_PER_KILL if options.ranks == 1 else STEPS_PER_KILL_OF_RANKS) * (options.kills + 1)
     settings = [*SMALL, f"data.path={text}", f"data.cache_dir={options.out / 'cache'}", f"max_steps={steps}"]
+    if options.ranks > 1:
+        settings += ["parallel=fsdp", "batch_size=2", f"tokens_per_step={64 * options.ranks}"]
     peaceful, killed = options.out / "peaceful", options.out / "killed"
     began = time.monotonic()
-    process = start(peaceful, settings)
-    while process.poll() is None and not (peaceful / "metrics.jsonl").exists():
+    ranks = start(peaceful, settings, options.ranks)
+    while ranks[0].poll() is None and not (peaceful / "metrics.jsonl").exists():
         time.sleep(0.01)
     startup = time.monotonic() - began
-    if process.wait() != 0:
+    if any(rank.wait() for rank in ranks):
         raise SystemExit("the undisturbed run failed")
 
     chance = random.Random(options.seed)
     kills = inside = reached = 0
+    alone = 0.0
     while kills < options.kills:
         before = set(half_written(killed))
-        process = start(killed, settings)
+        ranks = start(killed, settings, options.ranks)
+        victim = chance.choice(ranks)
         if 2 * inside <= kills:  # half of them: a save that ends before the kill does not count, and another is tried
-            wait_for_a_save(process, killed, chance)
+            wait_for_a_save(victim, killed, chance)
         else:
             time.sleep(chance.uniform(0, startup + SECONDS_OF_TRAINING))
-        process.kill()
-        code = process.wait()
+        victim.kill()
+        code = victim.wait()
+        alone = max(alone, end_of(rank for rank in ranks if rank is not victim))
         if code == 0:
             break  # it came to the end before it was killed
         if code != -9:
@@ -82,16 +95,18 @@ def main() -> None:
         for path in checkpoints.candidates(killed):
             reached = max(reached, checkpoints.verify(path).step)  # what has the name is whole, at any instant
         print(f"kill {kills}/{options.kills}: step {reached}/{steps} is saved", flush=True)
-    if start(killed, settings).wait() != 0:
+    if any(rank.wait() for rank in start(killed, settings, options.ranks)):
         raise SystemExit(f"the last resume failed; {killed} is left as it is")
 
     differences = compare(peaceful, killed)
     record = {
         **collect_facts("kill_test", sys.argv[1:], torch.device("cpu")),
+        "ranks": options.ranks,
         "kills": kills,
         "kills_inside_a_save": inside,
         "step_saved_at_the_last_kill": reached,
         "steps": steps,
+        **({"most_seconds_of_the_others": round(alone, 1)} if options.ranks > 1 else {}),
         "equal": not differences,
         "differences": differences,
     }
@@ -103,9 +118,35 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def start(run: Path, settings: list[str]) -> subprocess.Popen[bytes]:
+def start(run: Path, settings: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The processes of a run, by rank."""
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"run_dir={run}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    if ranks == 1:
+        return [subprocess.Popen(command, stdout=subprocess.DEVNULL)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    world |= {"OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+
+
+def end_of(ranks: Iterable[subprocess.Popen[bytes]]) -> float:
+    """Seconds until the ranks have ended that lost one of theirs."""
+    began = time.monotonic()
+    try:
+        for rank in ranks:
+            rank.wait(max(0.0, MOST_SECONDS_ALONE - (time.monotonic() - began)))
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"after {MOST_SECONDS_ALONE:.0f} s a rank is still there that lost another") from error
+    return time.monotonic() - began
 
 
 def half_written(run: Path) -> list[Path]:

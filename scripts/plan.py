@@ -1,20 +1,25 @@
 """What a run will take, before anything is allocated: python -m scripts.plan model=llama-1b seq_len=1048576 memory=auto
 
-Takes the settings of train.py. gpu=NAME plans for a card that is not here. Memory is predicted for PyTorch's allocator
-(`memory/peak_allocated_gib`), time for rows that are one document each.
+Takes the settings of train.py. gpu=NAME plans for a card that is not here, gpus=N for so many of it; gpus=64,256,1024
+gives a line for each. Then node=N says how many are in a node (8), link=GB/s what goes each way between two of them
+(what the card's data sheet says), network=GB/s what goes from one to other nodes (50). Memory is predicted for
+PyTorch's allocator (`memory/peak_allocated_gib`), time for rows that are one document each.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from model.activations_config import AutoConfig
 from model.arithmetic import parameter_count, train_flops_per_token
+from model.layer_memory import Workload
 from model.memory import GIB, predict
 from training import cli, machine
 from training.capacity import (
@@ -27,10 +32,19 @@ from training.capacity import (
     rows,
     workload,
 )
-from training.cards import CARDS
+from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
+from training.metrics import short
+from training.parallel.launch import Launch
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
+from training.traffic import (
+    NETWORK_BYTES_PER_SECOND,
+    NODE,
+    Arrangement,
+    exposed_seconds,
+    sent_in_step,
+)
 
 PARTS = {
     "weights": "weights",
@@ -49,7 +63,45 @@ def main(composed: DictConfig) -> None:
     cli.job(plan, composed)
 
 
+@dataclass
+class Cluster:
+    """The GPUs to plan for, as typed."""
+
+    gpus: int = 1
+    several: list[int] = field(default_factory=list)
+    """Numbers of GPUs to compare; `gpus` is the one that is planned now."""
+    node: int = NODE
+    link: float = 0.0
+    """Bytes a second."""
+    network: float = NETWORK_BYTES_PER_SECOND
+
+    def plan_for(self, gpus: int) -> None:
+        """From here on this is the first of so many processes."""
+        self.gpus, local = gpus, min(self.node, gpus)
+        if gpus % local:
+            raise ValueError(f"gpus={gpus} are no nodes of {self.node}; use a multiple, or node=")
+        world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": local}
+        os.environ |= {name: str(value) for name, value in world.items()}
+
+    def arrange(self, config: TrainConfig) -> Arrangement:
+        parallel = config.parallel
+        method = parallel.context_method
+        if method == "auto":
+            method = "all-gather" if config.model.n_heads % parallel.context else "ulysses"
+        shards, reshards = parallel.shard_size(Launch.here()), getattr(parallel, "reshard", True)
+        return Arrangement(self.gpus, self.node, shards, reshards, parallel.context, method)
+
+
+cluster = Cluster()
+
+
 def plan(composed: DictConfig) -> None:
+    if len(cluster.several) > 1:
+        for line in compared(composed):
+            cli.say(line)
+        return
+    if cluster.several:
+        cluster.plan_for(cluster.several[0])
     config = load_config(composed)
     runtime = resolve_runtime(config)
     if runtime.gpu is None or runtime.gpu.memory is None:
@@ -72,6 +124,11 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision.name}"
     yield f"model   {model.name}: {parameter_count(model).total / 1e6:,.1f}M parameters"
     micro_batches = f"{steps.accumulation} × {rows(config)}"
+    ranks, taken = cluster.arrange(config), time_of(config, runtime, work)
+    if ranks.size > 1:
+        yield f"gpus    {ranks.size} in nodes of {ranks.node}: {arrangement(config, ranks)}"
+        data_size = config.parallel.data_size(ranks.size)
+        micro_batches += f" on each of {data_size}" if data_size > 1 else ""
     yield f"step    {steps.tokens_per_step:,} tokens ({micro_batches}), {flops / 1e12:,.0f} TFLOP"
     yield f"policy  {as_typed(config.memory)}{', which memory=auto means here' if is_auto else ''}"
     verdict = (
@@ -85,13 +142,63 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield from (f"        {size / GIB:9,.2f}  {PARTS[part]}" for part, size in peak.parts.items())
     if peak.host:
         yield f"        {peak.host / GIB:9,.2f}  beside, in pinned memory of the host"
-    yield f"time    {time_line(step_time(work, steps.accumulation, runtime.gpu, runtime.dtype_name), flops)}"
+    if ranks.size > 1:
+        link, network = cluster.link / 1e9, cluster.network / 1e9
+        yield f"sends   of a GPU and step, {link:g} GB/s in a node and {network:g} GB/s between nodes:"
+        for sent in sent_in_step(work, steps.accumulation, ranks):
+            way = ("in a node" if sent.is_in_node else "between nodes") + (", hidden" if sent.is_hidden else "")
+            yield f"        {sent.bytes / 1e9:9,.2f}  GB, {sent.collective} of {sent.what} {way}"
+    yield f"time    {time_line(taken, flops / ranks.size)}{' a GPU' if ranks.size > 1 and taken else ''}"
+    if ranks.size > 1 and taken:
+        yield f"        {steps.tokens_per_step / taken.total:,.0f} tokens/s"
+
+
+def compared(composed: DictConfig) -> Iterator[str]:
+    """A line for each number of GPUs."""
+    yield " GPUs  rows at once  sent in node  between nodes  peak GiB  s a step  waiting  TFLOP/s  tokens/s"
+    for gpus in cluster.several:
+        cluster.plan_for(gpus)
+        config = load_config(composed)
+        runtime = resolve_runtime(config)
+        config = resolve_memory(config, runtime)
+        work, tokens = workload(config, runtime), config.plan.tokens_per_step
+        taken = time_of(config, runtime, work)
+        if taken is None:
+            raise ValueError(
+                "the time on this card is not predicted, its peak is not known; plan for one number of GPUs"
+            )
+        traffic = sent_in_step(work, config.plan.accumulation, cluster.arrange(config))
+        inside, between = (sum(sent.bytes for sent in traffic if sent.is_in_node is place) for place in (True, False))
+        flops = train_flops_per_token(config.model, config.seq_len / 2) * tokens / gpus
+        rows_at_once = config.parallel.data_size(gpus) * config.batch_size
+        yield (
+            f"{gpus:5,}  {rows_at_once:12,}  {inside / 1e9:9,.1f} GB  {between / 1e9:10,.1f} GB"
+            f"  {predict(work).total / GIB:8,.1f}  {taken.total:8,.2f}  {taken.sending / taken.total:7.1%}"
+            f"  {flops / taken.total / 1e12:7,.0f}  {short(tokens / taken.total):>8}"
+        )
+
+
+def arrangement(config: TrainConfig, ranks: Arrangement) -> str:
+    shards = f", {ranks.replicas} × {ranks.shards} shards" if ranks.shards > 1 else ""
+    rows_of = f", {ranks.context} share a row ({ranks.method})" if ranks.context > 1 else ""
+    return f"parallel={config.parallel.name}{shards}{rows_of}"
+
+
+def time_of(config: TrainConfig, runtime: Runtime, work: Workload) -> StepTime | None:
+    """The time of a step, with what GPUs send each other."""
+    micro_batches = config.plan.accumulation
+    taken = step_time(work, micro_batches, runtime.gpu, runtime.dtype_name)
+    if taken is None or cluster.gpus == 1:
+        return taken
+    traffic = sent_in_step(work, micro_batches, cluster.arrange(config))
+    return replace(taken, sending=exposed_seconds(traffic, taken.total, cluster.link, cluster.network))
 
 
 def time_line(taken: StepTime | None, flops: float) -> str:
     if taken is None:
         return "not predicted: this card's peak is not known"
     parts = {"attention": taken.attention, "computed again": taken.again, "waiting for the host": taken.waiting}
+    parts["for other GPUs"] = taken.sending
     said = ", ".join(f"{name} {seconds:,.2f}" for name, seconds in parts.items() if seconds >= 0.005)
     return f"{taken.total:,.2f} s a step ({said}): {flops / taken.total / 1e12:,.0f} TFLOP/s"
 
@@ -107,12 +214,13 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
     yield f"  {'policy':38} {'peak GiB':>9} {'host GiB':>8} {'s a step':>8} {'longest row':>11}"
     for policy in candidates(config.model.n_kv_heads):
         mine = replace(work, memory=policy)
-        peak, taken = predict(mine), step_time(mine, config.plan.accumulation, runtime.gpu, runtime.dtype_name)
+        peak, taken = predict(mine), time_of(config, runtime, mine)
         seconds = f"{taken.total:,.2f}" if taken else "–"
         name = as_typed(policy).replace("memory=", "").replace("memory.", "")
         mark = "→" if policy == chosen else " "
         host = f"{peak.host / GIB:,.1f}" if peak.host else ""
-        yield f"{mark} {name:38} {peak.total / GIB:9,.1f} {host:>8} {seconds:>8} {longest_row(mine, limit):11,}"
+        longest = work.context * longest_row(mine, limit)
+        yield f"{mark} {name:38} {peak.total / GIB:9,.1f} {host:>8} {seconds:>8} {longest:11,}"
     yield ""
     yield (
         f"→ the fastest of those below {AUTO_FILLS:.0%} of the card, as the longest rows are"
@@ -125,17 +233,36 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
         yield "Times: not measured on this card; for as much of its peak as an H200 reaches."
 
 
-def take_card(words: list[str]) -> None:
-    """Take gpu=NAME out of the command's words: from here on, that is the GPU of this machine."""
-    for word in [word for word in words if word.startswith("gpu=")]:
-        words.remove(word)
-        name = word.removeprefix("gpu=")
-        if name not in CARDS:
-            cli.say_error(f"gpu={name} is unknown; use {', '.join(CARDS)}")
-            raise SystemExit(2)
-        machine.supposed = CARDS[name]
+def take_cluster(words: list[str]) -> None:
+    """Take gpu=NAME, gpus=N … out of the command's words: from here on, that is the GPU of this machine."""
+    typed = dict[str, str]()
+    for word in list(words):
+        name, is_setting, value = word.partition("=")
+        if is_setting and name in ("gpu", "gpus", "node", "link", "network"):
+            words.remove(word)
+            typed[name] = value
+    card = typed.pop("gpu", None)
+    if card is not None and card not in CARDS:
+        _refuse(f"gpu={card} is unknown; use {', '.join(CARDS)}")
+    counts = typed.pop("gpus", "")
+    for name, value in [*typed.items(), *(("gpus", count) for count in counts.split(",") if counts)]:
+        if not value.isdecimal() or int(value) == 0:
+            _refuse(f"{name}={value} is not possible; use a whole number from 1")
+    cluster.several = [int(count) for count in counts.split(",") if counts]
+    cluster.node = int(typed.get("node", NODE))
+    cluster.network = 1e9 * int(typed["network"]) if "network" in typed else NETWORK_BYTES_PER_SECOND
+    if card is not None:
+        machine.supposed = CARDS[card]
+        cluster.link = 1e9 * int(typed["link"]) if "link" in typed else LINKS[card]
+    elif counts:
+        _refuse(f"gpus={counts} needs a card to plan for; name one: gpu={', '.join(CARDS)}")
+
+
+def _refuse(message: str) -> NoReturn:
+    cli.say_error(message)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    take_card(sys.argv)
+    take_cluster(sys.argv)
     cli.run(main)

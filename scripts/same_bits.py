@@ -48,7 +48,7 @@ RUNS: dict[str, list[str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.same_bits", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("reference", help="a commit to train beside the files here, or a record that --out wrote")
     parser.add_argument("--out", type=Path, help="write the reference's hashes to this JSON file")
     options = parser.parse_args(arguments)

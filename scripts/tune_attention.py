@@ -31,18 +31,24 @@ KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv":
 MASKS = ("causal", "full", "documents", "window")
 WIDTH = 2048  # heads · head_dim
 
-Run = Callable[[Tiles], tuple[Tensor, ...]]
+Run = Callable[[Tiles], tuple[Any, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"])
-    parser.add_argument("--seq-len", type=int, default=16384)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.tune_attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default 64 128 256")
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"], help="default causal full")
+    parser.add_argument("--seq-len", type=int, default=16384, help="default 16384")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default bfloat16"
+    )
     parser.add_argument("--out", type=Path, help="folder for tuning.json with every figure")
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile (default 12)")
     args = parser.parse_args(argv)
     need_cuda("tune_attention")
     dtype = getattr(torch, args.dtype)
@@ -124,11 +130,11 @@ def runner(kernel: str, shape: tuple[int, int, int, int], mask: str, dtype: torc
     window = 1024 if mask == "window" else None
     options: dict[str, Any] = {"causal": mask != "full", "window": window, "softcap": 0.0, "scale": shape[3] ** -0.5}
     if kernel == "forward":
-        return lambda tiles: portable.forward(q, k, v, starts, None, **options, tiles=tiles)
-    out, lse = portable.forward(q, k, v, starts, None, **options)
+        return lambda tiles: portable.forward(q, k, v, starts, None, None, None, **options, tiles=tiles)
+    out, lse = portable.forward(q, k, v, starts, None, None, None, **options)
     delta = (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
     if kernel == "dq":
-        return lambda tiles: (portable.dq(dout, q, k, v, lse, delta, starts, **options, tiles=tiles),)
+        return lambda tiles: portable.dq(dout, q, k, v, lse, delta, starts, **options, tiles=tiles)[:1]
     return lambda tiles: portable.dkdv(dout, q, k, v, lse, delta, starts, **options, tiles=tiles)
 
 

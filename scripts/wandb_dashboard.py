@@ -1,7 +1,7 @@
 """The workspace of a project on W&B: a panel for every metric, in sections, and the main ones by attention.
 
 python -m scripts.wandb_dashboard                    makes it, and prints its address
-python -m scripts.wandb_dashboard --update URL       brings that one up to date
+python -m scripts.wandb_dashboard --update URL       updates that one
 python -m scripts.wandb_dashboard --dry-run          prints it as JSON; needs no login, no network and no package
 """
 
@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "flash-gpt")
+    parser.add_argument(
+        "--project", default=os.environ.get("WANDB_PROJECT") or "flash-gpt", help="default $WANDB_PROJECT, or flash-gpt"
+    )
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team; the account's default")
     parser.add_argument("--name", default="flash-gpt", help="of the workspace")
     parser.add_argument("--update", metavar="URL", help="the address of a workspace that was saved")

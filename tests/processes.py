@@ -1,11 +1,16 @@
-"""Waiting for processes: for events, and for as long as a busy machine takes."""
+"""Processes, one or the ranks of a run. Waiting for them: for events, and for as long as a busy machine takes."""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 # For whatever should end by itself: so long only if it hangs. No test depends on how fast the machine is.
 LIMIT_S = 900.0
 
@@ -21,3 +26,32 @@ def wait_until(event: Callable[[], bool], process: subprocess.Popen[str] | None 
         assert process is None or process.poll() is None, f"ended before: {process.communicate()}"
         assert time.monotonic() < deadline, f"not within {LIMIT_S:.0f} s"
         time.sleep(0.02)
+
+
+def start_ranks(command: Sequence[str], size: int, env: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
+    """Begin a Python command on `size` ranks; what each says comes through its pipes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    common |= {"LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_ranks(command: Sequence[str], size: int) -> list[str]:
+    """What each rank says until it has ended, without an error."""
+    ranks = start_ranks(command, size)
+    said = [rank.communicate(timeout=LIMIT_S) for rank in ranks]
+    for number, (rank, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
+        assert rank.returncode == 0, f"rank {number}: {errors}"
+    return [out for out, _ in said]

@@ -14,11 +14,12 @@ from data.packing import pack, training_rows
 from data.recall import MARKER
 
 from .config import TrainConfig
+from .parallel.context import SharedRows
 from .parallel.world import World
-from .parts import check_count, check_tensors
+from .parts import Part, check_count, check_tensors
 
 
-class Batches:
+class Batches(Part):
     """The batches of a run, and its position in the text: a part.
 
     `open` begins to read at the position, ahead of the loop; `close` ends that.
@@ -26,8 +27,16 @@ class Batches:
 
     name = "data"
 
-    def __init__(self, corpus: Corpus, config: TrainConfig, world: World, notify: Callable[[str], None]) -> None:
-        self.corpus, self.config, self.world = corpus, config, world
+    def __init__(
+        self,
+        corpus: Corpus,
+        config: TrainConfig,
+        world: World,
+        notify: Callable[[str], None],
+        shared: SharedRows | None = None,
+    ) -> None:
+        """shared: how rows are split over the ranks that share them; None where rows are whole."""
+        self.corpus, self.config, self.world, self.shared = corpus, config, world, shared
         mask, seq_len = config.data.document_mask, config.seq_len
         self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
         available = min(len(part.val.tokens) for part in corpus.parts) - 1
@@ -47,6 +56,7 @@ class Batches:
 
     def open(self) -> None:
         config, world = self.config, self.world
+        split = {"shard": self.shared.shard} if self.shared else {}
         self._loader = Loader(
             self.train_rows,
             config.batch_size,
@@ -56,6 +66,7 @@ class Batches:
             world_size=world.data_size,
             first=self.rows,
             window=config.model.window,
+            **split,
         )
 
     def close(self) -> None:
@@ -63,14 +74,11 @@ class Batches:
             self._loader.close()
 
     def next(self, number: int) -> list[Batch]:
-        """The next batches of this rank; ranks that share rows (`World.context_group`) get the same ones."""
+        """The next batches of this rank; of those that ranks share (`World.context_group`), its shards."""
         assert self._loader is not None
         batches = [next(self._loader) for _ in range(number)]
         self.rows += number * self.config.batch_size * self.world.data_size
         return batches
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
     def values(self) -> dict[str, Any]:
         manifest = self.corpus.manifest

@@ -21,7 +21,7 @@ from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
 from .parallel.launch import Launch
-from .runtime import Runtime, attention_spec
+from .runtime import Runtime, attention_spec, inner_spec
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
@@ -44,13 +44,13 @@ ROW_STEP = 1024
 
 def workload(config: TrainConfig, runtime: Runtime) -> Workload:
     """What of a run decides its memory."""
-    spec = attention_spec(config, runtime)
+    spec = inner_spec(config, attention_spec(config, runtime))
     chosen, parallel = choose_attention(config.attention, spec), config.parallel
     return Workload(
         model=config.model,
         memory=config.memory,
         batch_size=config.batch_size,
-        seq_len=config.seq_len,
+        seq_len=math.ceil(config.seq_len / config.parallel.context),
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
         moment_bytes=config.precision.moment_bytes,
@@ -64,6 +64,7 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         shards=parallel.shard_size(Launch.here()),
         reshards=getattr(parallel, "reshard", True),
         state_on_host=getattr(parallel, "offload", False),
+        context=parallel.context,
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 
@@ -287,6 +288,7 @@ def remedy(config: TrainConfig, runtime: Runtime, limit: float) -> str:
             return " ".join([*change, as_typed(policy), f"({peak / GIB:,.0f} GiB)"])
     longest = [(longest_row(replace(work, memory=policy), limit), policy) for policy in on_device(work)]
     row, policy = max(longest, key=lambda item: item[0])
+    row *= config.parallel.context
     return f"{as_typed(policy)} batch_size=1 seq_len={row} or shorter" if row else "a smaller model="
 
 

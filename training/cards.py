@@ -59,6 +59,18 @@ CARDS = {
 }
 
 
+LINKS = {
+    "h200": 450e9,
+    "h100": 450e9,
+    "a100-80gb": 300e9,
+    "a100-40gb": 300e9,
+    "l40s": 32e9,
+    "rtx-4090": 32e9,
+    "rtx-3090": 32e9,
+}
+"""Bytes a second, each way, between two GPUs of a node by the makers' data sheets: NVLink, or PCIe 4 x16."""
+
+
 def peak_tflops(name: str, dtype: str, capability: tuple[int, int] | None = None) -> float | None:
     """Dense matrix-multiply peak of a card in TFLOP/s; None where we are not sure: no MFU is better than a wrong one.
 

@@ -86,12 +86,13 @@ def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any])
     execution = ("torch.compile" if facts["compile"] else "eager") + (", CUDA graphs" if facts["cuda_graphs"] else "")
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
     data_size = config.parallel.data_size(len(facts["ranks"]))
+    a_gpu = " on each GPU" if config.parallel.shard_size(Launch.here()) > 1 else ""
     on = f" on each of {data_size}" if data_size > 1 else ""
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
         f"precision  {described(config.precision, runtime.precision, config.model, emulated=runtime.gpu is None)}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
-        f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments",
+        f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments{a_gpu}",
         f"attention  {facts['attention']}",
         *memory_lines(config, runtime),
         *parallel_lines(config, facts["ranks"]),
@@ -122,11 +123,12 @@ def parallel_lines(config: TrainConfig, ranks: list[dict[str, str]]) -> list[str
     shards = parallel.shard_size(Launch.here())
     if len(ranks) == 1 and parallel.name == "data":
         return []
-    said = [f"{len(ranks)} processes on {hosts} {'hosts' if hosts > 1 else 'host'}"]
+    said = [f"{len(ranks)} process{'es' * (len(ranks) > 1)} on {hosts} host{'s' * (hosts > 1)}"]
     if parallel.context > 1:
         said.append(f"{parallel.context} share each row")
     if parallel.name != "data":
-        said.append(f"{len(ranks) // shards} × {shards} shards" if len(ranks) > shards else f"{shards} shards")
+        copies = f"{len(ranks) // shards} × " if len(ranks) > shards else ""
+        said.append(f"{copies}{shards} shard{'s' * (shards > 1)}")
     return [f"parallel   {parallel.name}: {', '.join(said)}"]
 
 

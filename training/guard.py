@@ -16,13 +16,13 @@ from torch import Tensor
 from .config import BadStepConfig
 from .errors import NonFiniteError
 from .parallel.world import World
-from .parts import check_tensors
+from .parts import Part, check_tensors
 
 COUNTERS = ("skipped", "in_a_row", "worst_in_a_row", "step", "loss", "grad_norm")
 """Bad steps so far, now in a row, most in a row since the last look; the first since then, its loss, its norm."""
 
 
-class Guard:
+class Guard(Part):
     """Keeps bad steps out of the parameters, and stops the run or counts them, as `config` says. A part.
 
     A loss is a spike when it is more than `spike_sigma` standard deviations above the mean of the last `spike_window`
@@ -42,9 +42,6 @@ class Guard:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"losses": self.losses, "num_good": self.num_good, "counters": self.counters}
-
-    def values(self) -> dict[str, Any]:
-        return {}
 
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         window = tensors["losses"]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
 from .optimizer_config import ROUNDED_AT_ONCE
 from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
-from .parts import check_tensors
+from .parts import Part, check_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MOMENTS = (torch.float32, torch.bfloat16)
 MUON: dict[str, Any] = {"lr": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
 
-class Optimizer:
+class Optimizer(Part):
     """PyTorch's optimizers stepped as one, skipped whole where a step is bad, without the host waiting to know.
 
     A part: moments and counts, by the name of their parameter ("blocks.0.mlp.down.weight/exp_avg"); moments are sharded
@@ -57,20 +61,23 @@ class Optimizer:
         ]
         self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
-            # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one.
-            self.muons = [self._muon(name, config) for name in hidden]
+            # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one. Of sharded
+            # ones, one for as many as there are shards.
+            first = self.parameters[hidden[0]]
+            shards = first.device_mesh["shard"].size() if is_sharded(first) else 1
+            self.muons = [self._muon(hidden[at : at + shards], config) for at in range(0, len(hidden), shards)]
         if self.moments != torch.float32:  # which PyTorch makes itself, in the first step
             owners = self._owners()
-            for name, like in self._layout(self.moments).items():
+            for name, like in self.expected().items():
                 part, key = self._part(name)
                 shape = part.shape if _is_moment(name) else like.shape
                 owners[part].state[part][key] = torch.zeros(shape, dtype=like.dtype, device=part.device)
 
-    def _muon(self, name: str, config: MuonConfig) -> torch.optim.Optimizer:
-        part, matrix = self.parts[name], self.parameters[name]
-        if part is not matrix:
-            return ShardedMuon(part, matrix, config, self.device)
-        return torch.optim.Muon([matrix], momentum=config.momentum, weight_decay=config.weight_decay, **MUON)
+    def _muon(self, names: list[str], config: MuonConfig) -> torch.optim.Optimizer:
+        parts, matrices = [self.parts[name] for name in names], [self.parameters[name] for name in names]
+        if sharded := [matrix for matrix in matrices if is_sharded(matrix)]:
+            return ShardedMuon(parts, sharded, config, self.device)
+        return torch.optim.Muon(parts, momentum=config.momentum, weight_decay=config.weight_decay, **MUON)
 
     @property
     def all(self) -> list[torch.optim.Optimizer]:
@@ -118,27 +125,24 @@ class Optimizer:
             for key, value in entries.items()
         }
 
-    def values(self) -> dict[str, Any]:
-        return {}
-
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """No tensors at all are those of a run that has not taken a step. Moments may all be of the other dtype."""
         if not tensors:
             return
         dtypes = (tensor.dtype for name, tensor in tensors.items() if _is_moment(name))
-        check_tensors(tensors, self._layout(next((dtype for dtype in dtypes if dtype in MOMENTS), self.moments)))
+        check_tensors(tensors, self.expected(next((dtype for dtype in dtypes if dtype in MOMENTS), self.moments)))
         for name, tensor in tensors.items():
-            if name.endswith("/exp_avg_sq") and (tensor < 0).any():
+            if name.endswith("/exp_avg_sq") and (local(tensor) < 0).any():
                 raise ValueError(f"{name} is negative somewhere")
             if name.endswith("/step") and (tensor < 0 or tensor != tensor.round()):
                 raise ValueError(f"{name} is {tensor.item()}, no count")
 
-    def _layout(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What `tensors` returns after the first step, on the meta device, with moments in `dtype`."""
+    def expected(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """What `tensors` returns after the first step, on the meta device, with moments in `dtype` where given."""
         by_muon = {id(part) for muon in self.muons for part in _parameters(muon)}
         layout: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            moment = torch.empty(parameter.shape, device="meta", dtype=dtype)
+            moment = torch.empty_like(parameter, device="meta", dtype=dtype or self.moments, requires_grad=False)
             if id(self.parts[name]) in by_muon:
                 layout[f"{name}/momentum_buffer"] = moment
             else:
@@ -168,37 +172,54 @@ class Optimizer:
 
 
 class ShardedMuon(torch.optim.Optimizer):
-    """Muon of one matrix of which this rank holds some rows.
+    """Muon of matrices of which this rank holds some rows: at most as many as ranks hold them together.
 
-    Its momentum is sharded, too. What is orthogonalised must be whole: every rank gathers it, in bf16, in which Muon
-    iterates anyway, and computes the same update, of which it takes its own rows.
+    Momentum is sharded, too. What is orthogonalised must be whole: each rank gathers that of one matrix, in bf16, in
+    which Muon iterates anyway, computes its update, and sends it to the others, which take their rows of it.
 
     Args:
-        part: this rank's rows. matrix: the DTensor that they are of. device: that computes.
+        parts: this rank's rows. matrices: the DTensors that they are of. device: that computes.
     """
 
-    def __init__(self, part: nn.Parameter, matrix: nn.Parameter, config: MuonConfig, device: torch.device) -> None:
-        super().__init__([part], {"lr": 0.0})
-        self.matrix, self.config, self.device = matrix, config, device
+    def __init__(
+        self, parts: Sequence[nn.Parameter], matrices: Sequence[DTensor], config: MuonConfig, device: torch.device
+    ) -> None:
+        super().__init__(parts, {"lr": 0.0})
+        self.matrices, self.config, self.device = matrices, config, device
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        (part,) = _parameters(self)
-        lr, momentum = self.param_groups[0]["lr"], self.config.momentum
+        lr, parts = self.param_groups[0]["lr"], _parameters(self)
+        group = self.matrices[0].device_mesh.get_group("shard")
+        towards: Tensor | None = None  # of this rank's matrix
+        for owner, (part, matrix) in enumerate(zip(parts, self.matrices, strict=True)):
+            gathered = whole(sharded_as(self._towards(part).to(self.device, torch.bfloat16), matrix))
+            if owner == group.rank():
+                towards = gathered
+        mine = None if towards is None else self._update(towards, lr)
+        for owner, (part, matrix) in enumerate(zip(parts, self.matrices, strict=True)):
+            update = torch.empty(matrix.shape, device=self.device) if mine is None or owner != group.rank() else mine
+            dist.broadcast(update, group=group, group_src=owner)
+            part.mul_(1 - lr * self.config.weight_decay)
+            part.add_(local_part(update, matrix).to(part.device))
+
+    def _towards(self, part: nn.Parameter) -> Tensor:
+        """Nesterov's momentum of this rank's rows."""
         assert part.grad is not None
         if "momentum_buffer" not in (state := self.state[part]):
             state["momentum_buffer"] = torch.zeros_like(part.grad)
-        mean = state["momentum_buffer"]
-        mean.lerp_(part.grad, 1 - momentum)
-        towards = part.grad.lerp(mean, momentum).to(self.device, torch.bfloat16)
-        # PyTorch's step of zeros, without momentum and decay, is the update.
-        update = nn.Parameter(torch.zeros(self.matrix.shape, device=self.device))
-        update.grad = whole(sharded_as(towards, self.matrix)).float()
+        mean: Tensor = state["momentum_buffer"]
+        mean.lerp_(part.grad, 1 - self.config.momentum)
+        return part.grad.lerp(mean, self.config.momentum)
+
+    def _update(self, towards: Tensor, lr: float) -> Tensor:
+        """What is added to a matrix: PyTorch's step of zeros, without momentum and decay."""
+        update = nn.Parameter(torch.zeros(towards.shape, device=self.device))
+        update.grad = towards.float()
         muon = torch.optim.Muon([update], momentum=0.0, weight_decay=0.0, nesterov=False, **MUON)
         muon.param_groups[0]["lr"] = lr
         muon.step()
-        part.mul_(1 - lr * self.config.weight_decay)
-        part.add_(local_part(update.detach(), self.matrix).to(part.device))
+        return update.detach()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -261,11 +282,14 @@ def _in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @torch.no_grad()
 def _step_where(good: Tensor, muon: torch.optim.Optimizer) -> None:
-    """Step a Muon of one matrix where `good`. It has no flag like AdamW's."""
-    (matrix,) = muon.param_groups[0]["params"]
-    before = matrix.detach().clone()
-    momentum = muon.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
-    # The momentum moves towards the gradient: towards itself it stays, to the last bit.
-    matrix.grad = torch.where(good, matrix.grad, momentum)
+    """Step a Muon where `good`. It has no flag like AdamW's."""
+    matrices = _parameters(muon)
+    befores = [matrix.detach().clone() for matrix in matrices]
+    for matrix in matrices:
+        momentum = muon.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
+        # The momentum moves towards the gradient: towards itself it stays, to the last bit.
+        assert matrix.grad is not None
+        matrix.grad = torch.where(good, matrix.grad, momentum)
     muon.step()
-    matrix.copy_(torch.where(good, matrix, before))
+    for matrix, before in zip(matrices, befores, strict=True):
+        matrix.copy_(torch.where(good, matrix, before))

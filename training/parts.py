@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,25 @@ from model.linear import refresh
 from .parallel.sharding import local, local_part, named_parameters
 
 
-class Part(Protocol):
-    """Something of a run that must survive it. `name` is the part's key in a checkpoint."""
+class Part:
+    """Something of a run that must survive it."""
 
     name: str
+    """The part's key in a checkpoint."""
+    per_rank = False
+    """Whether each rank has a state of its own. Otherwise it is the run's: the same on all ranks, or sharded."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The state that is tensors, by name; themselves, not copies."""
+        return {}
 
     def values(self) -> dict[str, Any]:
         """The state that is plain values, as JSON has them."""
+        return {}
+
+    def expected(self) -> dict[str, Tensor]:
+        """What `load` takes: names, shapes, dtypes and shards count, not where a tensor is or what is in it."""
+        return self.tensors()
 
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Compare with what `tensors` and `values` return, and change nothing. Whoever wrote them, `load` then works.
@@ -32,9 +41,11 @@ class Part(Protocol):
         Raises:
             ValueError: names what differs. KeyError, TypeError: a value is not there, or is of another kind.
         """
+        raise NotImplementedError
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Put back what `tensors` and `values` returned, once every part of the run has validated its own."""
+        raise NotImplementedError
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: bool = True) -> None:
@@ -51,7 +62,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], f
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like.shape)}")
         if tensor.dtype != like.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
-        if finite and not tensor.isfinite().all():
+        if finite and not local(tensor).isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite")
 
 
@@ -61,7 +72,7 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {str(value)[:40]}, no count")
 
 
-class Weights:
+class Weights(Part):
     """The parameters of a model. Of a sharded one they are DTensors; `load` takes those, or whole tensors."""
 
     name = "model"
@@ -71,9 +82,6 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         return named_parameters(self.model)
-
-    def values(self) -> dict[str, Any]:
-        return {}
 
     def validate(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         check_tensors(tensors, self.tensors())
@@ -85,10 +93,14 @@ class Weights:
         refresh(self.model)
 
 
-class RandomNumbers:
-    """The generators of torch, numpy and Python. The loop draws from none today; what will, goes on after a resume."""
+class RandomNumbers(Part):
+    """The generators of torch, numpy and Python. The loop draws from none today; what will, goes on after a resume.
+
+    A rank that was not there when the checkpoint was written keeps those of its start.
+    """
 
     name = "random"
+    per_rank = True
 
     def tensors(self) -> dict[str, Tensor]:
         cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import check_count, check_tensors
+from .parts import Part, check_count, check_tensors
 from .step import StepResult
 
 
-class Progress:
+class Progress(Part):
     """The counters of a run. A part: a resumed run goes on counting.
 
     Attributes:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data import disk
 
-from .parts import check_count, check_tensors
+from .parts import Part, check_count, check_tensors
 from .run_folder import RECORDS
 
 
-class Records:
+class Records(Part):
     """A part: the sizes of the records, by name.
 
     Args:
@@ -30,9 +30,6 @@ class Records:
     def __init__(self, folder: Path, notify: Callable[[str], None], is_ours: bool = True) -> None:
         self.folder, self.notify, self.is_ours = folder, notify, is_ours
         self.source: Path | None = folder
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
 
     def values(self) -> dict[str, Any]:
         return {name: (self.folder / name).stat().st_size for name in RECORDS if (self.folder / name).exists()}

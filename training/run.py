@@ -25,6 +25,8 @@ from .interrupt import Interrupt
 from .loggers import Loggers, build_loggers
 from .metrics import METRICS
 from .optimizer import Optimizer
+from .parallel.context import shared_rows
+from .parallel.together import Together
 from .parallel.world import World
 from .parts import Part, RandomNumbers, Weights
 from .progress import Progress
@@ -57,16 +59,17 @@ class Run:
         self.config, self.runtime, self.notify = config, runtime, notify
         self.plan = config.plan
         _set_up_torch(config, runtime)
-        self.attention = attention_for(config, runtime)  # a refusal comes now, not after the data is read
+        self.attention = attention_for(config, runtime, world=world)  # a refusal comes now, not after the data is read
         if world.is_first:
             check_run_folder(config)
         self.folder = Path(config.run_dir)
         self.attention.compile_ahead()
+        shared = shared_rows(self.attention)
 
         doing("reading the data")
         with self.startup.timed("data"):
             corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
-            self.batches = Batches(corpus, config, world, notify)
+            self.batches = Batches(corpus, config, world, notify, shared)
         self.attention.bound_documents(self.batches.max_documents)
         doing("building the model")
         with self.startup.timed("model"):
@@ -95,6 +98,7 @@ class Run:
             grad_clip=config.grad_clip,
             autocast=runtime.autocast,
             reduction=getattr(torch, config.precision.reduction),
+            shared=shared,
         )
         self.last: StepResult
         """Of the step that was just trained."""
@@ -108,7 +112,9 @@ class Run:
             synchronize=torch.cuda.synchronize if world.device.type == "cuda" else lambda: None,
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
-        self.saver = Saver(self.folder, config.checkpoint, notify)
+        self.together = Together.of(world.rank, world.size)
+        # Saves have a thread of their own, so they have a group of their own.
+        self.saver = Saver(self.folder, config.checkpoint, notify, Together.of(world.rank, world.size))
         self.loggers = Loggers([], notify)
         if world.is_first:
             self.loggers = build_loggers(config.logger, max_steps=self.plan.max_steps, notify=notify)

@@ -19,12 +19,14 @@ from .checkpoint import fits
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint, Manifest
 from .config import TrainConfig
+from .parallel.together import Together
 
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "samples.md", "bad-steps.jsonl")
 """Files that grow. A checkpoint holds their sizes; what a run wrote after it is cut when it goes on from there."""
 NAMED = {
     "resume": "a run folder or a checkpoint",
+    "RUN": "a run folder or a checkpoint",
     "init_from": "a run, a checkpoint, a model.safetensors or a model of transformers",
 }
 
@@ -155,37 +157,42 @@ def take(lock: BinaryIO, run_dir: str, shared: bool = False) -> None:
 
 
 class RunFolder:
-    """A run folder that this process alone may write, until `close`.
+    """A run folder that this run alone may write, until `close`: rank 0 holds its lock.
 
     Args:
-        is_ours: False of other ranks than the first, which only read.
+        ranks: of the run.
     Raises:
         ValueError: it cannot be written, or another process holds it.
     """
 
-    def __init__(self, config: TrainConfig, is_ours: bool = True) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, ranks: Together = checkpoints.ALONE) -> None:
+        self.config, self.ranks = config, ranks
         self.path = Path(config.run_dir)
-        if not is_ours:
-            return
-        check(config)
+        self._lock: BinaryIO | None = None
+        ranks.first(self._open)
+
+    def _open(self) -> None:
+        check(self.config)
+        run_dir = self.config.run_dir
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock: BinaryIO = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            lock = open(self.path / LOCK, "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
+            raise ValueError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from error
         try:
-            take(self._lock, config.run_dir)
+            take(lock, run_dir)
         except ValueError:
-            self._lock.close()
+            lock.close()
             raise
+        self._lock = lock
         with suppress(OSError):  # on a full disk it stays without a name
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         checkpoints.sweep(self.path)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def origin(self, checkpoint: Path) -> Path | None:
         """The run folder whose records a checkpoint counts on: this one's for its own, wherever links lead.
@@ -208,20 +215,21 @@ class RunFolder:
             ValueError: resume names one, and it is damaged, or older than others of this very run folder; or there
                 is something to lose, and beginning anew would overwrite it.
         """
-        resume = self.config.resume
+        resume, first = self.config.resume, self.ranks.first
         if resume in ("auto", "none"):
-            newest = checkpoints.newest(self.path, notify)
-            damaged = checkpoints.candidates(self.path)
+            newest = checkpoints.newest(self.path, notify, self.ranks)
+            damaged = first(lambda: checkpoints.candidates(self.path))
             if newest is None and (damaged or (self.path / "model.safetensors").exists()):
                 what = f"{len(damaged)} checkpoints, none of them good" if damaged else "a finished run, no checkpoint"
                 raise ValueError(f"run_dir={self.path} holds {what}; choose another, or remove it to begin anew")
             return newest
-        inside = _is_inside(resume, self.config)
-        if not inside and (own := checkpoints.newest(self.path, notify)):
+        inside = first(lambda: _is_inside(resume, self.config))
+        if not inside and (own := checkpoints.newest(self.path, notify, self.ranks)):
             notify(f"resume     {self.path} is past resume={resume}, where it began")  # the same command, once more
             return own
-        found = find(resume, "resume", notify)
-        later = next(iter(checkpoints.candidates(self.path)), found[0]) if inside else found[0]
+        found = find(resume, "resume", notify, self.ranks)
+        candidates = first(lambda: checkpoints.candidates(self.path)) if inside else []
+        later = next(iter(candidates), found[0])
         if later.resolve() != found[0].resolve():
             raise ValueError(
                 f"resume={resume} is older than {later}; choose another run_dir to branch off there, "
@@ -230,7 +238,9 @@ class RunFolder:
         return found
 
 
-def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path, Manifest]:
+def find(
+    value: str, setting: str, notify: Callable[[str], None], ranks: Together = checkpoints.ALONE
+) -> tuple[Path, Manifest]:
     """The checkpoint that resume=PATH or init_from=PATH names: a checkpoint, or a run folder's newest good one.
 
     Raises:
@@ -239,11 +249,11 @@ def find(value: str, setting: str, notify: Callable[[str], None]) -> tuple[Path,
     path = Path(value)
     if checkpoints.is_checkpoint(path):
         try:
-            found: tuple[Path, Manifest] | None = path, checkpoints.verify_shown(path)
+            found: tuple[Path, Manifest] | None = path, checkpoints.verify_shown(path, ranks)
         except DamagedCheckpoint as damage:
             raise ValueError(f"{setting}={value} is damaged: {damage}; name another checkpoint") from damage
     else:
-        found = checkpoints.newest(path, notify)
+        found = checkpoints.newest(path, notify, ranks)
     if found is None:
         raise ValueError(f"{setting}={value} holds no good checkpoint; name {NAMED[setting]}")
     return found

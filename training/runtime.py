@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from model.attention import AttentionSpec, build_attention, choose_attention
+from model.attention.config import context_method, context_spec
 from model.precision_config import Float8Config, PrecisionConfig, precision_named
 
 from .config import TrainConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from model.attention.base import AttentionBackend
+
+    from .parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
             f"use parallel=data, or precision=bf16"
         )
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
-    choose_attention(config.attention, attention_spec(config, runtime))
+    choose_attention(config.attention, inner_spec(config, attention_spec(config, runtime)))
     return runtime
 
 
@@ -143,13 +146,42 @@ def attention_spec(config: TrainConfig, runtime: Runtime, max_documents: int | N
     )
 
 
-def attention_for(config: TrainConfig, runtime: Runtime, max_documents: int | None = None) -> AttentionBackend:
+def method_of(config: TrainConfig) -> str:
+    """How ranks that share rows attend.
+
+    Raises:
+        ValueError: they cannot as was asked for, or there are more of them than tokens.
+    """
+    parallel, head_groups = config.parallel, getattr(config.memory, "head_groups", 1)
+    if parallel.context > config.seq_len:
+        raise ValueError(
+            f"parallel.context={parallel.context} ranks cannot share rows of {config.seq_len} tokens; "
+            f"use parallel.context={config.seq_len} or less"
+        )
+    return context_method(parallel.context_method, config.model.n_heads, parallel.context, head_groups)
+
+
+def inner_spec(config: TrainConfig, spec: AttentionSpec) -> AttentionSpec:
+    """What one rank's kernels compute of attention as `spec` says."""
+    return spec if config.parallel.context == 1 else context_spec(spec, method_of(config), config.parallel.context)
+
+
+def attention_for(
+    config: TrainConfig, runtime: Runtime, max_documents: int | None = None, world: World | None = None
+) -> AttentionBackend:
     """The attention backend of this run.
 
     Args:
         max_documents: most documents in a row, where that is known; any bound does to learn whether a backend can.
+        world: whose ranks may share rows; None: rows are whole.
     Raises:
         ValueError: the backend that was named cannot do what this run needs of it.
     """
+    spec = attention_spec(config, runtime, max_documents)
     with runtime.device:
-        return build_attention(config.attention, attention_spec(config, runtime, max_documents))
+        if world is None or world.context_group is None:
+            return build_attention(config.attention, spec)
+        from model.attention.context import ContextAttention
+
+        inner = build_attention(config.attention, inner_spec(config, spec))
+        return ContextAttention(inner, spec, method_of(config), world.context_group)

@@ -16,6 +16,7 @@ from model.linear import refresh
 
 from .guard import Guard
 from .optimizer import Optimizer
+from .parallel.context import SharedRows
 from .parallel.gradients import Gradients
 from .parallel.world import World
 
@@ -43,34 +44,53 @@ class Forward:
 
     Args:
         autocast: returns the context that the forward pass runs in.
+        shared: how rows are split over the ranks that share them; None where rows are whole.
     """
 
     def __init__(
-        self, model: GPT, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+        self,
+        model: GPT,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]],
+        shared: SharedRows | None = None,
     ) -> None:
-        self.model, self.device, self.autocast = model, device, autocast
+        self.model, self.device, self.autocast, self.shared = model, device, autocast, shared
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
-        """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient."""
-        return self._loss(batch, per_token=True)
+        """The loss of each token of a batch in nats: float32 (B, S), 0 where the target is no token; no gradient.
+
+        Ranks that share rows are all asked for the same batch of whole rows, and all get the whole answer.
+        """
+        if self.shared is None:
+            return self._loss(batch, per_token=True)
+        shard = self.shared.shard(batch)
+        return self.shared.whole(self._loss(shard, per_token=True), shard, batch.tokens_BS.shape[1])
 
     @torch.no_grad()
     def predictions(self, batch: Batch) -> Tensor:
         """The most likely token wherever a batch has a target: int64, in the order of rows and places. Logits exist for
-        these places only; nothing is compiled."""
-        batch = batch.to(self.device)
+        these places only; nothing is compiled. Ranks that share rows are asked as for `losses`."""
+        if self.shared is None:
+            return self._predictions(batch.to(self.device))
+        shard = self.shared.shard(batch).to(self.device)
+        predicted_BS = torch.zeros_like(shard.tokens_BS)
+        predicted_BS[shard.targets_BS != IGNORE_INDEX] = self._predictions(shard)
+        whole_BS = self.shared.whole(predicted_BS, shard, batch.tokens_BS.shape[1])
+        return whole_BS[(batch.targets_BS != IGNORE_INDEX).to(self.device)]
+
+    def _predictions(self, batch: Batch) -> Tensor:
+        inputs = batch.tokens_BS, None, batch.starts_BS, batch.positions_BS
         with self.autocast():
             places_BS = batch.targets_BS != IGNORE_INDEX
-            logits: Tensor = self.model(batch.tokens_BS, None, batch.starts_BS, batch.positions_BS, places_BS=places_BS)
+            logits: Tensor = self.model(*inputs, places_BS=places_BS, split=batch.split)
             return logits.argmax(-1)
 
     def _loss(self, batch: Batch, per_token: bool) -> Tensor:
         batch = batch.to(self.device)
+        inputs = batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS
         with self.autocast():
-            loss: Tensor = self.model(
-                batch.tokens_BS, batch.targets_BS, batch.starts_BS, batch.positions_BS, per_token=per_token
-            )
+            loss: Tensor = self.model(*inputs, per_token=per_token, split=batch.split)
             return loss
 
 
@@ -93,8 +113,9 @@ class TrainStep(Forward):
         grad_clip: float,
         autocast: Callable[[], AbstractContextManager[object]],
         reduction: torch.dtype = torch.float32,
+        shared: SharedRows | None = None,
     ) -> None:
-        super().__init__(model, world.device, autocast)
+        super().__init__(model, world.device, autocast, shared)
         self.optimizer, self.guard, self.world = optimizer, guard, world
         self.gradients = Gradients(model, world, reduction)
         self.max_norm = grad_clip or math.inf

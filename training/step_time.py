@@ -34,14 +34,16 @@ class StepTime:
     """What layers compute a second time."""
     waiting: float
     """For the host's memory, beyond what computing hides."""
+    sending: float = 0.0
+    """To other GPUs, beyond what computing hides; see `training.traffic`."""
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.again + self.waiting
+        return self.products + self.attention + self.again + self.waiting + self.sending
 
 
 def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -> StepTime | None:
-    """The time of a step, where attention sees whole rows; None without a card whose peak is known.
+    """The time of a step of one rank alone, where attention sees whole rows; None without a card whose peak is known.
 
     Documents and windows take less: what they mask is not computed.
 
@@ -56,7 +58,14 @@ def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -
     forward_rate, backward_rate = (peak * 1e12 * part for part in _attention(model.head_dim))
     product_rate = peak * 1e12 * PRODUCTS
     products = 6 * parameter_count(model).matmul * tokens / product_rate
-    forward = 4 * model.n_heads * model.head_dim * causal_keys(work.seq_len, model.window) * tokens / forward_rate
+    forward = (
+        4
+        * model.n_heads
+        * model.head_dim
+        * causal_keys(work.seq_len * work.context, model.window)
+        * tokens
+        / forward_rate
+    )
     backward = 2.5 * forward * forward_rate / backward_rate
     attention = model.n_layers * (forward + backward)
 

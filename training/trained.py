@@ -87,15 +87,18 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
 
 def _checkpoint(place: Path) -> Found:
     try:
-        manifest = checkpoints.verify(place, only=[WEIGHTS, checkpoints.CONFIG])
-    except KeyError as error:
-        raise DamagedCheckpoint(f"checkpoint {place} is not used: it has no {WEIGHTS}") from error
+        manifest = checkpoints.read_manifest(place)
+        files = checkpoints.weight_files(manifest)
+        checkpoints.verify(place, only=[*files, checkpoints.CONFIG])
     except DamagedCheckpoint as damage:
         raise DamagedCheckpoint(f"checkpoint {place} is damaged and not used: {damage}") from damage
+    if not files:
+        raise DamagedCheckpoint(f"checkpoint {place} is not used: it has no {WEIGHTS}")
     settings = saved_settings(place)
     assert settings is not None
     tokenizer = place.resolve().parent.parent / TOKENIZER
-    return Found(place / WEIGHTS, settings, tokenizer, f"{place} (step {manifest.step:,})")
+    weights = place / WEIGHTS if WEIGHTS in files else place
+    return Found(weights, settings, tokenizer, f"{place} (step {manifest.step:,})")
 
 
 def _huggingface(place: Path) -> Found:
@@ -111,6 +114,16 @@ def _huggingface(place: Path) -> Found:
         "tokenizer": {"separator": read_separator(place)},
     }
     return Found(place, settings, place / TOKENIZER, str(place))
+
+
+def read_state(found: Found) -> dict[str, torch.Tensor]:
+    """The weights, whole, by name.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    with _opened(found.weights, found.model) as (names, read):
+        return {name: read(name) for name in sorted(names)}
 
 
 def load_model(
@@ -247,9 +260,15 @@ def _read_weights(model: GPT, file: Path, device: torch.device, linear_dtype: to
 
 @contextmanager
 def _opened(file: Path, config: ModelConfig) -> Iterator[tuple[set[str], Callable[[str], torch.Tensor]]]:
-    """The names of the weights in a file or a folder of transformers, and what reads one of them."""
+    """The names of the weights in a file, a checkpoint of shards or a folder of transformers, and what reads one."""
     from safetensors import SafetensorError, safe_open
 
+    if checkpoints.is_checkpoint(file):
+        from training.checkpoint.state import weights_in
+
+        layout, read = weights_in(file, checkpoints.read_manifest(file))
+        yield set(layout), read
+        return
     if file.is_dir():
         from model.huggingface.shards import read_weights
         from model.huggingface.weights import from_theirs

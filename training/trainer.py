@@ -63,11 +63,7 @@ class Trainer:
         run = self.run
         with ExitStack() as stack:
             stack.enter_context(run.interrupt)  # to the very end: a second SIGTERM cuts nothing short
-            if run.world.is_first:
-                self.run_folder = stack.enter_context(closing(RunFolder(run.config)))
-            run.world.wait()
-            if not run.world.is_first:  # the folder is another rank's, and swept
-                self.run_folder = RunFolder(run.config, is_ours=False)
+            self.run_folder = stack.enter_context(closing(RunFolder(run.config, run.together)))
             restore(run, self.run_folder)
             run.batches.open()
             stack.callback(run.batches.close)

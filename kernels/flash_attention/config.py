@@ -62,6 +62,13 @@ HOPPER_SOFTCAP = {
     ("dkdv", 256): Tiles(32, 64, 8, 2),
 }
 
+# Where tokens of nobody are read as 0, and so by pointers (`ends`): untimed. The tiles above spill 84 and 288 bytes
+# here, and those of dK and dV at 256, without better ones, 188.
+HOPPER_POINTERS = {
+    ("forward", 256): Tiles(128, 32, 8, 2),
+    ("dkdv", 128): Tiles(32, 64, 4, 3),
+}
+
 # Data-centre Blackwell stages operands differently: the tiles above would need 262,752 bytes.
 BLACKWELL = {("dkdv", 256): Tiles(32, 64, 4, 2)}
 
@@ -96,6 +103,14 @@ SMALL = {
 # and 120 have.
 SMALL_RTX = {("dkdv", 256): Tiles(16, 16, 8, 1)}
 
+# A head_dim above 256 (latent attention's 576 and 512), in 16 bits: untimed, and slow, for tiles are padded to 512 or
+# 1,024 columns, of which dQ, and dK and dV, need 114,688 bytes, and the latter spill 200.
+VERY_WIDE = {
+    "forward": Tiles(16, 16, 4, 1),
+    "dq": Tiles(16, 16, 8, 1),
+    "dkdv": Tiles(16, 16, 8, 1),
+}
+
 INTERPRETER = Tiles(64, 32, 4, 1)  # unequal on purpose, so that a mix-up of queries and keys shows
 
 
@@ -108,16 +123,20 @@ def choose_tiles(
     causal: bool = True,
     local: bool = False,
     softcap: bool = False,
+    pointers: bool = False,
 ) -> Tiles:
     """The tiles for one kernel.
 
     Args:
-        kernel: forward, dq or dkdv. head_dim: up to 256.
+        kernel: forward, dq or dkdv. head_dim: the larger of Q's and V's.
         capability: of the GPU, (9, 0) for sm_90; (0, 0) for one that is not NVIDIA's; None in Triton's interpreter.
-        float32: the inputs are. local: a window or documents bound what each query sees. softcap: scores are capped.
+        float32: the inputs are. local: a window or documents bound what each query sees. softcap: scores are capped, or
+            biased. pointers: tiles come by pointers where others come by TMA.
     """
     if capability is None:
         return INTERPRETER
+    if head_dim > 256:
+        return VERY_WIDE[kernel]
     key = (kernel, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256)
     if float32 or capability == (0, 0):
         rtx = capability[0] == 12 or capability in ((8, 6), (8, 9))
@@ -125,6 +144,7 @@ def choose_tiles(
     if capability[0] not in (9, 10):
         return AMPERE[key]
     overrides = (
+        (pointers, HOPPER_POINTERS),
         (capability[0] == 10, BLACKWELL),
         (softcap, HOPPER_SOFTCAP),
         (local, HOPPER_LOCAL),
@@ -134,6 +154,17 @@ def choose_tiles(
         if applies and key in tiles:
             return tiles[key]
     return HOPPER[key]
+
+
+def why_not_so_wide(head_dim: int, capability: tuple[int, int] | None, *, float32: bool) -> str | None:
+    """The reason a GPU does not have VERY_WIDE tiles in its shared memory; None where it does, or none are needed."""
+    if head_dim <= 256 or capability is None:
+        return None
+    if float32:
+        return f"head_dim {head_dim} is for float16 and bfloat16, not float32: above 256 its tiles fit no shared memory"
+    if capability == (0, 0) or (head_dim > 512 and capability[0] not in (9, 10) and capability != (8, 0)):
+        return f"head_dim {head_dim} needs more shared memory than this GPU has; it takes 512 or less (256 on AMD's)"
+    return None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ device knows; a cache that is a ring; and no gradient.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import op
-from .interface import _autocast, _check_qkv, _check_sinks
+from .checks import autocast, check_by_head, check_qkv, check_scaling, check_window, shapes
 
 
 def flash_decode(
@@ -53,21 +52,22 @@ def flash_decode(
         ValueError: inputs that do not fit together or are not supported, a device that cannot run the kernels, or
             gradients are asked for.
     """
-    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
-    _check_qkv(q, k_cache, v_cache)
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    check_qkv(q, k_cache, v_cache)
+    if q.numel() == 0 or k_cache.numel() == 0:
+        raise ValueError(f"{shapes(q, k_cache, v_cache)} have a dimension of size 0: skip the call")
+    if q.shape[3] != v_cache.shape[3] or q.shape[3] > 256:
+        raise ValueError(f"{shapes(q, k_cache, v_cache)}: flash_decode has one head_dim for all, of at most 256")
+    if q.shape[1] > k_cache.shape[1]:
+        raise ValueError(f"{q.shape[1]} queries but {k_cache.shape[1]} slots: the cache holds their keys, too")
     B, _S, _H, D = q.shape
     if lengths.shape != (B,) or lengths.dtype != torch.int32 or lengths.device != q.device:
         found = f"{tuple(lengths.shape)}, {lengths.dtype} on {lengths.device}"
         raise ValueError(f"lengths is {found}; pass ({B},), int32 on {q.device}: the tokens that each row has")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: use a cap above 0, or 0 for none")
-    scale = 1 / math.sqrt(D) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale}: use a number above 0 (to flip the scores' sign, pass -q)")
+    check_window(window)
+    scale = check_scaling(softcap, scale, D)
     if sinks is not None:
-        _check_sinks(sinks, q)
+        check_by_head("sinks", sinks, q)
         sinks = sinks.contiguous()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)):
         raise ValueError("flash_decode has no gradient; call it under torch.no_grad(), or train with flash_attention")

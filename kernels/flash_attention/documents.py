@@ -13,25 +13,75 @@ from torch import Tensor
 
 
 def starts_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
-    """Starts of one row of packed sequences, from where each begins.
+    """Starts of one row of packed sequences, from where each begins, for causal attention.
 
     Args:
-        cu_seqlens: int32 (N + 1,), nondecreasing from 0: sequence i holds the tokens [cu_seqlens[i], cu_seqlens[i+1]).
-            Equal neighbours are an empty sequence.
-        seq_len: S, the row's length. Tokens from cu_seqlens[N] on are padding: one more document, seen by no sequence.
+        cu_seqlens: int32 (N + 1,), nondecreasing: sequence i holds the tokens [cu_seqlens[i], cu_seqlens[i+1]). Equal
+            neighbours are an empty sequence. Tokens before the first and after the last are nobody's: they see nothing.
+        seq_len: S, the row's length.
     Returns:
         int32 (1, S): a batch of one row.
     Raises:
         ValueError: cu_seqlens is not a vector of int32.
     """
+    positions_S, sequence_S = _sequences("cu_seqlens", cu_seqlens, seq_len)
+    starts_S = cu_seqlens[sequence_S]  # before the first sequence: its start, which is yet to come
+    return torch.where(positions_S < cu_seqlens[-1], starts_S, seq_len).int()[None]
+
+
+def intervals_from_cu_seqlens(
+    cu_seqlens: Tensor, seq_len: int, cu_seqlens_k: Tensor | None = None, *, causal: bool, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which keys the queries of packed sequences see: [starts, ends) of each.
+
+    Args:
+        cu_seqlens: int32 (N + 1,), nondecreasing: sequence i has the queries [cu_seqlens[i], cu_seqlens[i+1]).
+        seq_len: S, the number of queries.
+        cu_seqlens_k: the same for its keys. None where they are the queries' own: then `causal` and `window` are left
+            to the kernels, in which a query has the position of its key.
+        causal, window: as in `flash_attention`, the queries of a sequence being the last of its keys' positions.
+    Returns:
+        starts, ends: int32 (1, S), nondecreasing. Queries of no sequence see nothing.
+    Raises:
+        ValueError: cu_seqlens or cu_seqlens_k is not a vector of int32, or they have different lengths.
+    """
+    positions_S, sequence_S = _sequences("cu_seqlens", cu_seqlens, seq_len)
+    if cu_seqlens_k is None:
+        starts_1S = starts_from_cu_seqlens(cu_seqlens, seq_len)
+        ends_S = torch.where(positions_S < cu_seqlens[0], cu_seqlens[0], cu_seqlens[sequence_S + 1])
+        return starts_1S, ends_S[None]
+    _sequences("cu_seqlens_k", cu_seqlens_k, 0)
+    if cu_seqlens_k.shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_k {tuple(cu_seqlens_k.shape)} must be {tuple(cu_seqlens.shape)}, as cu_seqlens: "
+            "the queries of sequence i see keys of sequence i"
+        )
+    first_S, end_S = cu_seqlens_k[sequence_S].long(), cu_seqlens_k[sequence_S + 1].long()
+    at_S = end_S - (cu_seqlens[sequence_S + 1] - positions_S)  # among the keys
+    starts_S, ends_S = first_S, end_S
+    if window is not None:
+        starts_S = torch.maximum(starts_S, at_S - window + 1)
+        ends_S = torch.minimum(ends_S, at_S + window)
+    if causal:
+        ends_S = torch.minimum(ends_S, at_S + 1)
+    # Of a query that is as far before its sequence's first key as it has more queries than keys.
+    ends_S = torch.maximum(ends_S, first_S)
+    for nobody_S, where in ((positions_S < cu_seqlens[0], 0), (positions_S >= cu_seqlens[-1], -1)):
+        starts_S = torch.where(nobody_S, cu_seqlens_k[where], starts_S)
+        ends_S = torch.where(nobody_S, cu_seqlens_k[where], ends_S)
+    return starts_S.int()[None], ends_S.int()[None]
+
+
+def _sequences(name: str, cu_seqlens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Positions 0 to seq_len − 1, and of each the sequence that has it, or the first or last where none does."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
-            f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
+            f"{name} {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
             "pass int32 (N + 1,), where each of N sequences begins and, last, where the last one ends"
         )
     positions_S = torch.arange(seq_len, dtype=torch.int32, device=cu_seqlens.device)
     sequence_S = torch.searchsorted(cu_seqlens, positions_S, right=True) - 1
-    return cu_seqlens[sequence_S][None]
+    return positions_S, sequence_S.clamp(0, cu_seqlens.shape[0] - 2)
 
 
 def starts_from_separators(tokens_BS: Tensor, separator: int, *, separator_begins: bool = False) -> Tensor:

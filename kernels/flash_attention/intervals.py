@@ -13,8 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
-def keys_seen(t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr):
-    """The interval [first, end) of keys that the query at position t sees; t and start are numbers or vectors."""
+def keys_seen(
+    t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr,
+    last=0, ENDS: tl.constexpr = False,
+):  # fmt: skip
+    """The interval [first, end) of keys that the query at position t sees; t, start and last, of `ends`, are
+    numbers or vectors."""
     first = t * 0
     end = first + S_k
     if STARTS:
@@ -24,6 +28,8 @@ def keys_seen(t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
         end = tl.minimum(end, t + window)
     if CAUSAL:
         end = tl.minimum(end, t + 1)
+    if ENDS:
+        end = tl.minimum(end, last)
     return first, end
 
 
@@ -45,7 +51,7 @@ def sees(n, t, start, S_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, S
 
 @triton.jit
 def queries_of_keys(n0, n1, shift, some_to, full_to, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which queries see the keys n0 to n1, documents aside: (some_from, full_from, some_to, full_to).
+    """Which queries see the keys n0 to n1, starts and ends aside: (some_from, full_from, some_to, full_to).
 
     Queries [some_from, some_to) hold every one that sees some of these keys; each of [full_from, full_to) sees all of
     them. A query's position is its number plus `shift`. `some_to` and `full_to` come in as the ends of all queries; the
@@ -78,3 +84,18 @@ def queries_by_starts(starts_ptr, n0, n1, S, M: tl.constexpr):
         some += tl.sum((starts <= n1).to(tl.int32), 0)
         full += tl.sum((starts <= n0).to(tl.int32), 0)
     return some * M, (full - 1) * M + 1
+
+
+@triton.jit
+def queries_by_ends(ends_ptr, n0, n1, S, M: tl.constexpr):
+    """The same for the ends of what queries see: queries [some_from, S) hold every one whose keys end after n0; each of
+    [full_from, S) has keys that end after n1. By the last end of each tile of M queries."""
+    CHUNK: tl.constexpr = 1024
+    none = 0
+    not_all = 0
+    for i in range(0, tl.cdiv(S, M), CHUNK):
+        m = (i + tl.arange(0, CHUNK)) * M
+        ends = tl.load(ends_ptr + tl.minimum(m + M, S) - 1, mask=m < S, other=2147483647)
+        none += tl.sum((ends <= n0).to(tl.int32), 0)
+        not_all += tl.sum((ends <= n1).to(tl.int32), 0)
+    return none * M, (not_all + 1) * M - 1

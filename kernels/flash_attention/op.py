@@ -5,7 +5,7 @@ a selective-checkpointing policy and one line in FlopCounterMode. The kernels th
 and whether they run on this machine is asked there too: with real tensors, never while tracing.
 
 Registered by torch.library.Library and an autograd.Function, not by torch.library.custom_op: its wrappers take 65 µs
-more of the host for a forward and backward pass (docs/kernels/portable.md), and at 1k tokens the GPU waits for them.
+more of the host for a forward and backward pass (docs/lab, L6), and at 1k tokens the GPU waits for them.
 """
 
 from __future__ import annotations
@@ -20,69 +20,152 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils.flop_counter import register_flop_formula
+
+from . import batching
 
 IMPLEMENTATIONS = {"triton": ".portable", "hopper": ".hopper"}
 PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor,
+    starts: Tensor | None, ends: Tensor | None, sinks: Tensor | None, slopes: Tensor | None,
     causal: bool, window: int | None, softcap: float, scale: float, deterministic: bool, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of inputs that `flash_attention` has checked. Always both: backward, and a checkpoint, need both."""
+    if q.numel() == 0 or k.numel() == 0:
+        return _attend_to_nothing(q, v, sinks)
     return _run(
-        "forward", implementation, q, k, v, starts, sinks, causal=causal, window=window, softcap=softcap, scale=scale
-    )
+        "forward", implementation, (q, k, v), starts, ends, sinks, slopes,
+        causal=causal, window=_bounding(window, q, k), softcap=softcap, scale=scale,
+    )  # fmt: skip
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    starts: Tensor | None, sinks: Tensor | None,
+    starts: Tensor | None, ends: Tensor | None, sinks: Tensor | None, slopes: Tensor | None,
     causal: bool, window: int | None, softcap: float, scale: float, deterministic: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dsinks); dsinks has no elements where there are no sinks: an operator returns tensors only."""
-    dq, dk, dv, dsinks = _run(
-        "backward", implementation, dout, dlse, q, k, v, out, lse, starts, sinks,
-        causal=causal, window=window, softcap=softcap, scale=scale,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of q, k, v, sinks and slopes; None, or for nothing, where one is not `wanted`."""
+    if q.numel() == 0 or k.numel() == 0:
+        return _gradients_of_nothing(dlse, lse, sinks, q, k, v, slopes)
+    gradients: tuple[Tensor | None, ...] = _run(
+        "backward", implementation, (dout, dlse, q, k, v, out, lse), starts, ends, sinks, slopes,
+        causal=causal, window=_bounding(window, q, k), softcap=softcap, scale=scale,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(), wanted=wanted,
     )  # fmt: skip
-    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+    return gradients
 
 
-def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _backward_operator(*inputs: Any) -> tuple[Tensor, ...]:
+    """`backward`, with tensors without elements where nothing is wanted: an operator returns tensors only."""
+    nothing = inputs[2].new_empty(0)
+    return tuple(
+        x if is_wanted and x is not None else nothing.clone()
+        for x, is_wanted in zip(backward(*inputs), inputs[-1], strict=True)
+    )
+
+
+def _bounding(window: int | None, q: Tensor, k: Tensor) -> int | None:
+    """The window, and None where it hides nothing; so no position plus window can pass 2³¹. Here, not where inputs are
+    checked: a traced graph would else be one for lengths above the window, or below."""
+    return None if window is None or window >= max(q.shape[1], k.shape[1]) else window
+
+
+def _attend_to_nothing(q: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    B, S, H, _ = q.shape
+    lse = q.new_full((B, H, S), -torch.inf, dtype=torch.float32)
+    if sinks is not None:
+        lse.copy_(sinks[:, None])
+    return q.new_zeros(B, S, H, v.shape[3]), lse
+
+
+def _gradients_of_nothing(
+    dlse: Tensor | None, lse: Tensor, sinks: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, slopes zeros; of sinks what they are to lse alone."""
+    from .problem import dsinks_of  # with Triton
+
+    dsinks = None if sinks is None else dsinks_of(sinks, lse, torch.zeros_like(lse) if dlse is None else -dlse)
+    dq, dk, dv, dslopes = (None if x is None else torch.zeros_like(x) for x in others)
+    return dq, dk, dv, dsinks, dslopes
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, S, H, _D = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
+    return q.new_empty(B, S, H, v.shape[3]), q.new_empty((B, H, S), dtype=torch.float32)
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    out: Tensor, lse: Tensor, starts: Tensor | None, sinks: Tensor | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    starts: Tensor | None, ends: Tensor | None, sinks: Tensor | None, slopes: Tensor | None, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(
+        x.new_empty(x.shape) if x is not None and is_wanted else q.new_empty(0)
+        for x, is_wanted in zip((q, k, v, sinks, slopes), options[-1], strict=True)
+    )
 
 
 class _FlashAttention(torch.autograd.Function):
+    """Applied below the dispatcher, which has taken torch.func's transforms apart: of each it sees one level alone."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.flash_gpt.flash_attention.default(q, k, v, *inputs)
-        starts, sinks, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, out, lse, starts, sinks)
+        if _nobody_looks_on(q, k, v):
+            out, lse = forward(q, k, v, *inputs)
+        else:
+            out, lse = _below_autograd(torch.ops.flash_gpt.flash_attention.default, q, k, v, *inputs)
+        starts, ends, sinks, slopes, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, out, lse, starts, ends, sinks, slopes)
         # An output that the loss does not use gives None, not a tensor of zeros: backward is cheaper without dlse.
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, starts, sinks = ctx.saved_tensors
+        q, k, v, out, lse, starts, ends, sinks, slopes = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        backward_op = torch.ops.flash_gpt.flash_attention_backward.default
-        function = _DifferentiatedOnce.apply if torch.is_grad_enabled() else backward_op
-        dq, dk, dv, dsinks = function(dout, dlse, q, k, v, out, lse, starts, sinks, *ctx.options)
-        return dq, dk, dv, None, None if sinks is None else dsinks, *(None for _ in ctx.options)
+        wants_q, wants_k, wants_v, _, _, wants_sinks, wants_slopes, *others = ctx.needs_input_grad
+        wanted = [wants_q, wants_k, wants_v, wants_sinks, wants_slopes]
+        inputs = dout, dlse, q, k, v, out, lse, starts, ends, sinks, slopes, *ctx.options, wanted
+        if not torch.is_grad_enabled() and _nobody_looks_on(dout, q, k, v):
+            gradients = backward(*inputs)
+        else:  # a graph of the gradient is wanted (create_graph=True), or may be
+            gradients = torch.ops.flash_gpt.flash_attention_backward.default(*inputs)
+        dq, dk, dv, dsinks, dslopes = [x if is_wanted else None for x, is_wanted in zip(gradients, wanted, strict=True)]
+        return dq, dk, dv, None, None, dsinks, dslopes, *[None] * len(others)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"flash_attention has no forward-mode derivative (jvp); use {PACKAGE}.attention")
+
+
+def _nobody_looks_on(*tensors: Tensor) -> bool:
+    """Whether calling a kernel itself shows in nothing but the time: the dispatcher takes 6 µs for the forward operator
+    and 23 for the backward (docs/lab, L20). It must be asked where a mode, a transform or a subclass of
+    Tensor listens, or where there is no data."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(x) is Tensor for x in tensors)
+        and not tensors[0].is_meta
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _below_autograd(operator: Any, *inputs: Any) -> Any:
+    """What the operator returns, without a graph on this level of torch.func's transforms, but with those of the outer
+    ones, which PyTorch switches off inside of a function's forward."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if not torch._C._are_functorch_transforms_active():
+            return operator(*inputs)
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return operator(*inputs)
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -90,46 +173,72 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return torch.ops.flash_gpt.flash_attention_backward.default(*inputs)
+        return _below_autograd(torch.ops.flash_gpt.flash_attention_backward.default, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"flash_attention is differentiable once; for second derivatives use {PACKAGE}.attention")
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"flash_attention is differentiable once; for second derivatives use {PACKAGE}.attention")
+
+
+def _differentiable(function: Any) -> Any:
+    """An operator's kernel of the Autograd key: `function.apply` of one level of torch.func's transforms, for which
+    PyTorch wants to be told so, and without the Python in which Function.apply takes transforms apart."""
+    apply_level = super(torch.autograd.Function, function).apply
+
+    def apply(*inputs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply_level(*inputs)
+        return apply_level(*inputs)
+
+    return apply
+
 
 # PyTorch counts its own attention kernels so: every query with every key, 2 products forward and 5 backward (the
 # scores are computed again). Counting the pairs that a mask lets through would need the values of `starts`, and would
 # make the same model cheaper here than with SDPA.
-def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any) -> int:
     B, S, H, D = q_shape
-    return 2 * 2 * B * H * S * k_shape[1] * D
+    return 2 * B * H * S * k_shape[1] * (D + v_shape[3])
 
 
-def _backward_flops(dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(
+    dout_shape: Any, dlse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *_: Any, **__: Any
+) -> int:
     B, S, H, D = q_shape
-    return 5 * 2 * B * H * S * k_shape[1] * D
+    return 2 * B * H * S * k_shape[1] * (3 * D + 2 * v_shape[3])
 
 
-MASK = (
-    "Tensor? starts, Tensor? sinks, bool causal, SymInt? window, float softcap, float scale, bool deterministic, "
-    "str implementation"
-)
+INPUTS = "Tensor? starts, Tensor? ends, Tensor? sinks, Tensor? slopes"
+OPTIONS = "bool causal, SymInt? window, float softcap, float scale, bool deterministic, str implementation"
 SCHEMAS = {
-    "flash_attention": f"(Tensor q, Tensor k, Tensor v, {MASK}) -> (Tensor, Tensor)",
+    "flash_attention": f"(Tensor q, Tensor k, Tensor v, {INPUTS}, {OPTIONS}) -> (Tensor, Tensor)",
     "flash_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{MASK}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{INPUTS}, {OPTIONS}, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 _library = torch.library.Library("flash_gpt", "FRAGMENT")
 if not hasattr(torch.ops.flash_gpt, "flash_attention"):  # imported as kernels and as flash_gpt: the first one's serve
-    for name, function, fake, flops in (
-        ("flash_attention", forward, _forward_fake, _forward_flops),
-        ("flash_attention_backward", backward, _backward_fake, _backward_flops),
+    for name, function, fake, flops, derivative, rule in (
+        ("flash_attention", forward, _forward_fake, _forward_flops, _FlashAttention, batching.forward),
+        (
+            "flash_attention_backward",
+            _backward_operator,
+            _backward_fake,
+            _backward_flops,
+            _DifferentiatedOnce,
+            batching.backward,
+        ),
     ):
         _library.define(name + SCHEMAS[name], tags=[torch.Tag.pt2_compliant_tag])
         _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, _differentiable(derivative), "Autograd")
         torch.library.register_fake(f"flash_gpt::{name}", fake, lib=_library)
+        torch.library.register_vmap(f"flash_gpt::{name}", rule, lib=_library)
         register_flop_formula(getattr(torch.ops.flash_gpt, name))(flops)
-    _library.impl("flash_attention", _FlashAttention.apply, "Autograd")
 
 
 FLASH_ATTENTION_OPS = [torch.ops.flash_gpt.flash_attention.default]
@@ -162,9 +271,13 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 @cache
-def choose_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_implementation(
+    implementation: str, device: torch.device, dtype: torch.dtype, lacking: str | None = None
+) -> str:
     """The implementation that runs such inputs: hopper or triton.
 
+    Args:
+        lacking: what the Hopper kernels do not compute of what is asked for (`hopper_lacks`).
     Raises:
         ValueError: none does, or not the one that was named.
     """
@@ -173,7 +286,7 @@ def choose_implementation(implementation: str, device: torch.device, dtype: torc
         raise ValueError(reason)
     if implementation == "triton":
         return implementation
-    reason = why_not_hopper(device, dtype)
+    reason = why_not_hopper(device, dtype) or lacking
     if reason is None:
         return "hopper"
     if implementation == "auto":
@@ -193,13 +306,43 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
+def hopper_lacks(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None, slopes: Tensor | None, causal: bool
+) -> str | None:
+    """What the Hopper kernels do not compute of what is asked for; None where they do all of it.
+
+    With a causal mask `ends` only tell which tokens are nobody's, as packed sequences have them: their starts hide all
+    keys from them already.
+    """
+    (B, S, H, D), S_k = q.shape, k.shape[1]
+    if slopes is not None:
+        return "the Hopper kernels have no alibi_slopes"
+    if ends is not None and not causal:
+        return "the Hopper kernels have no ends, as packed sequences need them that are not causal or have keys apart"
+    if v.shape[3] != D or D > 256:
+        return f"the Hopper kernels have one head_dim of at most 256 for q, k and v, not {D} and {v.shape[3]}"
+    if S_k < S:
+        return f"the Hopper kernels have no more queries than keys, not {S} and {S_k}"
+    if B * H * (S_k + 192) >= 2**31:
+        return (
+            f"the Hopper kernels have fewer than 2³¹ rows, with those that fill a tile; {B} × {H} of {S_k} are too many"
+        )
+    return None
+
+
+def _run(
+    part: str, implementation: str, tensors: tuple[Any, ...], starts: Tensor | None, ends: Tensor | None,
+    sinks: Tensor | None, slopes: Tensor | None, **options: Any,
+) -> Any:  # fmt: skip
     """forward or backward, by the kernels that serve these tensors."""
-    name = choose_implementation(implementation, tensors[0].device, tensors[0].dtype)
+    q, k, v = tensors[:3] if part == "forward" else tensors[2:5]
+    lacking = hopper_lacks(q, k, v, ends, slopes, options["causal"])
+    name = choose_implementation(implementation, q.device, q.dtype, lacking)
+    inputs = *tensors, starts, ends, sinks, slopes
     if name == "hopper" and implementation == "auto":
-        if not _gluon_failed:
+        if not (_gluon_failed or _is_one_sided(options)):
             try:
-                return getattr(_kernels("hopper"), part)(*tensors, **options)
+                return _call("hopper", part, inputs, options)
             except _gluon_errors() as error:
                 _gluon_failed.append(error)
                 said = (str(error).strip().splitlines() or [""])[-1]
@@ -209,7 +352,17 @@ def _run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
                     stacklevel=2,
                 )
         name = "triton"
-    return getattr(_kernels(name), part)(*tensors, **options)
+    return _call(name, part, inputs, options)
+
+
+def _is_one_sided(options: dict[str, Any]) -> bool:
+    """Whether dq is wanted without dk and dv, or these without dq: the portable kernels compute either alone."""
+    wants_q, wants_k, wants_v, *_ = options.get("wanted", (True,) * 3)
+    return wants_q != (wants_k or wants_v)
+
+
+def _call(name: str, part: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return getattr(_kernels(name), part)(*inputs, **options)
 
 
 _gluon_failed: list[Exception] = []

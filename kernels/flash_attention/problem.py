@@ -11,10 +11,14 @@ from .scores import LOG2E
 class Problem:
     """The mask and the scores' scaling as the kernels take them."""
 
-    def __init__(self, causal: bool, window: int | None, starts: Tensor | None, softcap: float, scale: float) -> None:
-        self.starts = None if starts is None else starts.contiguous()
+    def __init__(
+        self, causal: bool, window: int | None, starts: Tensor | None, softcap: float, scale: float,
+        ends: Tensor | None = None, slopes: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.starts, self.ends, self.slopes = starts, ends, slopes
         self.flags = {
-            "CAUSAL": causal, "WINDOW": window is not None, "STARTS": starts is not None, "SOFTCAP": softcap > 0
+            "CAUSAL": causal, "WINDOW": window is not None, "STARTS": starts is not None, "SOFTCAP": softcap > 0,
+            "ENDS": ends is not None, "ALIBI": slopes is not None,
         }  # fmt: skip
         # window, cap, factor: see scores.py
         cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)

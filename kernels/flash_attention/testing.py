@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference import visible_pairs
 
 Results = dict[str, Tensor]
-"""Of `out`, `lse`, `dq`, `dk`, `dv` and `dsinks` those that are known."""
+"""Of `out`, `lse`, `dq`, `dk`, `dv`, `dsinks` and `dslopes` those that are known."""
 
 LUCK = 6
 """Standard deviations that a row may be off by: of a million rows about one in 500 runs is."""
@@ -80,8 +80,8 @@ def assert_rows_within_twice(ours: Results, standard: Results, truth: Results, e
 
 def expected_rounding(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, dout: Tensor, dlse: Tensor | None, *, dtype: torch.dtype,
-    causal: bool = True, window: int | None = None, starts: Tensor | None = None, softcap: float = 0.0,
-    scale: float | None = None,
+    causal: bool = True, window: int | None = None, starts: Tensor | None = None, ends: Tensor | None = None,
+    softcap: float = 0.0, scale: float | None = None, alibi_slopes: Tensor | None = None,
 ) -> Results:  # fmt: skip
     """The rounding error that a flash attention must expect in each row, as a standard deviation of its norm.
 
@@ -90,8 +90,8 @@ def expected_rounding(
     Numbers below the smallest that arithmetic on a GPU keeps may become 0.
 
     Args:
-        q (B, S, H, D), k and v (B, S_k, G, D), dout (B, S, H, D), dlse (B, H, S), sinks (H,): float64, with values of
-            `dtype`. The rest is `kernels.attention`'s mask.
+        q (B, S, H, D), k (B, S_k, G, D), v (B, S_k, G, D_v), dout (B, S, H, D_v), dlse (B, H, S), sinks (H,): float64,
+            with values of `dtype`. The rest is `kernels.attention`'s mask, and its slopes.
     Returns:
         out and dq (B, S, H), dk and dv (B, S_k, G), float64.
     """
@@ -100,7 +100,7 @@ def expected_rounding(
     # float16 keeps its subnormal numbers, float32 and bfloat16 lose theirs.
     smallest = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
     scale = scale if scale is not None else 1 / math.sqrt(D)
-    visible = visible_pairs(S, S_k, causal=causal, window=window, starts=starts, device=q.device)[:, None]
+    visible = visible_pairs(S, S_k, causal=causal, window=window, starts=starts, ends=ends, device=q.device)[:, None]
 
     def by_head(x: Tensor) -> Tensor:  # (B, S, H or G, D) → (B, H, S, D)
         return x.transpose(1, 2).repeat_interleave(H // x.shape[2], 1)
@@ -123,6 +123,9 @@ def expected_rounding(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
         slope = 1 - (scores / softcap).square()
+    if alibi_slopes is not None:
+        distance = (torch.arange(S_k - S, S_k, device=q.device)[:, None] - torch.arange(S_k, device=q.device)).abs()
+        scores = scores - alibi_slopes[:, None, None] * distance
     scores = scores.masked_fill(~visible, -math.inf)
     lse = torch.logsumexp(scores, -1, keepdim=True)
     if sinks is not None:

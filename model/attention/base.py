@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from kernels.reference import attend, cached_pairs
@@ -24,9 +25,13 @@ class AttentionBackend(ABC):
     Adding a backend: docs/attention.md.
     """
 
-    name: ClassVar[str]
+    name: str
     decodes_with: ClassVar[str] = "plain PyTorch"
     """What `decode` runs."""
+    keeps_lse: ClassVar[bool] = False
+    """Whether `forward` returns the log-sum-exp, with which `backward` need not compute attention again."""
+    takes_any_length: ClassVar[bool] = True
+    """Whether a new length of queries or keys costs nothing but its computation; False: it is compiled."""
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         """Raises ValueError where PyTorch, and nothing that can be known without it, refuses the spec."""
@@ -49,9 +54,36 @@ class AttentionBackend(ABC):
             num_keys: where there are more keys than queries, which are then the last S positions; None for S.
         """
 
+    def prepare_shard(self, starts_BS: Tensor | None, split: Tensor) -> Any:
+        """As `prepare`, where ranks share rows: `model.attention.context`.
+
+        Args:
+            starts_BS: of whole rows. split: who holds which of their tokens.
+        """
+        raise TypeError(f"attention={self.name} attends to whole rows")
+
+    def mask(self, starts_BS: Tensor | None, seq_len: int, split: Tensor | None = None) -> Any:
+        """Of a batch: of whole rows, or with a split of shards."""
+        return self.prepare(starts_BS, seq_len) if split is None else self.prepare_shard(starts_BS, split)
+
     @abstractmethod
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Any) -> Tensor:
         """out (B, S, H, D) from q (B, S, H, D), k and v (B, S, G, D) and what `prepare` returned."""
+
+    # ---- without a graph, for a wrapper that computes gradients itself: `model.attention.context`
+
+    def forward(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+        """(out, lse), what `backward` needs beside its inputs: lse float32 (B, H, S) where `keeps_lse`, else empty."""
+        return self(q_BSHD, k_BKGD, v_BKGD, mask), q_BSHD.new_empty(0, dtype=torch.float32)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of what `forward` computed: here by computing it again."""
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        with torch.enable_grad():
+            dq, dk, dv = torch.autograd.grad(self(q, k, v, mask), (q, k, v), dout)
+        return dq, dk, dv
 
     def compile_ahead(self) -> None:  # noqa: B027 (most backends have no kernels to compile)
         """Begin to compile this backend's kernels, on a thread; `prepare` waits for it."""

@@ -7,12 +7,14 @@ is left to the backend's constructor.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import ceil, gcd
 
 from .spec import AttentionSpec
 
 FLASH_IMPLEMENTATIONS = ("hopper", "triton")
+CONTEXT_METHODS = ("ulysses", "all-gather")
 SDPA_KERNELS = ("flash", "cudnn", "efficient", "math")
 
 
@@ -129,3 +131,31 @@ ATTENTIONS: dict[str, type[AttentionConfig]] = {
     "flex": FlexConfig,
     "math": AttentionConfig,
 }
+
+
+def context_method(asked: str, n_heads: int, size: int, head_groups: int = 1) -> str:
+    """How `size` ranks that share rows attend (`model.attention.context`); auto: by ulysses where that can be.
+
+    Args:
+        asked: auto, ulysses or all-gather. head_groups: in as many groups of heads attention is computed one by one.
+    Raises:
+        ValueError: the heads forbid what was asked for.
+    """
+    divides = n_heads % (size * head_groups) == 0
+    if asked == "ulysses" and not divides:
+        heads = (
+            f"{n_heads} heads" if head_groups == 1 else f"each of memory.head_groups={head_groups} of {n_heads} heads"
+        )
+        raise ValueError(
+            f"parallel.context_method=ulysses divides heads evenly, and {heads} cannot be divided among {size} ranks; "
+            f"use auto or all-gather"
+        )
+    return asked if asked != "auto" else "ulysses" if divides else "all-gather"
+
+
+def context_spec(spec: AttentionSpec, method: str, size: int) -> AttentionSpec:
+    """What the backend computes on each of `size` ranks that share rows of `spec`."""
+    if method == "all-gather":
+        return spec
+    kv_heads = spec.n_kv_heads // gcd(spec.n_kv_heads, size)
+    return replace(spec, n_heads=spec.n_heads // size, n_kv_heads=kv_heads, seq_len=ceil(spec.seq_len / size) * size)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import flash_attention, flash_decode
+from kernels import flash_attention, flash_attention_backward, flash_decode
 from kernels.flash_attention.config import choose_tiles
 
 from .base import AttentionBackend
@@ -22,6 +23,7 @@ SHORT_ROW = 4096
 class FlashAttention(AttentionBackend):
     name = "flash"
     decodes_with = "flash-gpt's decoding kernel"
+    keeps_lse = True
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
@@ -79,20 +81,23 @@ class FlashAttention(AttentionBackend):
         return starts_BS
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
-        spec = self.spec
-        out = flash_attention(
-            q_BSHD,
-            k_BSGD,
-            v_BSGD,
-            causal=spec.causal,
-            window=spec.window,
-            starts=mask,
-            softcap=spec.softcap,
-            scale=spec.scale,
-            implementation=self.implementation,
-        )
-        assert isinstance(out, Tensor)
+        out, _ = self.forward(q_BSHD, k_BSGD, v_BSGD, mask)
         return out
+
+    def forward(self, q_BSHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        result = flash_attention(q_BSHD, k_BKGD, v_BKGD, starts=mask, return_lse=True, **self._options())
+        assert isinstance(result, tuple)
+        return result
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return flash_attention_backward(dout, q, k, v, out, lse, starts=mask, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        spec = self.spec
+        options = {"causal": spec.causal, "window": spec.window, "softcap": spec.softcap, "scale": spec.scale}
+        return options | {"implementation": self.implementation}
 
     def prepare_decode(self, lengths_B: Tensor, seq_len: int, capacity: int) -> Tensor:
         return lengths_B

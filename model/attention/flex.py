@@ -23,6 +23,7 @@ class FlexAttention(AttentionBackend):
     """FlexAttention, always compiled on CUDA: by itself when the model is not."""
 
     name = "flex"
+    takes_any_length = False
 
     def __init__(self, spec: AttentionSpec, config: AttentionConfig) -> None:
         super().__init__(spec, config)
@@ -89,10 +90,10 @@ class _FlexOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
-        S = q.shape[1]
-        visible_BSK = torch.ones(1, S, S, dtype=torch.bool)
+        S, K = q.shape[1], k.shape[1]
+        visible_BSK = torch.ones(1, S, K, dtype=torch.bool)
         if ctx.mask is not None:
-            visible_BSK = create_mask(ctx.mask.mask_mod, ctx.mask.shape[0], 1, S, S, device="cpu")[:, 0]
+            visible_BSK = create_mask(ctx.mask.mask_mod, ctx.mask.shape[0], 1, S, K, device="cpu")[:, 0]
         with torch.enable_grad():
             out = attend(q, k, v, visible_BSK, scale=ctx.spec.scale, softcap=ctx.spec.softcap)
             assert isinstance(out, Tensor)

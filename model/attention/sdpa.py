@@ -49,15 +49,15 @@ class SdpaAttention(AttentionBackend):
 
     def prepare(self, starts_BS: Tensor | None, seq_len: int, num_keys: int | None = None) -> Tensor | None:
         spec = self.spec
+        options: dict[str, Any] = {"causal": spec.causal, "window": spec.window, "starts": starts_BS}
         if num_keys is not None:
             # Without a mask, PyTorch's causal queries are the first of the keys' positions.
-            return visible_pairs(seq_len, num_keys, causal=spec.causal, window=spec.window, device=spec.device)[:, None]
+            return visible_pairs(seq_len, num_keys, device=spec.device, **options)[:, None]
         if self.kernel == VARLEN and starts_BS is not None:
             assert spec.max_documents is not None
             return cumulative_lengths(starts_BS, spec.max_documents)
         if self.kernel == VARLEN or (starts_BS is None and spec.window is None):
             return None
-        options: dict[str, Any] = {"causal": spec.causal, "window": spec.window, "starts": starts_BS}
         return visible_pairs(seq_len, seq_len, device=spec.device, **options)[:, None]
 
     def __call__(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:

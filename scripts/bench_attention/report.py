@@ -264,7 +264,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plots: Sequence[str] = 
 
 
 def charts(rows: Sequence[Row]) -> dict[str, str]:
-    """Plots by the ending of their file's name: speed, and the ratio to the fastest other, against S on the grid."""
+    """Plots by the ending of their file's name, against S on the grid: speed, also in two panels for a small page, and
+    the ratio to the fastest other."""
     table = {case: by_peer for case, by_peer in by_case(rows).items() if case.is_grid}
     speed = [[panel for panel in line if panel.series] for line in speed_panels(table)]
     ahead = [panel for panel in ratio_panels(table) if panel.series]
@@ -274,6 +275,8 @@ def charts(rows: Sequence[Row]) -> dict[str, str]:
         names = [peer for peer in PEERS if peer in shown]
         title = "Attention, speed against sequence length"
         found[".svg"] = line_chart(title, "TFLOP/s", [line for line in speed if line], names)
+        if causal := [line[-1] for line in speed[: len(DIRECTIONS)] if line]:  # of the largest head_dim
+            found["-causal.svg"] = line_chart(title, "TFLOP/s", [causal], names)
     if ahead:
         title = f"Speed of {OURS} over that of the fastest other, against sequence length"
         found["-ratio.svg"] = line_chart(title, f"{OURS} ÷ best other", [ahead], list(RATIO_SERIES))

@@ -160,8 +160,12 @@ def time_ours(overrides: str, seq_len: int, config: ModelConfig, windows: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=16384)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seq-len", type=int, default=16384, help="tokens in a row (default 16384)")
     parser.add_argument("--windows", type=int, default=5, help="windows of ten steps (default 5)")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to time its model.py too")
     parser.add_argument("--commands", nargs="*", default=COMMANDS, help="overrides of train.py, one row each")

@@ -11,7 +11,7 @@ import triton
 from triton.compiler import ASTSource
 
 from kernels.flash_attention import portable
-from kernels.flash_attention.config import Tiles, choose_tiles
+from kernels.flash_attention.config import Tiles, choose_tiles, why_not_so_wide
 
 from .configuration import ARCHITECTURES, Configuration, target_of
 
@@ -19,19 +19,32 @@ __all__ = ["ARCHITECTURES", "configurations"]
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
 TILED_BY_KEYS = ("k", "v", "dk", "dv")
+WIDE_AS_V = ("v", "out", "dout", "dv")
+ASKED_BY = {
+    "starts_ptr": "STARTS", "sinks_ptr": "SINKS", "ends_ptr": "ENDS", "slopes_ptr": "ALIBI", "dslopes_ptr": "DSLOPES",
+}  # fmt: skip
+"""The flag without which there is no such tensor."""
 
-FLAGS = ("CAUSAL", "WINDOW", "STARTS", "SOFTCAP", "SINKS")
+FLAGS = ("CAUSAL", "WINDOW", "STARTS", "SOFTCAP", "SINKS", "ENDS", "ALIBI", "DSLOPES")
+NEWER = dict.fromkeys(("ENDS", "ALIBI", "DSLOPES"), False)
+"""Flags whose kernels are compiled with masks of their own."""
 MASKS = {
     "causal": dict.fromkeys(FLAGS, False) | {"CAUSAL": True},
     "full": dict.fromkeys(FLAGS, False),
     "documents": dict.fromkeys(FLAGS, False) | {"CAUSAL": True, "STARTS": True},
     "full-capped": dict.fromkeys(FLAGS, False) | {"SOFTCAP": True, "SINKS": True},
-    "dense-everything": dict.fromkeys(FLAGS, True) | {"WINDOW": False, "STARTS": False},
-    "local-everything": dict.fromkeys(FLAGS, True),
+    "dense-everything": dict.fromkeys(FLAGS, True) | NEWER | {"WINDOW": False, "STARTS": False},
+    "local-everything": dict.fromkeys(FLAGS, True) | NEWER,
+    "alibi": dict.fromkeys(FLAGS, False) | {"CAUSAL": True, "ALIBI": True, "DSLOPES": True},
+    "packed": dict.fromkeys(FLAGS, False) | {"WINDOW": True, "STARTS": True, "ENDS": True},
 }
+HEAD_DIMS_APART = ((192, 128), (576, 512))
+"""Of Q and K, and of V."""
 
 
-def configuration(architecture: str, name: str, head_dim: int, mask: str, dtype: str, tiles: Tiles) -> Configuration:
+def configuration(
+    architecture: str, name: str, head_dim: int, mask: str, dtype: str, tiles: Tiles, head_dim_v: int | None = None
+) -> Configuration:
     """One kernel for one GPU, with four query heads per key/value head.
 
     Args:
@@ -39,13 +52,16 @@ def configuration(architecture: str, name: str, head_dim: int, mask: str, dtype:
             products in TF32.
     """
     row = {"kernel": name, "head_dim": head_dim, "mask": mask, "dtype": dtype, "tiles": asdict(tiles)}
+    if head_dim_v is not None:
+        row["head_dim_v"] = head_dim_v
+    head_dim_v = head_dim_v or head_dim
     kernel, flags, target = KERNELS[name], MASKS[mask], target_of(architecture)
-    D = triton.next_power_of_2(head_dim)
+    D, DV = triton.next_power_of_2(head_dim), triton.next_power_of_2(head_dim_v)
     precision, dtype = ("tf32", "fp32") if dtype == "tf32" else ("ieee", dtype)
-    tma = target.backend == "cuda" and target.arch >= 90 and dtype != "fp32"
+    tma = target.backend == "cuda" and target.arch >= 90 and dtype != "fp32" and D <= 256 and not flags["ENDS"]
     constants: dict[str, Any] = {
         **flags, "H": 8, "GROUP": 4, "M": tiles.m, "N": tiles.n, "D": D, "HEAD_DIM": head_dim,
-        "PRECISION": precision, "STAGES": tiles.num_stages, "TMA": tma,
+        "DV": DV, "HEAD_DIM_V": head_dim_v, "PRECISION": precision, "STAGES": tiles.num_stages, "TMA": tma,
     }  # fmt: skip
     signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -58,14 +74,15 @@ def configuration(architecture: str, name: str, head_dim: int, mask: str, dtype:
         elif p.endswith("_rows"):
             rows = tiles.n if p.removesuffix("_rows") in TILED_BY_KEYS else tiles.m
             if tma:
-                signature[p] = f"tensordesc<{dtype}[1, 1, {rows}, {D}]>"
+                columns = DV if p.removesuffix("_rows") in WIDE_AS_V else D
+                signature[p] = f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
             else:
                 signature[p] = (f"*{dtype}", "i32", "i32", "i32", "i32")
                 for j in range(4):  # pointer and strides, not the number of rows
                     attributes[(i, j)] = [["tt.divisibility", 16]]
         elif p.endswith("_ptr"):
-            absent = (p == "starts_ptr" and not flags["STARTS"]) or (p == "sinks_ptr" and not flags["SINKS"])
-            signature[p] = "constexpr" if absent else "*i32" if p == "starts_ptr" else "*fp32"
+            absent = p in ASKED_BY and not flags[ASKED_BY[p]]
+            signature[p] = "constexpr" if absent else "*i32" if p in ("starts_ptr", "ends_ptr") else "*fp32"
             if absent:
                 constexprs[p] = None
             else:
@@ -92,14 +109,22 @@ def configurations(architecture: str) -> Iterator[Configuration]:
                 continue
             if mask == "full-capped" and name != "forward":
                 continue
+            if mask in ("alibi", "packed") and head_dim == 64:
+                continue
             yield configuration(
                 architecture, name, head_dim, mask, dtype, tiles_for(name, head_dim, mask, dtype, capability)
             )
     for name in KERNELS:
         yield configuration(architecture, name, 80, "causal", "fp16", tiles_for(name, 80, "causal", "fp16", capability))
+        for head_dim, head_dim_v in HEAD_DIMS_APART:
+            if why_not_so_wide(head_dim, capability, float32=False):
+                continue
+            tiles = tiles_for(name, head_dim, "causal", "bf16", capability)
+            yield configuration(architecture, name, head_dim, "causal", "bf16", tiles, head_dim_v)
 
 
 def tiles_for(name: str, head_dim: int, mask: str, dtype: str, capability: tuple[int, int]) -> Tiles:
     flags = MASKS[mask]
     return choose_tiles(name, head_dim, capability, float32=dtype in ("fp32", "tf32"), causal=flags["CAUSAL"],
-                        local=flags["WINDOW"] or flags["STARTS"], softcap=flags["SOFTCAP"])  # fmt: skip
+                        local=flags["WINDOW"] or flags["STARTS"] or flags["ENDS"],
+                        softcap=flags["SOFTCAP"] or flags["ALIBI"], pointers=flags["ENDS"])  # fmt: skip

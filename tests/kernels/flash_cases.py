@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Case:
     softcap: float = 0.0
     scale: float | None = None
     sinks: bool = False
+    alibi: bool = False
+    ends: bool = False
+    """Of the keys that each query sees: where its document ends, if there are documents, else anywhere."""
+    D_v: int | None = None
+    """D where None."""
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
 
@@ -57,14 +62,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v and, last, sinks if there are any; options to call with; gradients of the outputs by name."""
+    """q, k, v and then sinks and slopes if there are any; options to call with; gradients of the outputs by name."""
 
     tensors: list[Tensor]
     options: dict[str, Any]
     grads: dict[str, Tensor]
+    by_head: tuple[str, ...] = ()
+    """Names of the tensors after v."""
 
     def double(self) -> Inputs:
-        return Inputs([x.double() for x in self.tensors], self.options, {n: x.double() for n, x in self.grads.items()})
+        grads = {name: x.double() for name, x in self.grads.items()}
+        return replace(self, tensors=[x.double() for x in self.tensors], grads=grads)
 
 
 def make(case: Case, device: str = "cpu") -> Inputs:
@@ -72,13 +80,28 @@ def make(case: Case, device: str = "cpu") -> Inputs:
     torch.manual_seed(0)
     (H, G), S_k = case.heads, case.S + case.extra_keys
     starts = DOCUMENTS[case.documents](case.B, S_k)[:, -case.S :].to(device) if case.documents else None
-    (q,) = _laid_out(case, device, case.S, H)
-    k, v = _laid_out(case, device, S_k, G, G)
-    sinks = [torch.randn(H, device=device)] if case.sinks else []
+    (q,) = _laid_out(case, device, case.S, case.D, H)
+    k, v = _laid_out(case, device, S_k, case.D, G, G)
+    if case.D_v is not None:
+        (v,) = _laid_out(case, device, S_k, case.D_v, G)
+    sinks = {"sinks": torch.randn(H, device=device)} if case.sinks else {}
     options = {name: getattr(case, name) for name in ("causal", "window", "softcap", "scale")}
-    dout = torch.randn(case.B, case.S, H, case.D, device=device).to(case.dtype)
+    dout = torch.randn(case.B, case.S, H, v.shape[3], device=device).to(case.dtype)
     dlse = torch.randn(case.B, H, case.S, device=device)
-    return Inputs([q.mul_(2), k, v, *sinks], {**options, "starts": starts}, {"out": dout, "lse": dlse})
+    by_head = sinks | ({"alibi_slopes": torch.rand(H, device=device)} if case.alibi else {})
+    if case.ends:
+        options["ends"] = _ends(starts, case.B, case.S, S_k).to(device)
+    tensors = [q.mul_(2), k, v, *by_head.values()]
+    return Inputs(tensors, {**options, "starts": starts}, {"out": dout, "lse": dlse}, tuple(by_head))
+
+
+def _ends(starts: Tensor | None, B: int, S: int, S_k: int) -> Tensor:
+    if starts is None:
+        return torch.randint(0, S_k + 1, (B, S)).sort(1).values.int()
+    # A document ends where the next one starts.
+    starts = starts.cpu().contiguous()
+    following = torch.searchsorted(starts, starts, right=True)
+    return torch.cat([starts, torch.full((B, 1), S_k)], 1).gather(1, following).int()
 
 
 def copying(case: Case, margin: float, first: int, device: str = "cpu") -> Inputs:
@@ -107,9 +130,9 @@ COPYING = {
 }
 
 
-def _laid_out(case: Case, device: str, S: int, *heads: int) -> tuple[Tensor, ...]:
+def _laid_out(case: Case, device: str, S: int, D: int, *heads: int) -> tuple[Tensor, ...]:
     """Tensors (B, S, heads, D) as callers have them."""
-    B, D = case.B, case.D
+    B = case.B
     if case.layout == "fused":  # views of a projection that holds another head besides
         return torch.randn(B, S, sum(heads) + 1, D, device=device).to(case.dtype).split((*heads, 1), dim=2)[:-1]
     if case.layout == "heads-first":
@@ -124,14 +147,15 @@ def run(
 ) -> Results:
     """Outputs, and gradients through those named."""
     leaves = [x.detach().requires_grad_() for x in inputs.tensors]
-    sinks = {"sinks": leaves[3]} if len(leaves) > 3 else {}
+    by_head = dict(zip(inputs.by_head, leaves[3:], strict=True))
     outputs = dict(
-        zip(("out", "lse"), function(*leaves[:3], **inputs.options, **sinks, return_lse=True, **more), strict=True)
+        zip(("out", "lse"), function(*leaves[:3], **inputs.options, **by_head, return_lse=True, **more), strict=True)
     )
     gradients = torch.autograd.grad(
         [outputs[name] for name in through], leaves, [inputs.grads[name] for name in through], materialize_grads=True
     )
-    results = outputs | dict(zip(("dq", "dk", "dv", "dsinks"), gradients, strict=False))
+    names = [f"d{name}" for name in ("q", "k", "v", *inputs.by_head)]
+    results = outputs | dict(zip(names, gradients, strict=True))
     return {name: x.detach() for name, x in results.items()}
 
 
@@ -160,11 +184,13 @@ def check_rows(function: Callable[..., Any], inputs: Inputs, **more: Any) -> Non
 
 def rounding(inputs: Inputs, through: tuple[str, ...]) -> Results:
     """`expected_rounding` of inputs."""
-    q, k, v, *sinks = inputs.double().tensors
+    q, k, v, *others = inputs.double().tensors
+    by_head = dict(zip(inputs.by_head, others, strict=True))
+    sinks = by_head.pop("sinks", None)
     dout, dlse = (inputs.grads[name].double() if name in through else None for name in ("out", "lse"))
     return expected_rounding(
-        q, k, v, sinks[0] if sinks else None, torch.zeros_like(q) if dout is None else dout, dlse,
-        dtype=inputs.tensors[0].dtype, **inputs.options,
+        q, k, v, sinks, torch.zeros_like(inputs.double().grads["out"]) if dout is None else dout, dlse,
+        dtype=inputs.tensors[0].dtype, **inputs.options, **by_head,
     )  # fmt: skip
 
 

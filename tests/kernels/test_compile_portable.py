@@ -19,6 +19,7 @@ PRODUCTS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mf
 # the fastest all the same (kernels/flash_attention/config.py). AMD's compiler is only asked to compile.
 ALLOWED_STACK = 40
 HEAD_DIM_256 = 128  # two accumulators of N × 256 and every mask at once: no tiles without
+SLOW = 256  # accumulators of 16 × 1,024 and 16 × 512, and pointers beside two of 64 × 256: they run, that is all
 
 
 pytestmark = pytest.mark.slow
@@ -31,9 +32,11 @@ def test_every_configuration_compiles_fits_and_does_not_spill(architecture):
     assert len(rows) >= 12
     for row in rows:
         # 16 bits on sm_80 take the tiles that sm_86 and 89 do, which are compiled there with one mask only.
-        smallest = architecture == "sm_80" and row["dtype"] in ("bf16", "fp16")
+        smallest = architecture == "sm_80" and row["dtype"] in ("bf16", "fp16") and row["head_dim"] <= 256
         assert row["shared"] <= SHARED_MEMORY["sm_86" if smallest else architecture], row
         allowed = HEAD_DIM_256 if (row["kernel"], row["head_dim"]) == ("dkdv", 256) else ALLOWED_STACK
+        if row["head_dim"] > 256 or (row["kernel"], row["head_dim"], row["mask"]) == ("dkdv", 256, "packed"):
+            allowed = SLOW
         assert row["stack"] <= allowed or architecture.startswith("gfx"), row
 
 
@@ -46,8 +49,12 @@ def test_the_fast_instructions_are_used(architecture):
         if row["dtype"] == "tf32":
             assert "mma" in " ".join(row["instructions"]), row
             continue
+        if row["head_dim"] > 256:
+            continue  # 16 rows: mma.sync everywhere, and nothing in flight
         assert PRODUCTS.get(architecture, "mma.sync") in row["instructions"], row
-        if architecture in ("sm_90", "sm_100", "sm_120"):
+        if row["mask"] == "packed" and architecture.startswith("sm_"):
+            assert "cp.async.cg" in row["instructions"] or row["tiles"]["num_stages"] == 1, "pointers, in flight"
+        elif architecture in ("sm_90", "sm_100", "sm_120"):
             assert "cp.async.bulk.tensor" in row["instructions"], row
         elif architecture.startswith("sm_"):
             assert "cp.async.cg" in row["instructions"] or row["tiles"]["num_stages"] == 1, row

@@ -15,11 +15,13 @@ from model.attention.sdpa import cumulative_lengths
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8), padding=st.integers(0, 4))
-def test_each_token_starts_where_its_sequence_does(lengths, padding):
-    """Empty sequences begin nothing; padding is a document of its own."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    expected = [begin for begin, n in zip(cu_seqlens.tolist(), [*lengths, padding], strict=True) for _ in range(n)]
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8), before=st.integers(0, 4), after=st.integers(0, 4))
+def test_each_token_starts_where_its_sequence_does(lengths, before, after):
+    """Empty sequences begin nothing; tokens outside see no key up to their own."""
+    cu_seqlens = torch.tensor([before, *lengths]).cumsum(0).int()
+    *begins, end = cu_seqlens.tolist()
+    expected = [begin for begin, n in zip(begins, lengths, strict=True) for _ in range(n)]
+    expected = [before] * before + expected + [end + after] * after
     starts = starts_from_cu_seqlens(cu_seqlens, len(expected))
     assert starts.dtype == torch.int32
     assert starts.tolist() == [expected]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import attention as reference
-from kernels import flash_attention, flash_attention_varlen
+from kernels import flash_attention, flash_attention_backward
 from kernels.flash_attention import op
 
 RUNS_HERE = op.why_not_on(torch.device("cpu")) is None
@@ -210,7 +210,9 @@ def test_a_sink_of_minus_infinity_is_none(implementation):
     inputs = make(Case(70, documents="gaps", sinks=True))
     inputs.tensors[3][0] = -math.inf
     results = run(flash_attention, inputs, implementation=implementation)
-    expected = run(flash_attention, replace(inputs, tensors=inputs.tensors[:3]), implementation=implementation)
+    expected = run(
+        flash_attention, replace(inputs, tensors=inputs.tensors[:3], by_head=()), implementation=implementation
+    )
     assert results["lse"][:, 0].isinf().any()
     for name in ("out", "dq"):
         assert torch.equal(results[name][:, :, 0], expected[name][:, :, 0]), name
@@ -239,6 +241,19 @@ def test_deterministic_gradients_are_bitwise_the_same(implementation):
     runs = [run(flash_attention, inputs, deterministic=True, implementation=implementation) for _ in range(2)]
     for name, x in runs[0].items():
         assert torch.equal(x, runs[1][name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0, "scale": 0.3}, {"window": 10**6}])
+def test_backward_by_itself_is_autograds_bit_for_bit(options):
+    q, k, v, dout = (torch.randn(1, S, heads, 16) for S, heads in ((20, 4), (33, 2), (33, 2), (20, 4)))
+    starts = torch.arange(20, dtype=torch.int32)[None] // 7 * 7
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = flash_attention(*leaves, starts=starts, return_lse=True, **options)
+    expected = torch.autograd.grad(out, leaves, dout)
+    got = flash_attention_backward(dout, q, k, v, out.detach(), lse, starts=starts, **options)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @interpreted
@@ -288,44 +303,6 @@ def test_autocast_casts_as_for_pytorchs_own_attention():
     assert q.grad.dtype == torch.float32
 
 
-LENGTHS_OF_SEQUENCES = [5, 0, 64, 1, 60, 0, 0]
-
-
-@interpreted
-@implementations
-@pytest.mark.parametrize("options", [{}, {"window": 20, "softcap": 3.0, "scale": 0.2, "sinks": True}], ids=["", "all"])
-def test_packed_sequences_equal_each_sequence_alone(options, implementation):
-    """Empty sequences and padding after the last one included."""
-    cu_seqlens = torch.tensor([0, *LENGTHS_OF_SEQUENCES]).cumsum(0).int()
-    T, H, G, D = 140, 4, 2, 16
-    q, k, v = (torch.randn(T, heads, D, requires_grad=True) for heads in (H, G, G))
-    if options.get("sinks"):
-        options = options | {"sinks": torch.randn(H)}
-    out, lse = flash_attention_varlen(
-        q, k, v, cu_seqlens, max(LENGTHS_OF_SEQUENCES), return_lse=True, implementation=implementation, **options
-    )
-    assert out.shape == (T, H, D)
-    assert lse.shape == (H, T)
-    bounds = [*cu_seqlens.tolist(), T]
-    alone = [
-        reference(q[None, a:b], k[None, a:b], v[None, a:b], return_lse=True, **options)
-        for a, b in pairwise(bounds)
-        if a < b
-    ]
-    expected = torch.cat([out[0] for out, _ in alone]), torch.cat([lse[0] for _, lse in alone], dim=1)
-    grads = torch.randn(T, H, D), torch.randn(H, T)
-    got = [out, lse, *torch.autograd.grad((out, lse), (q, k, v), grads)]
-    for ours, theirs in zip(got, [*expected, *torch.autograd.grad(expected, (q, k, v), grads)], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@interpreted
-def test_packed_sequences_need_no_longest_length():
-    q = torch.randn(9, 2, 16)
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
-    assert torch.equal(flash_attention_varlen(q, q, q, cu_seqlens), flash_attention_varlen(q, q, q, cu_seqlens, 5))
-
-
 def rows(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -336,19 +313,23 @@ REFUSED: dict[str, tuple[list[Tensor], dict[str, Any], str]] = {
     "k unlike v": ([Q, Q, rows(2, 8, 2, 16)], {}, r"v \(2, 8, 2, 16\) do not fit.*\.transpose\(1, 2\)"),
     "batches": ([Q, *[rows(1, 8, 4, 16)] * 2], {}, "do not fit"),
     "head dims": ([Q, *[rows(2, 8, 4, 32)] * 2], {}, "do not fit"),
-    "empty": ([rows(0, 8, 4, 16)] * 3, {}, "dimension of size 0: nothing to attend to; skip the call"),
+    "no heads": ([rows(2, 8, 0, 16)] * 3, {}, "0 query heads are not a multiple of 0"),
     "grouped heads": ([Q, *[rows(2, 8, 3, 16)] * 2], {}, "4 query heads are not a multiple of 3 key/value heads"),
-    "too few keys": ([Q, *[rows(2, 7, 4, 16)] * 2], {}, "8 queries but 7 keys: .*pass a key for every query"),
+    "too few keys": (
+        [Q, *[rows(2, 7, 4, 16)] * 2],
+        {},
+        "8 queries but 7 keys: .*pass a key for every query, or causal=False",
+    ),
     "dtypes": ([Q, Q.half(), Q.half()], {}, r"q is torch\.float32, k torch\.float16 .*; cast them to one dtype"),
     "devices": ([Q, Q.to("meta"), Q.to("meta")], {}, "q is on cpu, k on meta .*; move them to one device"),
     "float64": ([Q.double()] * 3, {}, r"float16, bfloat16 and float32, not torch\.float64; cast"),
     "head_dim 20": (
         [rows(1, 8, 1, 20)] * 3,
         {},
-        "multiple of 8 from 16 to 256, not 20; pad .* zeros .* pass scale=1/√",
+        "multiple of 8 from 16 to 576, not 20; pad .* zeros .* pass scale=1/√",
     ),
     "head_dim 8": ([rows(1, 8, 1, 8)] * 3, {}, "not 8; pad q, k and v with zeros"),
-    "head_dim 264": ([rows(1, 8, 1, 264)] * 3, {}, r"at most 256, not 264; use kernels\.attention"),
+    "head_dim 584": ([rows(1, 8, 1, 584)] * 3, {}, r"at most 576, not 584; use kernels\.attention"),
     "strides": ([Q, Q, rows(2, 8, 16, 4).transpose(2, 3)], {}, r"v's last dimension .*; pass v\.contiguous\(\)"),
     "window": ([Q] * 3, {"window": 0}, "window=0: .*use 1 or more, or None"),
     "window of flash-attn": ([Q] * 3, {"window": (128, 0)}, r"window=\(128, 0\): use a whole number"),
@@ -386,31 +367,3 @@ def test_refuses_what_does_not_fit_and_says_what_to_do(qkv, options, message):
 def test_the_hopper_kernels_are_refused_where_there_is_no_such_gpu():
     with pytest.raises(ValueError, match=r"'hopper': .* need an NVIDIA GPU of compute capability 9\.0; use implem"):
         flash_attention(Q, Q, Q, implementation="hopper")
-
-
-PACKED = rows(8, 4, 16)
-CU_SEQLENS = torch.tensor([0, 8], dtype=torch.int32)
-VARLEN_REFUSED: dict[str, tuple[list[Tensor], Tensor, dict[str, Any], str]] = {
-    "four dimensions": ([Q] * 3, CU_SEQLENS, {}, r"packed \(tokens, heads, head_dim\).*use flash_attention"),
-    "tokens": ([PACKED, *[PACKED[:7]] * 2], CU_SEQLENS, {}, r"k \(7, 4, 16\) .*as many tokens each"),
-    "full": (
-        [PACKED] * 3,
-        CU_SEQLENS,
-        {"causal": False},
-        r"causal=False: .* call flash_attention\(\.\.\., causal=False\)",
-    ),
-    "int64": ([PACKED] * 3, CU_SEQLENS.long(), {}, r"cu_seqlens torch\.int64 \(2,\): pass int32 \(N \+ 1,\)"),
-    "matrix": ([PACKED] * 3, CU_SEQLENS[None], {}, r"cu_seqlens torch\.int32 \(1, 2\)"),
-    "device": (
-        [PACKED] * 3,
-        CU_SEQLENS.to("meta"),
-        {},
-        r"cu_seqlens is on meta, q on cpu; move it with \.to\(q\.device\)",
-    ),
-}
-
-
-@pytest.mark.parametrize(("qkv", "cu_seqlens", "options", "message"), VARLEN_REFUSED.values(), ids=VARLEN_REFUSED)
-def test_packed_sequences_are_refused_with_what_to_do(qkv, cu_seqlens, options, message):
-    with pytest.raises(ValueError, match=message):
-        flash_attention_varlen(*qkv, cu_seqlens, 8, **options)

@@ -46,9 +46,11 @@ def starts(seed: int = 0) -> Tensor:
     return torch.randint(0, S, (B, S), generator=generator).sort(dim=1).values.int().to(DEVICE)
 
 
-# starts, sinks, causal, window, softcap, scale, deterministic, implementation
-PLAIN = lambda: (None, None, True, None, 0.0, 0.25, False, "auto")  # noqa: E731
-EVERYTHING = lambda: (starts(), torch.randn(H, device=DEVICE), False, 7, 3.0, 0.1, True, "triton")  # noqa: E731
+# starts, ends, sinks, slopes, causal, window, softcap, scale, deterministic, implementation
+PLAIN = lambda: (None, None, None, None, True, None, 0.0, 0.25, False, "auto")  # noqa: E731
+EVERYTHING = lambda: (  # noqa: E731
+    starts(), starts() + 4, *torch.rand(2, H, device=DEVICE), False, 7, 3.0, 0.1, True, "triton"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -57,8 +59,9 @@ EVERYTHING = lambda: (starts(), torch.randn(H, device=DEVICE), False, 7, 3.0, 0.
 def test_operators_pass_opcheck(options):
     """PyTorch's own test of schema, autograd registration, fake tensors and tracing with dynamic shapes."""
     arguments = options()
-    if arguments[1] is not None:
-        arguments[1].requires_grad_()
+    for x in arguments[2:4]:
+        if x is not None:
+            x.requires_grad_()
     for operator in (torch.ops.flash_gpt.flash_attention, torch.ops.flash_gpt.flash_attention_backward):
         assert torch.Tag.pt2_compliant_tag in operator.default.tags
     torch.library.opcheck(torch.ops.flash_gpt.flash_attention.default, (*qkv(), *arguments))
@@ -67,7 +70,7 @@ def test_operators_pass_opcheck(options):
     q, k, v = qkv(requires_grad=False)
     out, lse = op.forward(q, k, v, *arguments)
     for dlse in (None, torch.randn_like(lse)):
-        inputs = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments)
+        inputs = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments, [True, dlse is None, True, True, True])
         torch.library.opcheck(torch.ops.flash_gpt.flash_attention_backward.default, inputs)
 
 
@@ -286,12 +289,10 @@ def test_an_error_of_the_gpu_is_not_taken_for_one_of_the_compiler(monkeypatch):
 def test_pytorchs_switch_asks_for_deterministic_gradients(monkeypatch):
     asked = []
 
-    def run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
-        if part == "backward":
-            asked.append(options["deterministic"])
-        return getattr(portable, part)(*tensors, **options)
-
-    monkeypatch.setattr(op, "_run", run)
+    backward = portable.backward
+    monkeypatch.setattr(
+        portable, "backward", lambda *args, **kwargs: asked.append(kwargs["deterministic"]) or backward(*args, **kwargs)
+    )
     q = torch.randn(1, 8, 1, 16, device=DEVICE, requires_grad=True)
     for switch in (False, True):
         torch.use_deterministic_algorithms(switch)
@@ -305,13 +306,13 @@ def test_pytorchs_switch_asks_for_deterministic_gradients(monkeypatch):
 def test_an_lse_that_the_loss_does_not_use_costs_backward_nothing(monkeypatch):
     given = []
 
-    def run(part: str, implementation: str, *tensors: Any, **options: Any) -> Any:
-        given.append(tensors[1])
-        return getattr(portable, part)(*tensors, **options)
+    backward = portable.backward
 
     q = torch.randn(1, 8, 1, 16, device=DEVICE, requires_grad=True)
     out, lse = flash_attention(q, q, q, return_lse=True)
-    monkeypatch.setattr(op, "_run", run)
+    monkeypatch.setattr(
+        portable, "backward", lambda *args, **kwargs: given.append(args[1]) or backward(*args, **kwargs)
+    )
     out.sum().backward(retain_graph=True)
     (out.sum() + lse.sum()).backward()
     without, used = given
@@ -344,10 +345,10 @@ def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied():
 def test_float32_products_are_ieee_unless_pytorch_allows_tf32():
     q = torch.empty(1, 8, 1, 16)
     tiles = choose_tiles("forward", 16, None)
-    assert portable._options(q, tiles)["PRECISION"] == "ieee"
+    assert portable._options(q, q, tiles, tma=False)["PRECISION"] == "ieee"
     try:
         torch.set_float32_matmul_precision("high")
-        assert portable._options(q, tiles)["PRECISION"] == "tf32"
+        assert portable._options(q, q, tiles, tma=False)["PRECISION"] == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert portable._options(q, tiles)["PRECISION"] == "ieee"
+    assert portable._options(q, q, tiles, tma=False)["PRECISION"] == "ieee"

@@ -283,8 +283,8 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
     q, k = (torch.zeros(2, 300, heads, head_dim, dtype=torch.bfloat16) for heads in (4, 2))
     starts = torch.zeros(2, 300, dtype=torch.int32) if documents else None
     options: dict[str, Any] = {"causal": True, "window": None, "softcap": 0.0, "scale": 0.1}
-    out, lse = hopper.forward(q, k, k, starts, None, **options)
-    hopper.backward(out, None, q, k, k, out, lse, starts, None, deterministic=deterministic, **options)
+    out, lse = hopper.forward(q, k, k, starts, None, None, **options)
+    hopper.backward(out, None, q, k, k, out, lse, starts, None, None, deterministic=deterministic, **options)
     sorts = ["sort_kernel"] if documents and not deterministic else []
     backward = ["dkdv_kernel", "dq_kernel"] if head_dim > 128 else [*sorts, "backward_kernel"]
     assert launched == ["forward_kernel", "preprocess_kernel", *backward]

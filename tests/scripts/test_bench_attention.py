@@ -519,7 +519,7 @@ def test_the_plot_has_a_panel_per_head_dim_direction_and_mask():
     ]  # fmt: skip
     plots = report.charts(rows)
     groups = {ending: list(ElementTree.fromstring(svg).iter(f"{SVG}g")) for ending, svg in plots.items()}
-    assert {ending: len(found) for ending, found in groups.items()} == {".svg": 8, "-ratio.svg": 2}
+    assert {ending: len(found) for ending, found in groups.items()} == {".svg": 8, "-causal.svg": 2, "-ratio.svg": 2}
     assert [len(list(panel.iter(f"{SVG}circle"))) for panel in groups["-ratio.svg"]] == [4, 4]  # forward alone
     assert report.charts([measured(WINDOW, "flash", 1, 1)]) == {}
 

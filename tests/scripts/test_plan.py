@@ -12,6 +12,8 @@ import pytest
 from training.cards import CARDS
 
 ROOT = Path(__file__).parents[2]
+SCALE = ROOT / "docs" / "scale.md"
+COMMAND = "    $ python -m scripts.plan "
 MILLION = ["model=llama-1b", "seq_len=1048576", "memory=auto", "precision=bf16-residual"]
 
 
@@ -53,6 +55,47 @@ def test_a_policy_that_is_named_is_planned_as_it_is() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"peak    [\d.]+ GiB, in [\w ]+: does not fit", text)
     assert "not measured on this card" in text
+
+
+def test_many_gpus_are_planned_for_as_one_process_of_them() -> None:
+    done = plan("gpu=h100", "gpus=16", "parallel=hsdp", "parallel.context=4", "model=llama-1b", "seq_len=65536")
+    assert done.returncode == 0, done.stderr
+    text, imported = done.stdout.rsplit("\n", 2)[0], done.stdout.split()[-1]
+    assert imported == "False"
+    assert "gpus    16 in nodes of 8: parallel=hsdp, 2 × 8 shards, 4 share a row (ulysses)" in text
+    assert "step    262,144 tokens (1 × 1 row of 65,536 tokens on each of 4)" in text
+    assert re.search(r"GB, all-gather of weights in a node, hidden$", text, re.MULTILINE)
+    assert re.search(r"GB, all-reduce of gradients of copies between nodes, hidden$", text, re.MULTILINE)
+    assert re.search(r"GB, all-to-all of heads in a node$", text, re.MULTILINE)
+    weights = {size: float(re.search(r"([\d.]+)  weights\n", plan(*words).stdout)[1]) for size, words in SHARDS.items()}  # type: ignore[index]
+    assert weights[8] == pytest.approx(weights[1] / 8, abs=0.01)
+
+
+SHARDS = {1: ["gpu=h200", "model=llama-1b"], 8: ["gpu=h200", "gpus=8", "parallel=fsdp", "model=llama-1b"]}
+
+
+@pytest.mark.parametrize("word", ["gpus=0", "gpus=12", "gpus=8,none", "link=fast", "parallel.context=3 gpus=8"])
+def test_gpus_that_are_impossible_are_refused_in_one_line(word: str) -> None:
+    done = plan("gpu=h200", *word.split())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_the_page_on_scale_is_what_the_command_prints() -> None:
+    blocks: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in SCALE.read_text().splitlines():
+        if line.startswith(COMMAND):
+            lines = blocks.setdefault(line.removeprefix(COMMAND), [])
+        elif line.startswith("    ") or not line:
+            lines.append(line[4:])
+        else:
+            lines = []
+    assert len(blocks) > 5
+    for words, said in blocks.items():
+        printed = plan(*words.split()).stdout.splitlines()[:-1]
+        assert "\n".join(said).strip() == "\n".join(printed).strip(), words
 
 
 def test_a_card_that_is_not_known_is_refused_with_those_that_are() -> None:

@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 900.0
+"""As `processes.LIMIT_S`."""
 
 
 def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, Any]:
@@ -66,13 +67,13 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
     }
 
 
-def launch(program: list[str], size: int, **environment: str) -> list[subprocess.Popen[str]]:
+def launch(program: list[str], size: int) -> list[subprocess.Popen[str]]:
     """`size` ranks of a program on this machine, each with its output in a pipe."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, **environment}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     return [
         subprocess.Popen(
             [sys.executable, *program],

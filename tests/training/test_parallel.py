@@ -30,19 +30,24 @@ CASES: dict[str, list[str]] = {
     "window, clipped": ["model.window=7", "data.document_mask=false", "grad_clip=0.05"],
     "Muon": ["optimizer=muon"],
     "recomputed, bf16 moments": ["memory=full", "memory.tile=24", "precision.moments=bfloat16"],
-    "poisoned": ["bad_step.action=skip"],
+    "poisoned": ["bad_step.action=skip", "optimizer=muon"],
     "added up in bf16": ["precision.reduction=bfloat16"],
     # One row a micro-batch in one process, too, for scales are those of the micro-batch.
     "fp8": ["precision=fp8", "memory=full", "model.ffn_dim=48", "batch_size=1"],
     "GPT-2, recall": ["model=gpt2-124m", "model.dim=32", "model.ffn_dim=50", "model.n_heads=2", *RECALL],
 }
 PARALLEL = {"data": ["parallel=data"], "fsdp": ["parallel=fsdp"], "hsdp": ["parallel=hsdp", "parallel.shards=2"]}
+PARALLEL |= {
+    "context": ["parallel=data", "parallel.context=4"],  # two heads: by all-gather
+    "context, data": ["parallel=data", "parallel.context=2", "parallel.context_method=all-gather"],
+    "context, fsdp": ["parallel=fsdp", "parallel.context=2"],  # by Ulysses
+}
 """How four ranks are arranged."""
 EXACT = 1e-5
 """Of float32 sums in another order. Muon's iteration is in bf16, and moments in bf16 are rounded."""
-LOOSE = {"Muon": 3e-4, "recomputed, bf16 moments": 1e-4, "added up in bf16": 5e-3}
+LOOSE = {"Muon": 3e-4, "poisoned": 3e-4, "recomputed, bf16 moments": 1e-4, "added up in bf16": 5e-3}
 WHOLE_ONLY = "fp8"
-"""The case that parallel=data alone can."""
+"""The case that parallel=data alone can, with rows that are whole: scales are those of a rank's tokens."""
 
 
 def arrangements(case: str) -> list[str]:
@@ -117,7 +122,8 @@ def test_first_weights_are_those_of_one_process_bit_for_bit(
 def test_after_an_evaluation_matrices_are_shards_again(results: tuple[dict[str, Any], dict[str, Any]]) -> None:
     for name, four in results[1].items():
         matrices = [key for key, tensor in four["weights"].items() if tensor.dim() == 2]
-        assert four["sharded"] == ([] if name.endswith("/data") else matrices)
+        is_whole = PARALLEL[name.partition("/")[2]][0] == "parallel=data"
+        assert four["sharded"] == ([] if is_whole else matrices)
 
 
 # ---- ranks that fail, vanish or are asked to stop
@@ -140,7 +146,7 @@ with watched(world):
     [("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]), ("01", [r"error: no room on this disk\n", r""])],
 )
 def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str]) -> None:
-    both = ranks.launch(["-c", FAILS, failing], 2, TORCH_CPP_LOG_LEVEL="ERROR")
+    both = ranks.launch(["-c", FAILS, failing], 2)
     said = [rank.communicate(timeout=LIMIT_S)[0] for rank in both]
     assert [rank.returncode for rank in both] == [2, 2], said
     for pattern, text in zip(says, said, strict=True):
@@ -176,3 +182,24 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Pa
     assert said[1] == ""
     steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
     assert steps == sorted(set(steps)), "one log, each step once"
+
+
+@pytest.mark.gpu
+def test_shards_of_one_gpu_train_what_it_trains_without(text_folder: Path, tmp_path: Path) -> None:
+    text = ["data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "data.val_fraction=0.3"]
+    words = [*SMALL, *text, "device=cuda", f"run_dir={tmp_path / 'run'}", "tokens_per_step=512"]
+    eager, compiled = ["compile=false", "precision=fp32"], ["compile=true", "precision=fp32"]
+    bf16 = ["compile=false", "precision=bf16"]
+    kinds = {"fp32": eager, "Muon": [*eager, "optimizer=muon"], "compiled": compiled, "bf16": bf16}
+    kinds |= {"recomputed": [*bf16, "memory=full", "memory.tile=24"]}
+    ways = {"data": [], "fsdp": ["parallel=fsdp"], "offload": ["parallel=fsdp", "parallel.offload=true"]}
+    cases: dict[str, dict[str, Any]] = {
+        f"{kind}/{way}": {"words": [*words, *how, *more]} for kind, how in kinds.items() for way, more in ways.items()
+    }
+    found = ranks.trained_by_ranks(cases, 1, tmp_path)
+    for kind in kinds:
+        # bf16: embeddings are gathered in bf16, and gradients of weights are rounded to it once a micro-batch.
+        rtol = 1e-5 if kind in ("fp32", "compiled") else 2e-2
+        for way in ("fsdp", "offload"):
+            for mine, theirs in zip(found[f"{kind}/{way}"]["steps"], found[f"{kind}/data"]["steps"], strict=True):
+                assert mine[:2] == pytest.approx(theirs[:2], rel=rtol), f"{kind}/{way}"

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_format_1_goes_on(config: MakeConfig, old_run: Path) -> 
     path = checkpoints.path_of(old_run, 3)
     files = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "loop")}
     values = json.loads((path / "state.json").read_text())
-    loaded = state.read(path, checkpoints.verify(path))
+    loaded = state.read(path, checkpoints.verify(path), [])
     assert all(torch.equal(loaded.tensors["model"][name], tensor) for name, tensor in files["model"].items())
     assert loaded.values["data"]["rows"] == 3 * 4
 
@@ -132,9 +132,9 @@ def test_a_new_run_begins_with_weights_of_format_1(config: MakeConfig, old_run: 
 
 def test_a_format_that_is_not_known_yet_is_one_line(old_run: Path) -> None:
     path = checkpoints.path_of(old_run, 3)
-    manifest = replace(checkpoints.read_manifest(path), format=3)
+    manifest = replace(checkpoints.read_manifest(path), format=4)
     disk.write_whole(path / "manifest.json", manifest.to_json())
-    with pytest.raises(checkpoints.DamagedCheckpoint, match=r"manifest.json has format 3, this version reads up to 2"):
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=r"manifest.json has format 4, this version reads up to 3"):
         checkpoints.verify(path)
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+from ranks import LIMIT_S, launch
 
 from training.parallel.world import World
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO_RANKS = """
 import torch
 from training.parallel.world import World
@@ -39,19 +33,7 @@ def test_a_world_of_one_gives_back_what_it_is_given() -> None:
 
 
 def test_two_ranks_agree() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS],
-            cwd=ROOT,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    ranks = launch(["-c", TWO_RANKS], 2)
+    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
     agreed = "[3.0, 20.0] [42, 1] True False '' 'SIGTERM'\n"
     assert said == [f"0 2 True {agreed}", f"1 2 False {agreed}"]

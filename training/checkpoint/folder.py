@@ -3,12 +3,16 @@
     checkpoints/step-00000200/
         model.safetensors  optimizer.safetensors  …  state.json  config.json  manifest.json
 
+Of a run of several ranks, which all write at once, with model_00003.safetensors and optimizer_00003.safetensors for
+what rank 3 writes, state_00003.json for what it alone has, and pieces.json for where each piece of each tensor is.
+
 It is written beside its place under another name, every file and folder is flushed to the disk, the manifest last, and
 one rename puts it there. A folder whose manifest does not describe exactly what lies in it is no checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,20 +20,22 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data import disk
 from data.progress import bar
+from training.parallel.together import Together
 
-FORMAT = 2
-READABLE = (1, 2)
+FORMAT, FORMAT_OF_SHARDS = 2, 3
+READABLE = (1, 2, 3)
 """Format 1, of commits up to e18cd2b: the parts that are neither model nor optimizer lie in loop.safetensors."""
-STATE, CONFIG, MANIFEST = "state.json", "config.json", "manifest.json"
+STATE, CONFIG, PIECES, MANIFEST = "state.json", "config.json", "pieces.json", "manifest.json"
 FILE = re.compile(r"[a-z][a-z0-9_]*\.(safetensors|json)")  # no path leads elsewhere
-MOST_MANIFEST_BYTES = 1 << 20
+MOST_MANIFEST_BYTES = 1 << 24  # a file of 1,024 ranks takes half a million
+ALONE = Together()
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -74,10 +80,11 @@ class Manifest:
         if not same:
             raise DamagedCheckpoint(f"{MANIFEST} is not what was written")
         if manifest.format not in READABLE:
-            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest.format}, this version reads up to {FORMAT}")
+            raise DamagedCheckpoint(f"{MANIFEST} has format {manifest.format}, this version reads up to {READABLE[-1]}")
         well_formed = (
             isinstance(manifest.files, dict)
             and {STATE, CONFIG} <= set(manifest.files)
+            and (PIECES in manifest.files) == (manifest.format == FORMAT_OF_SHARDS)
             and all(FILE.fullmatch(name) and name != MANIFEST for name in manifest.files)
             and all(isinstance(entry, list) and len(entry) == 2 for entry in manifest.files.values())
             and all(_is_count(size) and isinstance(digest, str) for size, digest in manifest.files.values())
@@ -144,10 +151,22 @@ def verify(
     return manifest
 
 
-def verify_shown(folder: Path) -> Manifest:
-    """`verify`, while a person waits for it: with a bar."""
-    with bar(f"verifying {folder.name}", read_manifest(folder).num_bytes) as advance:
-        return verify(folder, advance=advance)
+def weight_files(manifest: Manifest) -> list[str]:
+    """What holds the weights, and says where they are."""
+    return [name for name in manifest.files if re.fullmatch(r"model(_\d+)?\.safetensors", name) or name == PIECES]
+
+
+def verify_shown(folder: Path, ranks: Together = ALONE) -> Manifest:
+    """`verify`, while a person waits for it: with a bar. Of several ranks each reads its share."""
+    manifest = ranks.first(lambda: read_manifest(folder))
+
+    def read() -> None:
+        mine = share(manifest, ranks.rank, ranks.size)
+        with bar(f"verifying {folder.name}", sum(manifest.files[name][0] for name in mine)) as advance:
+            verify(folder, mine, advance)
+
+    ranks.each(read)
+    return manifest
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -160,25 +179,55 @@ def read_json(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def share(manifest: Manifest, rank: int, size: int) -> list[str]:
+    """The files that one of several ranks reads where all verify a checkpoint: about as many bytes as each other."""
+    loads, mine = [0] * size, list[str]()
+    for name in sorted(manifest.files, key=lambda name: (-manifest.files[name][0], name)):
+        reader = loads.index(min(loads))
+        loads[reader] += manifest.files[name][0]
+        mine += [name] * (reader == rank)
+    return mine
+
+
+Files = dict[str, list[Any]]
+"""Name: [bytes, SHA-256], as in a manifest."""
+
+
 def write(
-    folder: Path, tensors: Mapping[str, Callable[[Path], None]], texts: dict[str, Any], facts: dict[str, Any]
+    folder: Path,
+    tensors: Mapping[str, Callable[[Path], None]],
+    texts: dict[str, Any],
+    facts: dict[str, Any],
+    ranks: Together = ALONE,
 ) -> Manifest:
     """Write a checkpoint; it is there whole, or not at all.
 
     Args:
         folder: its place, `checkpoints/step-…`. What may lie there (a damaged checkpoint) is replaced.
-        tensors: by the name of a file, what writes it. texts: by the name of a file, its value as JSON.
+        tensors: by the name of a file, what writes it. texts: by the name of a file, its value as JSON or its content.
         facts: the remaining fields of `Manifest`.
+        ranks: that write it, each its own `tensors` and `texts`. It is a checkpoint when rank 0 has the size and the
+            hash of every file of every rank, and not before.
     Raises:
-        OSError and whatever `tensors` raise; nothing is left behind then.
+        OSError and whatever `tensors` raise, on any rank; nothing is left behind then.
     """
-    with disk.part_of(folder) as part, ThreadPoolExecutor() as pool:
+    with ExitStack() as stack:
+        part = ranks.first(lambda: stack.enter_context(disk.part_of(folder)))
+        shares = ranks.gather(lambda: _write_files(part, tensors, texts))
+        return ranks.first(lambda: _put_in_place(part, folder, shares, facts))
+
+
+def _write_files(part: Path, tensors: Mapping[str, Callable[[Path], None]], texts: Mapping[str, Any]) -> Files:
+    """What this rank writes, flushed to the disk."""
+    part.mkdir(parents=True, exist_ok=True)  # another host may see it late
+    like, *_ = texts
+    with ThreadPoolExecutor() as pool:
         for name, value in texts.items():
-            disk.write_synced(part / name, _spell(value))
+            disk.write_synced(part / name, value if isinstance(value, bytes) else _spell(value))
 
         def write_tensors(name: str) -> None:
             tensors[name](part / name)
-            shutil.copymode(part / STATE, part / name)  # safetensors lets nobody but the owner read its files
+            shutil.copymode(part / like, part / name)  # safetensors lets nobody but the owner read its files
 
         # The disk and several processors at the same time: what of a save takes long is this.
         list(pool.map(write_tensors, tensors))
@@ -188,15 +237,24 @@ def write(
         files = {name: [(part / name).stat().st_size, digest] for name, digest in zip(names, digests, strict=True)}
         for flushed in synced:
             flushed.result()
-        manifest = Manifest(format=FORMAT, config_sha256=str(files[CONFIG][1]), files=files, **facts)
-        disk.write_synced(part / MANIFEST, manifest.to_json())
-        disk.sync(part)
-        if os.path.lexists(folder):
-            replaced = part.with_name(f"{part.name}-replaced")
-            os.rename(folder, replaced)
-            disk.remove(replaced)
-        os.rename(part, folder)
-        disk.sync(folder.parent)
+    return files
+
+
+def _put_in_place(part: Path, folder: Path, shares: list[Files], facts: dict[str, Any]) -> Manifest:
+    files = {name: entry for share in shares for name, entry in share.items()}
+    for name, (size, _) in files.items():
+        if (found := (part / name).stat().st_size) != size:
+            raise OSError(errno.EIO, f"{name} has {found:,} bytes where rank 0 looks, not {size:,}")
+    form = FORMAT if PIECES not in files else FORMAT_OF_SHARDS
+    manifest = Manifest(format=form, config_sha256=str(files[CONFIG][1]), files=files, **facts)
+    disk.write_synced(part / MANIFEST, manifest.to_json())
+    disk.sync(part)
+    if os.path.lexists(folder):
+        replaced = part.with_name(f"{part.name}-replaced")
+        os.rename(folder, replaced)
+        disk.remove(replaced)
+    os.rename(part, folder)
+    disk.sync(folder.parent)
     return manifest
 
 
@@ -248,11 +306,11 @@ def _unreadable(place: Path, error: OSError) -> ValueError:
     return ValueError(f"{place} cannot be read: {error.strerror}; {why}: mend that, or choose another")
 
 
-def newest(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+def newest(run_dir: Path, notify: Callable[[str], None], ranks: Together = ALONE) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that verifies. A damaged one is named, with the reason, and the one before is tried."""
-    for path in candidates(run_dir):
+    for path in ranks.first(lambda: candidates(run_dir)):
         try:
-            return path, verify_shown(path)
+            return path, verify_shown(path, ranks)
         except DamagedCheckpoint as damage:
             notify(f"checkpoint {path} is damaged and not used: {damage}")
     return None

@@ -36,11 +36,10 @@ def load_initial(weights: Weights, config: TrainConfig, tokenizer_sha256: str, n
         _load_folder(weights, path, config, tokenizer_sha256, notify)
         return
     found, manifest = find(value, "init_from", notify)
-    if state.read(found, manifest).values["data"]["tokenizer"] != tokenizer_sha256:
+    if state.read_values(found, manifest)["data"]["tokenizer"] != tokenizer_sha256:
         raise _of_another_tokenizer(value, "train on the text and tokenizer.vocab_size it was trained with")
     changes = fits.check_init(found, manifest, config)
-    file = found / "model.safetensors"
-    _load(weights, state.read_tensors(file), file)
+    _load(weights, state.read_weights(found, manifest), found)
     notify(f"init       weights of {found} (step {manifest.step:,}), verified")
     for change in changes:
         notify(f"           changed: {change}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from training.config import TrainConfig
 from training.parts import Weights
@@ -23,15 +24,36 @@ def restore(run: Run, run_folder: RunFolder) -> None:
     began = time.perf_counter()
     config, notify = run.config, run.notify
     found = run_folder.checkpoint(notify)
-    ours = run.batches.values()
     if found is None:
         if config.init_from:
-            load_initial(Weights(run.model), config, ours["tokenizer"], notify)
+            tokenizer = run.batches.values()["tokenizer"]
+            run.together.each(lambda: load_initial(Weights(run.model), config, tokenizer, notify))
         run.records.load({}, {})
         return
     path, manifest = found
     changes = fits.check_resume(path, manifest, config)
-    saved = state.read(path, manifest)
+    saved = run.together.each(lambda: _read(run, path, manifest))
+    # So far nothing was changed; from here on only a disk can refuse.
+    run.records.source = run.together.first(lambda: run_folder.origin(path))
+    saved.load(run.parts)
+    if run.records.source == run.folder:  # a branch has no checkpoint of its own yet
+        run.progress.saved = run.progress.step
+    seconds = time.perf_counter() - began
+    notify(f"resume     step {run.progress.step:,} of {path}, verified and loaded in {seconds:.1f} s")
+    for change in changes:
+        if not change.startswith(("run_dir ", "resume ", "init_from ")):
+            notify(f"           changed: {change}")
+    run.add_metrics({"checkpoint/load_seconds": seconds})
+
+
+def _read(run: Run, path: Path, manifest: Manifest) -> state.State:
+    """This rank's state, compared with the parts of the run.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    config, ours = run.config, run.batches.values()
+    saved = state.read(path, manifest, run.parts, run.world.rank)
     fits.check_tokenizer(path, config, saved.values["data"]["tokenizer"], ours["tokenizer"])
     if (theirs := saved.values["data"]["text"]) != ours["text"]:
         raise ValueError(
@@ -45,17 +67,7 @@ def restore(run: Run, run_folder: RunFolder) -> None:
         raise ValueError(
             f"{path} does not hold what this version saves ({error}); remove it to go on from the one before"
         ) from error
-    # So far nothing was changed; from here on only a disk can refuse.
-    run.records.source = run_folder.origin(path)
-    saved.load(run.parts)
-    if run.records.source == run.folder:  # a branch has no checkpoint of its own yet
-        run.progress.saved = run.progress.step
-    seconds = time.perf_counter() - began
-    notify(f"resume     step {run.progress.step:,} of {path}, verified and loaded in {seconds:.1f} s")
-    for change in changes:
-        if not change.startswith(("run_dir ", "resume ", "init_from ")):
-            notify(f"           changed: {change}")
-    run.add_metrics({"checkpoint/load_seconds": seconds})
+    return saved
 
 
 def _check_position(saved: state.State, manifest: Manifest, config: TrainConfig) -> None:

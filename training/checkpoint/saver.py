@@ -1,4 +1,4 @@
-"""Saving beside the training: a snapshot in host memory, then a thread that writes it."""
+"""Saving beside the training: a snapshot in host memory, then a thread that writes it, on each rank its share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,37 +23,47 @@ from data import disk
 from training.config import CheckpointConfig
 from training.errors import SaveFailed
 from training.loggers.base import one_line
+from training.parallel.together import RankLost, Together, whose
 
 from . import folder as checkpoints
-
-Tensors = dict[str, dict[str, Tensor]]
-"""File name → tensor name → tensor."""
+from .shards import Tensors
+from .state import Written
 
 
 class Saver:
     """Writes the checkpoints of one run, one at a time, and removes those that retention does not keep.
 
     A save that fails costs a line, not the run: the older checkpoints are untouched. `save(..., wait=True)`, for the
-    last save of a process, raises SaveFailed instead.
+    last save of a process, raises SaveFailed instead. Of several ranks all hear of it, or none.
+
+    Args:
+        ranks: that save together: each makes the same calls.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, notify: Callable[[str], None]) -> None:
-        self.run_dir, self.config, self.notify = run_dir, config, notify
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        notify: Callable[[str], None],
+        ranks: Together = checkpoints.ALONE,
+    ) -> None:
+        self.run_dir, self.config, self.notify, self.ranks = run_dir, config, notify, ranks
         self._snapshot: Tensors = {}
         self._pins = True
         self._thread: Thread | None = None
         self._failure = ""
+        self._lost: RankLost | None = None
         self._metrics: SimpleQueue[dict[str, float]] = SimpleQueue()
 
-    def save(self, tensors: Tensors, texts: dict[str, Any], facts: dict[str, Any], wait: bool = False) -> None:
+    def save(self, written: Written, facts: dict[str, Any], wait: bool = False) -> None:
         """Take a snapshot and begin to write it. Waits for the save before, should that still be under way.
 
-        Args: as `checkpoints.write`, with the tensors themselves. wait: come back when the checkpoint is there.
+        Args: facts: as `checkpoints.write` takes them. wait: come back when the checkpoint is there.
         """
         began = time.perf_counter()
         self.finish()
-        copied = self._copy(tensors)
-        self._thread = Thread(target=self._write, args=(copied, texts, facts), name="checkpoint")
+        copied = self._copy(written.tensors)
+        self._thread = Thread(target=self._write, args=(copied, written, facts), name="checkpoint")
         self._thread.start()
         self._metrics.put({"checkpoint/pause_ms": 1000 * (time.perf_counter() - began)})
         if wait:
@@ -64,6 +75,8 @@ class Saver:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, ""
+        if self._lost is not None and raises:
+            raise self._lost
         if failure and raises:
             raise SaveFailed(failure)
         if failure:
@@ -128,45 +141,82 @@ class Saver:
             self.notify(f"checkpoint no more memory can be pinned, saves pause training for longer: {one_line(error)}")
             return torch.empty(source.shape, dtype=source.dtype)
 
-    def _write(self, copied: Callable[[], None], texts: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _write(self, copied: Callable[[], None], written: Written, facts: dict[str, Any]) -> None:
         path = checkpoints.path_of(self.run_dir, facts["step"])
         needed = sum(tensor.nbytes for group in self._snapshot.values() for tensor in group.values())
+
+        def prepare() -> None:
+            with self._explained(needed):
+                copied()
+                # Rank 0 asks for room for all: they may share its disk.
+                need_space(self._disk, written.num_bytes if self.ranks.is_first else needed)
+                # No checkpoint may be older than the lines it counts on.
+                for record in written.texts.get(checkpoints.STATE, {}).get("records", ()):
+                    disk.sync(self.run_dir / record)
+
+        def save(tensors: dict[str, Tensor], file: Path) -> None:
+            with self._explained(needed):
+                _save_tensors(tensors, file)
+
         try:
             began = time.perf_counter()
-            copied()
-            need_space(checkpoints.disk_of(self.run_dir), needed)
-            for record in texts[checkpoints.STATE]["records"]:  # no checkpoint may be older than the lines it counts on
-                disk.sync(self.run_dir / record)
-            writers = {file: partial(_save_tensors, group) for file, group in self._snapshot.items()}
-            manifest = checkpoints.write(path, writers, texts, facts)
+            self.ranks.each(prepare)
+            writers = {file: partial(save, group) for file, group in self._snapshot.items()}
+            manifest = checkpoints.write(path, writers, written.texts, facts, self.ranks)
             seconds = time.perf_counter() - began
             self._metrics.put({"checkpoint/save_seconds": seconds, "checkpoint/gib": manifest.num_bytes / 2**30})
-        except (OSError, SafetensorError) as error:
-            why = save_problem(error, checkpoints.disk_of(self.run_dir), needed)
-            self._failure = f"checkpoint {path} was not written, older ones are untouched: {why}"
+            self._failure = self._read_back(path, [*writers, *written.texts]) or self._prune(path)
+        except (NotWritten, OSError, SafetensorError) as error:
+            why = str(error) if isinstance(error, NotWritten) else save_problem(error, self._disk, needed)
+            self._failure = f"checkpoint {path} was not written, older ones are untouched: {whose(error)}{why}"
+        except RankLost as error:  # which ends the run, and is told elsewhere
+            self._lost = error
         except Exception as error:  # a bug of ours must not end a run that goes well
-            self._failure = f"checkpoint {path} was not written: {type(error).__name__}: {error}"
-        else:
-            self._failure = self._read_back(path) or self._prune(path)
+            self._failure = f"checkpoint {path} was not written: {whose(error)}{type(error).__name__}: {error}"
 
-    def _read_back(self, path: Path) -> str:
-        """Whole or not there: what the disk does not give back as it was written goes. Returns what failed."""
+    @property
+    def _disk(self) -> Path:
+        return checkpoints.disk_of(self.run_dir)
+
+    @contextmanager
+    def _explained(self, needed: int) -> Iterator[None]:
+        """What its disk says is told by the rank where it happens."""
         try:
-            checkpoints.verify(path)
+            yield
+        except (OSError, SafetensorError) as error:
+            raise NotWritten(save_problem(error, self._disk, needed)) from error
+
+    def _read_back(self, path: Path, names: list[str]) -> str:
+        """Whole or not there: what the disk does not give back as it was written goes. Returns what failed.
+
+        Args:
+            names: of the files that this rank wrote.
+        """
+        try:
+            self.ranks.each(lambda: checkpoints.verify(path, names))
         except checkpoints.DamagedCheckpoint as damage:
-            disk.remove(path)
-            return f"checkpoint {path} did not read back as written and is removed, older ones are untouched: {damage}"
+            self.ranks.first(lambda: disk.remove(path))
+            what = f"{whose(damage)}{damage}"
+            return f"checkpoint {path} did not read back as written and is removed, older ones are untouched: {what}"
         return ""
 
     def _prune(self, verified: Path) -> str:
         keep = self.config
-        try:
-            checkpoints.prune(self.run_dir, keep.keep_last, keep.keep_every, keep.keep_best, verified)
-        except OSError as error:
-            return f"old checkpoints could not be removed: {error.strerror}"
-        except ValueError as error:  # the newest is damaged, or the folder cannot be read
-            return f"old checkpoints are not removed: {error}"
-        return ""
+
+        def prune() -> str:
+            try:
+                checkpoints.prune(self.run_dir, keep.keep_last, keep.keep_every, keep.keep_best, verified)
+            except OSError as error:
+                return f"old checkpoints could not be removed: {error.strerror}"
+            except ValueError as error:  # the newest is damaged, or the folder cannot be read
+                return f"old checkpoints are not removed: {error}"
+            return ""
+
+        return self.ranks.first(prune)
+
+
+class NotWritten(RuntimeError):
+    """Why one rank could not write its share."""
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

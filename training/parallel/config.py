@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import Launch
+from model.attention.config import CONTEXT_METHODS
 
-CONTEXT_METHODS = ("auto", "ulysses", "all-gather")
+from .launch import Launch
 
 
 @dataclass
@@ -17,13 +17,14 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share each row."""
     context_method: str = "auto"
+    """How they attend: auto, ulysses or all-gather."""
 
     def __post_init__(self) -> None:
         if self.context < 1:
             raise ValueError(f"parallel.context={self.context} is not possible; use 1 for whole rows, or more")
-        if self.context_method not in CONTEXT_METHODS:
+        if self.context_method not in ("auto", *CONTEXT_METHODS):
             raise ValueError(
-                f"parallel.context_method={self.context_method} is unknown; use {', '.join(CONTEXT_METHODS)}"
+                f"parallel.context_method={self.context_method} is unknown; use auto, {', '.join(CONTEXT_METHODS)}"
             )
 
     def check(self, launch: Launch) -> None:

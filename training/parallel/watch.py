@@ -34,6 +34,7 @@ SUSPECT_SECONDS = 5.0
 GRACE_SECONDS = 10.0
 """That a rank has, after the verdict about another one, to end by itself."""
 READING_SECONDS = 5.0
+"""For which rank 0, before it ends, waits at most until the others have read the verdict."""
 CODES: dict[type[BaseException], int] = {ValueError: 2, OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
 DONE = 1 << 40
 VERDICT = "verdict"
@@ -52,6 +53,8 @@ class Watch:
         self.store, self.rank, self.size = store, rank, size
         self.next = (rank + 1) % size
         self.is_suspicious = False
+        self.is_needed = False
+        """While ranks work together; before and after that each may come and go."""
         self._known: tuple[str, int] | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -130,9 +133,11 @@ class Watch:
                 now = time.monotonic()
                 if count != seen or count >= DONE:
                     seen, since = count, now
-                elif now - since > (SUSPECT_SECONDS if self.is_suspicious else LOST_SECONDS):
+                elif self.is_needed and now - since > (SUSPECT_SECONDS if self.is_suspicious else LOST_SECONDS):
                     self._tell(self.next, f"has not answered for {now - since:.0f} s")
             except STORE_GONE:
+                if not self.is_needed:
+                    return
                 self._known = GONE
                 self._leave(*GONE, is_ours=True)
 
@@ -167,13 +172,16 @@ def watched(world: World) -> Iterator[None]:
     if watch is None:
         yield
         return
+    watch.is_needed = True
     try:
         try:
             yield
         except Interrupted:
             world.wait()
+            watch.is_needed = False
             raise
         world.wait()
+        watch.is_needed = False
     except Exception as error:
         is_connection = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
         if is_connection and (verdict := watch.wait_for_verdict()) is not None:

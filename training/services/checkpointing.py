@@ -6,8 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from training.checkpoint.folder import CONFIG, STATE
-from training.checkpoint.state import files_of, values_of
+from training.checkpoint.state import Written, written
 from training.checkpoint.weights import save_weights
 from training.hardware import versions
 from training.run import Run
@@ -22,9 +21,7 @@ class Checkpointing(Service):
     def after_step(self, run: Run) -> None:
         if not self.has_memory:  # now the optimizer's moments are there, and no step is measured yet
             self.has_memory = True
-            files = files_of(run.parts)
-            if run.world.is_first:
-                run.saver.reserve(files)
+            run.saver.reserve(_written(run).tensors)
         run.add_metrics(run.saver.metrics())
         if run.due(run.config.checkpoint.every):
             save(run)
@@ -33,7 +30,7 @@ class Checkpointing(Service):
         """Raises SaveFailed where a run that finished could not save what it trained."""
         try:
             if status == "finished":
-                save_weights(run.model, run.folder, run.world.is_first)
+                save_weights(run.model, run.folder, run.together)
                 run.saver.finish(raises=True)
         finally:
             run.saver.finish()
@@ -57,7 +54,9 @@ def save(run: Run, wait: bool = False) -> None:
         "val_loss": val_loss if step == progress.step and math.isfinite(val_loss) else None,
         "versions": versions(),
     }
-    files = files_of(run.parts)
-    if run.world.is_first:
-        run.saver.save(files, {STATE: values_of(run.parts), CONFIG: asdict(run.config)}, facts, wait)
+    run.saver.save(_written(run), facts, wait)
     progress.saved = progress.step
+
+
+def _written(run: Run) -> Written:
+    return written(run.parts, asdict(run.config), run.world.rank, run.world.size)

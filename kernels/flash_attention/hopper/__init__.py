@@ -19,6 +19,7 @@ picture of its warps. What they stand on:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -51,10 +52,10 @@ Outputs = tuple[Tensor, Tensor, Tensor | None]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, sinks: Tensor | None, *,
-    causal: bool, window: int | None, softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None, sinks: Tensor | None,
+    slopes: None = None, *, causal: bool, window: int | None, softcap: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and LSE, as `portable.forward`."""
+    """out and LSE, as `portable.forward`, of inputs against which `op.hopper_lacks` says nothing."""
     (B, S, H, D), S_k, G = q.shape, k.shape[1], k.shape[2]
     q, k, v = aligned(q), aligned(k), aligned(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -77,10 +78,12 @@ def forward(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    starts: Tensor | None, sinks: Tensor | None, *, causal: bool, window: int | None, softcap: float, scale: float,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dq, dk, dv and dsinks, as `portable.backward`; without `deterministic` the last bits of dq differ between runs.
+    starts: Tensor | None, ends: Tensor | None, sinks: Tensor | None, slopes: None = None, *,
+    causal: bool, window: int | None, softcap: float, scale: float, deterministic: bool = False,
+    wanted: Sequence[bool] = (True,) * 5,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dq, dk, dv, dsinks and None, as `portable.backward`; without `deterministic` the last bits of dq differ between
+    runs.
 
     With head_dim up to 128, dq is summed in float32 accumulators, memory that is needed while the kernel runs: for the
     queries of some 450 tiles of 128 keys (900 with documents), whatever B and H are, and for those of three key heads
@@ -99,9 +102,9 @@ def backward(
     with torch.cuda.device_of(q):
         compute(config, problem, scale, (q, k, v, dout), (out, lse, dlse), row_stats, (dq, dk, dv))
     dsinks = None
-    if sinks is not None:
+    if sinks is not None and wanted[3]:
         dsinks = dsinks_of(sinks, lse, row_stats[:, :, :, 1].flatten(2)[:, :, :S])
-    return dq, dk, dv, dsinks
+    return dq, dk, dv, dsinks, None
 
 
 def _preprocess(

@@ -1,7 +1,7 @@
 """From PyTorch's tensors to a running kernel with little work for the host: tensor descriptors, and launches.
 
 A row of 4k tokens keeps an H100 busy for less time than Triton's own way to it takes the host, which looks at every
-argument of every launch anew and checks every descriptor: docs/kernels/hopper.md has the times.
+argument of every launch anew and checks every descriptor: docs/lab (L6) has the times.
 """
 
 from __future__ import annotations

@@ -1,0 +1,162 @@
+"""What a caller can get wrong, said once, in plain Python over shapes and dtypes: no value of a tensor is read, so
+nothing waits for the GPU, and torch.compile traces it without a break, for any length where it is asked to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST = 576
+"""The largest head_dim: that of latent attention's keys."""
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as for PyTorch's own attention: operators are not on its list.
+    float64 stays what it is, there and here."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # autocast does not know meta
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"{shapes(q, k, v)} must be (batch, sequence, heads, head_dim) each")
+    if not (are_same(k.shape[:3], v.shape[:3]) and holds(q.shape[0] == k.shape[0]) and q.shape[3] == k.shape[3]):
+        raise ValueError(
+            f"{shapes(q, k, v)} do not fit: (B, S, H, D) for q, (B, S_k, H_kv, D) for k and (B, S_k, H_kv, D_v) for v "
+            "(from PyTorch's (B, H, S, D) use .transpose(1, 2))"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads; "
+            "dimension 2 holds the heads (from PyTorch's (B, H, S, D) use .transpose(1, 2))"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device} and v on {v.device}; move them to one device")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"flash_attention computes in float16, bfloat16 and float32, not {q.dtype}; cast q, k and v")
+    for head_dim in (q.shape[3], v.shape[3]):
+        if head_dim % 8 or not 16 <= head_dim <= MOST:
+            raise ValueError(_head_dim_refused(head_dim))
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.stride(3) != 1)
+        raise ValueError(f"{name}'s last dimension is not contiguous (strides {x.stride()}); pass {name}.contiguous()")
+
+
+def _head_dim_refused(head_dim: int) -> str:
+    if head_dim > MOST:
+        remedy = f"use {PACKAGE}.attention (plain PyTorch, S × S scores in memory)"
+        return f"flash_attention takes a head_dim of at most {MOST}, not {head_dim}; {remedy}"
+    remedy = "pad q, k and v with zeros to the next one, pass scale=1/√(unpadded head_dim) and cut the output"
+    return f"flash_attention takes a head_dim that is a multiple of 8 from 16 to {MOST}, not {head_dim}; {remedy}"
+
+
+def check_causal(causal: Any) -> None:
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal={causal!r}: use True or False")
+
+
+def check_window(window: Any) -> None:
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int | torch.SymInt):
+        raise ValueError(f"window={window!r}: use a whole number (of keys, the query's own included), or None for all")
+    if window < 1:
+        raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
+
+
+def check_scaling(softcap: float, scale: float | None, head_dim: int) -> float:
+    """The scale, as a number."""
+    if isinstance(scale, Tensor) or isinstance(softcap, Tensor):
+        name = "scale" if isinstance(scale, Tensor) else "softcap"
+        remedy = "one that is learned multiplies q: q * scale, scale=1.0" if name == "scale" else "it is not learned"
+        raise ValueError(f"{name} is a tensor: pass a number, which has no gradient; {remedy}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: use a cap above 0, or 0 for none")
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale={scale}: use a number above 0 (pass -q to flip the scores' sign, 0 * q for equal ones)"
+        )
+    return float(scale)
+
+
+def check_bounds(name: str, bounds: Tensor, q: Tensor) -> None:
+    """`starts` or `ends`."""
+    B, S = q.shape[:2]
+    if not are_same(bounds.shape, (B, S)):
+        raise ValueError(
+            f"{name} {tuple(bounds.shape)} must be ({B}, {S}), one for each query; "
+            f"to use one row for the whole batch pass {name}.expand({B}, {S})"
+        )
+    if bounds.dtype != torch.int32:
+        raise ValueError(f"{name} is {bounds.dtype}; pass {name}.int()")
+    if bounds.device != q.device:
+        raise ValueError(f"{name} is on {bounds.device}, q on {q.device}; move it with .to(q.device)")
+
+
+def check_by_head(name: str, x: Tensor, q: Tensor) -> None:
+    """`sinks` or `alibi_slopes`."""
+    if x.shape != (q.shape[2],):
+        what = "logit" if name == "sinks" else "slope"
+        raise ValueError(f"{name} {tuple(x.shape)} must be ({q.shape[2]},): one {what} per query head")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} is {x.dtype}; pass float32, float16 or bfloat16")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q on {q.device}; move it with .to(q.device)")
+
+
+def shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+
+
+def are_same(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
+    if not torch.compiler.is_compiling():
+        return tuple(sizes) == tuple(others)
+    return len(sizes) == len(others) and all(holds(x == y) for x, y in zip(sizes, others, strict=True))
+
+
+def holds(condition: Any) -> bool:
+    """Whether sizes are as they should be. Where PyTorch traces, and sizes come from data, it may not be known: then
+    yes, and the traced graph checks it."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if not guard_or_true(condition):
+        return False
+    torch._check(condition)
+    return True
+
+
+NO = {
+    "dropout_p": "no dropout of weights; drop out what the attention block returns",
+    "dropout": "no dropout of weights; drop out what the attention block returns",
+    "attn_mask": "no mask as a matrix; describe it by causal, window, starts and ends, or use PyTorch's flex_attention",
+    "attn_bias": "no bias as a matrix; use alibi_slopes, or PyTorch's flex_attention with a score_mod",
+    "bias": "no bias as a matrix; use alibi_slopes, or PyTorch's flex_attention with a score_mod",
+    "is_causal": "another name for it: pass causal",
+    "softmax_scale": "another name for it: pass scale",
+    "window_size": "another name for it: pass window, the most recent keys that a query sees, itself included",
+    "enable_gqa": "no switch for it: k and v may always have fewer heads than q",
+}
+"""What callers bring from other functions."""
+
+
+def refuse(others: dict[str, Any]) -> None:
+    """Arguments that there are not."""
+    for name in others:
+        if name in NO:
+            raise TypeError(f"{name}: flash_attention has {NO[name]}")
+    raise TypeError(f"flash_attention has no argument {next(iter(others))!r}")
