@@ -19,6 +19,7 @@ from training import cli, jobs, run_folder
 from training.capacity import check_capacity
 from training.closing import closing_lines
 from training.config import TrainConfig, load_config
+from training.graphs import check_graphs
 from training.runtime import Runtime, resolve_runtime
 from training.terminal import columns
 
@@ -36,6 +37,7 @@ def check(config: TrainConfig) -> Runtime:
     """
     runtime = resolve_runtime(config)
     check_capacity(config, runtime)
+    check_graphs(config, runtime)
     run_folder.check(config)
     config.data.check()
     config.tokenizer.check()

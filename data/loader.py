@@ -41,11 +41,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory the copy overlaps with computation."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked host memory (needs CUDA)."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that a stream uses the batch, which another one brought."""
@@ -53,7 +53,8 @@ class Batch:
             if tensor is not None:
                 tensor.record_stream(stream)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with what `function` makes of its tensors."""
         starts_BS = None if self.starts_BS is None else function(self.starts_BS)
         return replace(
             self,

@@ -22,8 +22,8 @@ from .offload import HostStore
 from .recompute import Pieces, Recomputed
 from .replay import ATTENTION
 
-PRODUCTS = {"aten::mm", "aten::addmm"}
-"""Of linear layers; attention=math multiplies with bmm."""
+PRODUCTS = {"aten::mm": 1, "aten::addmm": 2, "aten::_scaled_mm": 1}
+"""Of linear layers, and which argument is the weight; attention=math multiplies with bmm."""
 
 Keeps = Callable[..., CheckpointPolicy]
 """Whether an operator's result is kept: (context, operator, *its arguments)."""
@@ -82,7 +82,8 @@ def _keeps(config: ModelConfig) -> Keeps:
 
     def keeps(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         # What the MLP's last product gives is added to the residual stream, and no gradient reads it.
-        is_product = op.name() in PRODUCTS and tuple(args[-1].shape) != down
+        weight = PRODUCTS.get(op.name())
+        is_product = weight is not None and tuple(args[weight].shape) != down
         is_kept = is_product or op.name() in ATTENTION
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 

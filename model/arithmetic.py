@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .config import ModelConfig
+from .precision_config import Float8Config, is_in_fp8, linear_sizes
 
 
 class ParameterCount(NamedTuple):
@@ -60,6 +61,12 @@ def train_flops_per_token(config: ModelConfig, keys_per_token: float) -> float:
     assert config.head_dim is not None
     attention = 12 * config.n_layers * config.n_heads * config.head_dim * keys_per_token
     return 6 * parameter_count(config).matmul + attention
+
+
+def float8_flops_per_token(config: ModelConfig, precision: Float8Config) -> float:
+    """Those of a token's 6 N that are products with factors in 8 bits."""
+    weights = sum(i * o for i, o in linear_sizes(config).values() if is_in_fp8((i, o)))
+    return (6 if precision.weight_gradients == "fp8" else 4) * config.n_layers * weights
 
 
 def score_bytes(config: ModelConfig, batch_size: int, seq_len: int, bytes_per_score: int = 4) -> int:

@@ -28,6 +28,11 @@ class Workload:
     """Numbers whose moments, where they are bf16, the update has in float32 at a time."""
     product_bytes: int = 2
     """Of a number in a matrix product: 2 with bf16, otherwise 4."""
+    in_fp8: bool = False
+    """Whether the factors of blocks' linear layers have 8 bits. Each weight is there twice then, a byte a number."""
+    input_bytes: int | None = None
+    """Of a number in what a linear layer keeps of its input: 1 where the weight's gradient is a product in fp8; None:
+    the input itself is kept."""
     residual_bytes: int = 4
     """Of a number in the residual stream: 2 with precision=bf16-residual, otherwise 4."""
     compiled: bool = True
@@ -72,6 +77,9 @@ def kept_bytes(work: Workload, layer: int) -> int:
     kept += sizes.attended + sizes.up + sizes.active
     if config.mlp == "swiglu" and not work.compiled:
         kept += sizes.active  # silu(gate), which a compiler computes again
+    if work.input_bytes is not None:  # a compiler makes those of norms and of the activation again from what made them
+        kept += sizes.output_input if work.compiled else sizes.inputs
+        kept -= 2 * sizes.product + sizes.active
     scores = score_bytes(config, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
     return work.tokens * kept + (scores if work.writes_scores else 0)
 
@@ -84,7 +92,9 @@ def layer_bytes(work: Workload, layer: int) -> int:
     # The gradients of the residual stream and of the MLP's first product.
     live = sizes.residual + sizes.up
     if isinstance(policy, SelectiveConfig):  # again: the stream between attention and MLP, its norm, the activation
-        live += sizes.residual + sizes.product + sizes.active
+        live += sizes.residual + sizes.product + sizes.active + sizes.inputs
+    if work.in_fp8:  # the gradient of the MLP's first product, as it is and transposed
+        live += sizes.up
     if (
         work.model.mlp == "swiglu" and not work.compiled
     ):  # gradients of both halves of that product, and of the activation
@@ -101,7 +111,7 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     T, tile, g = work.tokens, min(policy.tile or work.tokens, work.tokens), policy.head_groups
     kept = sizes.attended if keeps_attention else 0  # of attention; it leaves group by group
     mlp = T * (sizes.residual + sizes.attended - kept)
-    mlp += tile * (4 * FLOAT32 * work.model.dim + 2 * (sizes.up + sizes.active))
+    mlp += tile * (4 * FLOAT32 * work.model.dim + (3 if work.in_fp8 else 2) * (sizes.up + sizes.active))
     # At the first group all results of attention are there, at the last one all gradients of qkv.
     ends = max(sizes.attended + sizes.qkv // g, sizes.attended // g + sizes.qkv)
     attention = T * (sizes.residual + ends - kept + 3 * sizes.positioned // g) + workspace_bytes(work, g)
@@ -165,6 +175,10 @@ class _Sizes:
     """The result of its activation function."""
     statistics: int
     """Of a norm."""
+    output_input: int
+    """The 8-bit copy of attention's output."""
+    inputs: int
+    """The 8-bit inputs of all linear layers, where those are kept instead of the inputs themselves; otherwise 0."""
 
     @classmethod
     def of(cls, work: Workload) -> _Sizes:
@@ -183,4 +197,6 @@ class _Sizes:
             up=c * F * (2 if config.mlp == "swiglu" else 1),
             active=c * F,
             statistics=FLOAT32,
+            output_input=(work.input_bytes or 0) * H * D,
+            inputs=(work.input_bytes or 0) * (2 * E + H * D + F),
         )

@@ -36,6 +36,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.operand(), self.bias)
 
+    def requantize(self) -> None:
+        """Make anew what `model.float8` keeps of the weight; here nothing."""
+
 
 class _Working(torch.autograd.Function):
     """A cast whose result is there already. Its backward pass is that of the cast, so gradients are the same bits."""
@@ -57,13 +60,17 @@ def keep_working_copies(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def refresh(model: nn.Module) -> None:
-    """Cast the weights into the working copies, where there are any. Whoever has changed weights calls this.
+    """Cast the weights into the working copies, in 16 or 8 bits, where there are any. Whoever has changed weights calls
+    this.
 
     The weights' version counters do not tell: the fused AdamW of PyTorch leaves them as they are.
     """
-    pairs = [(layer.working, layer.weight) for layer in _linears(model) if layer.working is not None]
+    layers = _linears(model)
+    pairs = [(layer.working, layer.weight) for layer in layers if layer.working is not None]
     if pairs:
         torch._foreach_copy_([working for working, _ in pairs], [weight for _, weight in pairs])
+    for layer in layers:
+        layer.requantize()
 
 
 def _linears(model: nn.Module) -> list[Linear]:

@@ -142,6 +142,9 @@ def copies_bytes(work: Workload, layers: int, head: bool = False) -> int:
     if work.is_sharded:  # gathered: the layer in use and the next one, or all; embedding and head, until the update
         blocks = count.block_matrices // L * (min(2, layers) if work.reshards else layers)
         return work.product_bytes * (blocks + count.total - count.block_matrices)
+    if work.in_fp8:
+        has_head = head or work.keeps_copies
+        return 2 * count.block_matrices + work.product_bytes * (count.matmul - count.block_matrices) * has_head
     if work.keeps_copies:
         return work.product_bytes * count.matmul
     if work.product_bytes == FLOAT32:

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .float8 import quantize
 from .gpt import Attend, Attention, Block, Compiled, Rotation
 from .kept import Store
-from .product import Product
+from .product import product_of
 from .replay import Kept, catch, output, plain, replay
 
 
@@ -59,6 +60,7 @@ class Pieces(NamedTuple):
     normalize: Callable[[nn.Module, Tensor, torch.dtype], Tensor] = _normalize
     position: Callable[..., tuple[Tensor, Tensor]] = Attention.position
     activate: Callable[[nn.Module, Tensor], Tensor] = _activate
+    quantize: Callable[..., list[Tensor]] = quantize
 
 
 class Recomputed(Block):
@@ -132,8 +134,8 @@ class _Pass:
         self.angles_N1F = [angle_BS1F.expand(B, -1, -1, -1).flatten(0, 1) for angle_BS1F in rotation or ()]
         dtype = self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BSE.dtype
         attention, mlp = block.attention, block.mlp
-        self.qkv, self.out = Product.of(attention.qkv, dtype), Product.of(attention.out, dtype)
-        self.up, self.down = Product.of(mlp.first, dtype), Product.of(mlp.down, dtype)
+        layers = attention.qkv, attention.out, mlp.first, mlp.down
+        self.qkv, self.out, self.up, self.down = (product_of(layer, dtype, self.pieces.quantize) for layer in layers)
         self.heads = [count // block.head_groups for count in attention.heads]  # of a group
         self.groups = self.qkv.by_heads(attention.heads, block.head_groups)
 
@@ -169,7 +171,7 @@ class _Pass:
     def projected(self, x_NE: Tensor, group: int) -> Tensor:
         """Queries, keys and values (N, W, D) of a group of heads, before their positions are in them."""
         product = self.groups[group]
-        qkv_NO = x_NE.new_empty(len(x_NE), len(product.weight_OI), dtype=self.dtype)
+        qkv_NO = x_NE.new_empty(len(x_NE), product.num_outputs, dtype=self.dtype)
         for tile in self.tiles:
             product(self.pieces.normalize(self.block.attention_norm, x_NE[tile], self.dtype), out=qkv_NO[tile])
         return qkv_NO.unflatten(1, (sum(self.heads), -1))
@@ -181,8 +183,8 @@ class _Pass:
         x_TE = _leaf(x_NE[tile])
         with torch.enable_grad():
             n_TE = self.pieces.normalize(self.block.attention_norm, x_TE, self.dtype)
-        self.qkv.add_gradients(dqkv_TO, n_TE.detach())
-        torch.autograd.backward((x_TE, n_TE), (dx_NE[tile], self.qkv.input_gradient(dqkv_TO)))
+        dn_TE = self.qkv.backward(dqkv_TO, n_TE.detach())
+        torch.autograd.backward((x_TE, n_TE), (dx_NE[tile], dn_TE))
         dx_NE[tile] = _grad(x_TE)
 
     def positioned(self, q_THD: Tensor, k_TGD: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
@@ -249,11 +251,9 @@ class _Pass:
         with torch.enable_grad():
             a_TI = self.pieces.activate(self.block.mlp, u_TO)
         dy_TO = dy_NE[tile].to(self.dtype)
-        self.down.add_gradients(dy_TO, a_TI.detach())
-        a_TI.backward(self.down.input_gradient(dy_TO))
-        du_TO = _grad(u_TO)
-        self.up.add_gradients(du_TO, n_TE.detach())
-        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], self.up.input_gradient(du_TO)))
+        a_TI.backward(self.down.backward(dy_TO, a_TI.detach()))
+        dn_TE = self.up.backward(_grad(u_TO), n_TE.detach())
+        torch.autograd.backward((m_TE, n_TE), (dy_NE[tile], dn_TE))
         dy_NE[tile] = _grad(m_TE)
         self.out.add_gradients(dy_NE[tile].to(self.dtype), out_TI)
 

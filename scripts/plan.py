@@ -121,7 +121,7 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     work, steps, model = workload(config, runtime), config.plan, config.model
     there, peak = runtime.gpu.memory / GIB, predict(work)
     flops = train_flops_per_token(model, config.seq_len / 2) * steps.tokens_per_step
-    yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision}"
+    yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision.name}"
     yield f"model   {model.name}: {parameter_count(model).total / 1e6:,.1f}M parameters"
     micro_batches = f"{steps.accumulation} × {rows(config)}"
     ranks, taken = cluster.arrange(config), time_of(config, runtime, work)

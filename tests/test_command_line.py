@@ -132,6 +132,8 @@ MISTAKES = {
     "model.n_layers=1e8": ["model.n_layers=100000000", "GiB of memory", "model=tiny"],
     "device=cuda": ["device=cuda", "use device=cpu"],
     "precision=tf32": ["precision=tf32", "use precision=fp32"],
+    "cuda_graphs=true": ["cuda_graphs=true", "a CPU has none", "use cuda_graphs=auto or false"],
+    "optimizer.moments=bfloat16": ["optimizer.moments", "did you mean precision.moments?"],
     "attention=flash": ["attention=flash", "not on a CPU", "use attention=auto"],
 }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from model import activations
+from model import activations, float8
 from model.activations_config import FullConfig, MemoryConfig
 from model.attention.base import AttentionBackend
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
+from model.precision_config import Float8Config, PrecisionConfig
 
 from .parallel.config import FsdpConfig, ParallelConfig
 from .parallel.world import World
@@ -31,6 +32,7 @@ def assemble(
     parallel: ParallelConfig | None = None,
     residual_dtype: torch.dtype | None = None,
     working_dtype: torch.dtype | None = None,
+    precision: PrecisionConfig | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> GPT:
@@ -43,6 +45,8 @@ def assemble(
         residual_dtype: of the residual stream; None: float32.
         working_dtype: of what linear layers multiply with: copies of the weights (`model.linear`), or, where those are
             sharded, what they are gathered in; None: the weights themselves.
+        precision: whose fp8, if it is that, the linear layers of blocks multiply in, see `model.float8`, and in whose
+            reduction gradients of shards are added up; None: float32.
         z_loss, label_smoothing: of the training loss, see `kernels.linear_cross_entropy`.
     """
     # 1. On the meta device: no memory yet, so that what follows decides where a weight lives.
@@ -54,6 +58,8 @@ def assemble(
     sharded = parallel if isinstance(parallel, FsdpConfig) else None
     if working_dtype is not None and not sharded:
         keep_working_copies(model, working_dtype)
+    if isinstance(precision, Float8Config):
+        float8.convert(model, precision, compile)
     # 3. What blocks keep for the backward pass.
     activations.apply(model, memory or MemoryConfig())
     # 4. Compilation.
@@ -67,7 +73,8 @@ def assemble(
         from .parallel import fsdp
 
         assert world.mesh is not None
-        fsdp.shard(model, world.mesh, sharded, working_dtype)
+        reduction: torch.dtype = getattr(torch, precision.reduction if precision else "float32")
+        fsdp.shard(model, world.mesh, sharded, working_dtype, reduction)
     # 6. Memory and first weights.
     torch.manual_seed(seed)
     if sharded:

@@ -15,12 +15,13 @@ from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
 from model.layer_memory import Workload
 from model.memory import GIB, predict, state_bytes
+from model.precision_config import Float8Config
 
 from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
 from .parallel.launch import Launch
-from .runtime import Runtime, attention_spec, inner_spec, product_bytes, residual_bytes
+from .runtime import Runtime, attention_spec, inner_spec
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
@@ -52,10 +53,12 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         seq_len=math.ceil(config.seq_len / config.parallel.context),
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
-        moment_bytes=2 if config.optimizer.moments == "bfloat16" else 4,
+        moment_bytes=config.precision.moment_bytes,
         rounded_at_once=ROUNDED_AT_ONCE,
-        product_bytes=product_bytes(runtime.precision),
-        residual_bytes=residual_bytes(runtime.precision),
+        product_bytes=runtime.precision.product_bytes,
+        in_fp8=isinstance(runtime.precision, Float8Config),
+        input_bytes=1 if getattr(runtime.precision, "weight_gradients", None) == "fp8" else None,
+        residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
         shards=parallel.shard_size(Launch.here()),
@@ -240,7 +243,7 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
 def fits_in_shards(work: Workload, limit: float) -> bool:
     """Whether the run, whose ranks all hold everything, would fit as parallel=fsdp."""
     shards = Launch.here().size
-    return work.shards < shards and predict(replace(work, shards=shards)).total <= limit
+    return work.shards < shards and not work.in_fp8 and predict(replace(work, shards=shards)).total <= limit
 
 
 def host_bytes(work: Workload) -> tuple[int, int]:
@@ -298,10 +301,13 @@ def changes(config: TrainConfig, work: Workload) -> Iterator[tuple[list[str], Wo
         typed = [f"batch_size={batch_size}", f"tokens_per_step={config.plan.tokens_per_step}"]
         yield typed, work
     if work.product_bytes < work.residual_bytes:
-        work, typed = replace(work, residual_bytes=work.product_bytes), [*typed, "precision=bf16-residual"]
+        work, typed = (
+            replace(work, residual_bytes=work.product_bytes),
+            [*typed, "precision.residual=bfloat16" if work.in_fp8 else "precision=bf16-residual"],
+        )
         yield typed, work
     if work.moment_bytes == 4 and max(config.optimizer.betas) <= SLOWEST_IN_BF16:
-        yield [*typed, "optimizer.moments=bfloat16"], replace(work, moment_bytes=2)
+        yield [*typed, "precision.moments=bfloat16"], replace(work, moment_bytes=2)
 
 
 def smaller_batches(config: TrainConfig) -> list[int]:

@@ -12,17 +12,20 @@ import torch
 
 from data.corpus import Corpus
 from model.activations_config import SelectiveConfig
-from model.arithmetic import parameter_count, train_flops_per_token
+from model.arithmetic import float8_flops_per_token, parameter_count, train_flops_per_token
 from model.attention.base import AttentionBackend
 from model.layer_memory import kept_bytes
 from model.memory import GIB, predict, state_bytes
+from model.precision_config import Float8Config, described
 
 from . import hardware
 from .capacity import workload
 from .config import Plan, TrainConfig
+from .graphs import uses_graphs
 from .parallel.launch import Launch
 from .parallel.world import World
 from .runtime import Runtime
+from .throughput import Peak
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +35,7 @@ def run_facts(
 ) -> dict[str, Any]:
     """JSON-able facts: model size, what computes it, versions, commit, corpus manifest, command. All ranks ask."""
     here = {"host": socket.gethostname(), "device": hardware.describe_device(runtime.device)["name"]}
-    count = parameter_count(config.model)
+    count, peak = parameter_count(config.model), matmul_peak(config, runtime, world.size)
     return {
         "parameters": count.total,
         "matmul_parameters": count.matmul,
@@ -40,9 +43,10 @@ def run_facts(
         "attention": f"{attention.name}: {attention.describe()}",
         "device": hardware.describe_device(runtime.device),
         "ranks": world.gather(here),
-        "precision": runtime.precision,
+        "precision": runtime.precision.name,
         "compile": runtime.compile,
-        "peak_flops": matmul_peak(runtime, world.size),
+        "cuda_graphs": uses_graphs(config, runtime),
+        "peak_flops": peak(config.seq_len / 2) if peak else None,
         "versions": hardware.versions(),
         "git_commit": hardware.git_commit(ROOT),
         "data": corpus.manifest,
@@ -50,24 +54,43 @@ def run_facts(
     }
 
 
-def matmul_peak(runtime: Runtime, num_gpus: int = 1) -> float | None:
-    """Dense peak in FLOP/s of the units this run's matrix products use, on all its GPUs; None where it is not known."""
-    if runtime.device.type != "cuda" or runtime.precision == "fp32":  # fp32 products do not use the tensor cores
+def matmul_peak(config: TrainConfig, runtime: Runtime, num_gpus: int = 1) -> Peak | None:
+    """Dense peak of the units this run's matrix products use, on all its GPUs; None where it is not known.
+
+    With fp8 each product is held against the peak of its own factors: the linear layers' against that of 8 bits,
+    attention's and the head's against that of bf16.
+
+    Returns:
+        FLOP/s, by the keys that a token sees on average, on which the share of the linear layers depends.
+    """
+    if runtime.device.type != "cuda" or runtime.precision.name == "fp32":  # fp32 products do not use the tensor cores
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
     peak = hardware.peak_flops(name, runtime.dtype, capability)
-    return None if peak is None else num_gpus * peak
+    if peak is None or not isinstance(runtime.precision, Float8Config):
+        return None if peak is None else lambda keys: num_gpus * peak
+    peak_in_fp8 = hardware.peak_flops(name, torch.float8_e4m3fn, capability)
+    if peak_in_fp8 is None:
+        return None
+    in_fp8 = float8_flops_per_token(config.model, runtime.precision)
+    return lambda keys: num_gpus * mixed_peak(train_flops_per_token(config.model, keys), in_fp8, peak, peak_in_fp8)
+
+
+def mixed_peak(flops: float, in_fp8: float, peak: float, peak_in_fp8: float) -> float:
+    """The rate at which so many FLOPs are done, of which some at another peak."""
+    return flops / ((flops - in_fp8) / peak + in_fp8 / peak_in_fp8)
 
 
 def start_up_lines(config: TrainConfig, runtime: Runtime, facts: dict[str, Any]) -> list[str]:
     """What a person should know before the first step."""
-    execution = "torch.compile" if facts["compile"] else "eager"
+    execution = ("torch.compile" if facts["compile"] else "eager") + (", CUDA graphs" if facts["cuda_graphs"] else "")
     plan, state = config.plan, sum(state_bytes(workload(config, runtime)))
     data_size = config.parallel.data_size(len(facts["ranks"]))
     a_gpu = " on each GPU" if config.parallel.shard_size(Launch.here()) > 1 else ""
     on = f" on each of {data_size}" if data_size > 1 else ""
     return [
         f"device     {facts['device']['name']}, {facts['precision']}, {execution}, torch {facts['versions']['torch']}",
+        f"precision  {described(config.precision, runtime.precision, config.model, emulated=runtime.gpu is None)}",
         f"model      {config.model.name}: {facts['parameters'] / 1e6:,.1f}M parameters, "
         f"{state / GIB:.2f} GiB with gradients and {config.optimizer.name}'s moments{a_gpu}",
         f"attention  {facts['attention']}",

@@ -37,7 +37,8 @@ class Guard(Part):
         self.num_good = torch.zeros((), dtype=torch.int64, device=world.device)
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=world.device)
         self.seen = 0
-        """Bad steps the host knows of."""
+        """Bad steps the host knows of; and the same where the device reads it."""
+        self._seen = torch.zeros((), dtype=torch.float64, device=world.device)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"losses": self.losses, "num_good": self.num_good, "counters": self.counters}
@@ -55,16 +56,21 @@ class Guard(Part):
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Another spike_window than the checkpoint's begins its window anew."""
         self.counters.copy_(tensors["counters"])
-        self.seen = int(self.counters[0])
+        self._look(int(self.counters[0]))
         if tensors["losses"].shape == self.losses.shape:
             self.losses.copy_(tensors["losses"])
             self.num_good.copy_(tensors["num_good"])
 
-    def check(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    def _look(self, seen: int) -> None:
+        self.seen = seen
+        self._seen.fill_(seen)
+
+    def check(self, step: int | Tensor, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether a step may update the parameters: a bool scalar on the device. No synchronisation.
 
         Args:
-            loss: of the whole step, on all ranks. grad_norm: global.
+            step: its number, or that in a float64 scalar on the device. loss: of the whole step, on all ranks.
+            grad_norm: global.
         """
         good = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self.config.spike_sigma > 0:
@@ -78,10 +84,12 @@ class Guard(Part):
         self.losses.scatter_(0, slot, torch.where(good, loss, self.losses.gather(0, slot)))
         self.num_good += good
         in_a_row = torch.where(good, 0.0, in_a_row + 1)
-        is_first = ~good & (skipped == self.seen)
-        now = (torch.full_like(skipped, step), loss.double(), grad_norm.double())
+        is_first = ~good & (skipped == self._seen)
+        number = step if isinstance(step, Tensor) else torch.full_like(skipped, step)
+        now = (number, loss.double(), grad_norm.double())
         first = [torch.where(is_first, new, old) for new, old in zip(now, first, strict=True)]
-        self.counters = torch.stack([skipped + ~good, in_a_row, torch.maximum(worst, in_a_row), *first])
+        counters = [skipped + ~good, in_a_row, torch.maximum(worst, in_a_row), *first]
+        self.counters.copy_(torch.stack(counters))  # in place, as all that a recorded step keeps
         return good
 
     def report(self, rows_of: Callable[[int], list[int]]) -> dict[str, float]:
@@ -97,7 +105,7 @@ class Guard(Part):
         skipped, _, worst, step, loss, grad_norm = self.counters.tolist()
         new = int(skipped) - self.seen
         if new:
-            self.seen = int(skipped)
+            self._look(int(skipped))
             self.counters[2] = self.counters[1]
             rows = rows_of(int(step))
             facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}

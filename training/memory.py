@@ -24,14 +24,18 @@ NOTICEABLY = 0.9
 """Fraction of the predicted peak that a policy must stay below to be of help."""
 
 
-def memory_metrics(world: World) -> dict[str, float]:
-    """Peak memory since the last call, of the rank that has most, then the peaks start anew; empty on a CPU."""
+def memory_metrics(world: World, replayed: int = 0) -> dict[str, float]:
+    """Peak memory since the last call, of the rank that has most, then the peaks start anew; empty on a CPU.
+
+    Args:
+        replayed: bytes at the peak of what was replayed, which the allocator does not count.
+    """
     if world.device.type != "cuda":
         return {}
     stats = torch.cuda.memory_stats(world.device)
     torch.cuda.reset_peak_memory_stats(world.device)
     numbers = {
-        "memory/peak_allocated_gib": stats["allocated_bytes.all.peak"] / GIB,
+        "memory/peak_allocated_gib": max(stats["allocated_bytes.all.peak"], replayed) / GIB,
         "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / GIB,
         "memory/alloc_retries": stats["num_alloc_retries"],
     }

@@ -31,13 +31,15 @@ class Optimizer(Part):
 
     name = "optimizer"
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, device: torch.device, moments: str = "float32"
+    ) -> None:
         self.parameters, self.device = dict(model.named_parameters()), device
         # Of a sharded parameter this rank's part is updated, as a parameter of its own that lies in the same memory.
         self.parts = {name: nn.Parameter(local(p)) if is_sharded(p) else p for name, p in self.parameters.items()}
         hidden = [name for name, p in self.parts.items() if name.startswith("blocks.") and p.dim() == 2]
         by_muon = set(hidden) if isinstance(config, MuonConfig) else set()
-        self.moments: torch.dtype = getattr(torch, config.moments)
+        self.moments: torch.dtype = getattr(torch, moments)
         beta1, beta2 = config.betas
         runs = [
             run
@@ -81,7 +83,15 @@ class Optimizer(Part):
     def all(self) -> list[torch.optim.Optimizer]:
         return [*self.adamws, *self.muons]
 
-    def step(self, learning_rate: float, good: Tensor) -> None:
+    def make_capturable(self) -> None:
+        """Let CUDA graphs record `step`, whose learning rate is then a float32 scalar on the device."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+            # PyTorch would warn that it also runs outside of a graph, which the first steps do.
+            optimizer._warned_capturable_if_run_uncaptured = True
+
+    def step(self, learning_rate: float | Tensor, good: Tensor) -> None:
         """Update the parameters and clear the gradients.
 
         Args:

@@ -17,8 +17,6 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
-    moments: str = "float32"
-    """The dtype in which moments are kept from step to step: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -27,17 +25,26 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.weight_decay={self.weight_decay} is not possible; use 0 or more")
         if not self.eps > 0:
             raise ValueError(f"optimizer.eps={self.eps} is not possible; use a small positive number, such as 1e-8")
-        if self.moments not in ("float32", "bfloat16"):
-            raise ValueError(f"optimizer.moments={self.moments} is unknown; use float32 or bfloat16")
-        self._check_rounding("betas", max(self.betas), "[0.9,0.95]")
 
-    def _check_rounding(self, name: str, decay: float, remedy: str) -> None:
-        """A step moves a moment by about 1 − decay of itself; rounding to bf16 loses up to 1/256 of it."""
-        if self.moments == "bfloat16" and decay > SLOWEST_IN_BF16:
-            raise ValueError(
-                f"optimizer.moments=bfloat16 rounds away what a step adds with optimizer.{name}={getattr(self, name)}; "
-                f"use optimizer.{name}={remedy}, or optimizer.moments=float32"
-            )
+    def check_rounding(self, moments: str) -> None:
+        """Refuse moments in bf16 that a step would hardly move.
+
+        A step moves a moment by about 1 − decay of itself; rounding to bf16 loses up to 1/256 of it.
+
+        Raises:
+            ValueError: names the decay.
+        """
+        for name, (decay, remedy) in self._decays().items():
+            if moments == "bfloat16" and decay > SLOWEST_IN_BF16:
+                raise ValueError(
+                    f"precision.moments=bfloat16 rounds away what a step adds with "
+                    f"optimizer.{name}={getattr(self, name)}; use optimizer.{name}={remedy}, "
+                    f"or precision.moments=float32"
+                )
+
+    def _decays(self) -> dict[str, tuple[float, str]]:
+        """The largest decay in each setting, and what is usual there."""
+        return {"betas": (max(self.betas), "[0.9,0.95]")}
 
 
 @dataclass
@@ -49,7 +56,9 @@ class MuonConfig(OptimizerConfig):
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} must lie in [0, 1); use 0.95")
-        self._check_rounding("momentum", self.momentum, "0.95")
+
+    def _decays(self) -> dict[str, tuple[float, str]]:
+        return {**super()._decays(), "momentum": (self.momentum, "0.95")}
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": OptimizerConfig, "muon": MuonConfig}

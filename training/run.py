@@ -18,6 +18,8 @@ from .capacity import as_typed, resolve_memory
 from .checkpoint.saver import Saver
 from .config import TrainConfig
 from .facts import matmul_peak, run_facts
+from .graphed_step import GraphedStep
+from .graphs import uses_graphs
 from .guard import Guard
 from .interrupt import Interrupt
 from .loggers import Loggers, build_loggers
@@ -81,18 +83,21 @@ class Run:
                 parallel=config.parallel,
                 residual_dtype=runtime.residual_dtype,
                 working_dtype=runtime.working_dtype(config),
+                precision=runtime.precision,
                 z_loss=config.z_loss,
                 label_smoothing=config.label_smoothing,
             )
-        self.optimizer = Optimizer(self.model, config.optimizer, world.device)
+        self.optimizer = Optimizer(self.model, config.optimizer, world.device, config.precision.moments)
         self.guard = Guard(config.bad_step, world, notify, self.folder / "bad-steps.jsonl")
-        self.train_step = TrainStep(
+        step = GraphedStep if uses_graphs(config, runtime) else TrainStep
+        self.train_step = step(
             self.model,
             self.optimizer,
             self.guard,
             world,
             grad_clip=config.grad_clip,
             autocast=runtime.autocast,
+            reduction=getattr(torch, config.precision.reduction),
             shared=shared,
         )
         self.last: StepResult
@@ -103,7 +108,7 @@ class Run:
         self.throughput = Throughput(
             config.model,
             config.seq_len,
-            matmul_peak(runtime, world.size),
+            matmul_peak(config, runtime, world.size),
             synchronize=torch.cuda.synchronize if world.device.type == "cuda" else lambda: None,
         )
         self.interrupt = Interrupt(self.folder, config.max_time)
@@ -189,4 +194,4 @@ def _set_up_torch(config: TrainConfig, runtime: Runtime) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if runtime.precision.name == "tf32" else "highest")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from model.attention import AttentionSpec, build_attention, choose_attention
 from model.attention.config import context_method, context_spec
+from model.precision_config import Float8Config, PrecisionConfig, precision_named
 
 from .config import TrainConfig
 from .machine import Gpu, find_gpu
@@ -31,7 +32,8 @@ class Runtime:
 
     gpu: Gpu | None
     """None: on the CPU."""
-    precision: str
+    precision: PrecisionConfig
+    """Never auto."""
     compile: bool
 
     @cached_property
@@ -51,7 +53,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return "bfloat16" if product_bytes(self.precision) == 2 else "float32"
+        return "bfloat16" if self.precision.product_bytes == 2 else "float32"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +68,7 @@ class Runtime:
         """Of the residual stream: the embedding's output and every layer's sum."""
         import torch
 
-        return torch.bfloat16 if residual_bytes(self.precision) == 2 else torch.float32
+        return torch.bfloat16 if self.precision.residual_bytes == 2 else torch.float32
 
     def working_dtype(self, config: TrainConfig) -> torch.dtype | None:
         """Of the copies of the weights that linear layers multiply with, cast once a step; None: no copies.
@@ -75,22 +77,12 @@ class Runtime:
         again, and holds no cast of theirs from step to step. Sharded weights are gathered in this dtype at any rate.
         """
         is_cast = config.plan.accumulation > 1 or isinstance(config.parallel, FsdpConfig)
-        return self.dtype if product_bytes(self.precision) == 2 and is_cast else None
+        return self.dtype if self.precision.product_bytes == 2 and is_cast else None
 
     def autocast(self) -> torch.autocast:
         import torch
 
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=product_bytes(self.precision) == 2)
-
-
-def product_bytes(precision: str) -> int:
-    """Of a number in a matrix product or in attention."""
-    return 2 if precision in ("bf16", "bf16-residual") else 4
-
-
-def residual_bytes(precision: str) -> int:
-    """Of a number in the residual stream."""
-    return 2 if precision == "bf16-residual" else 4
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.product_bytes == 2)
 
 
 def resolve_runtime(config: TrainConfig) -> Runtime:
@@ -99,13 +91,19 @@ def resolve_runtime(config: TrainConfig) -> Runtime:
     Raises:
         ValueError: what was asked for is not there, or the attention that was named cannot do what this run needs.
     """
-    config.parallel.check(Launch.here())
-    gpu, precision = resolve_device(config.device, config.precision)
     launch = Launch.here()
+    config.parallel.check(launch)
+    gpu, name = resolve_device(config.device, config.precision.name)
     if gpu is not None and gpu.count is not None and launch.local_rank >= gpu.count:
         raise ValueError(
             f"{launch.local_size} processes want a GPU each of this machine, which offers {gpu.count}; "
             f"use torchrun --nproc-per-node={gpu.count}"
+        )
+    precision = config.precision.decided(name)
+    if isinstance(precision, Float8Config) and isinstance(config.parallel, FsdpConfig):
+        raise ValueError(
+            f"precision=fp8 needs whole weights on every process, which parallel={config.parallel.name} shards; "
+            f"use parallel=data, or precision=bf16"
         )
     runtime = Runtime(gpu, precision, gpu is not None if config.compile == "auto" else bool(config.compile))
     choose_attention(config.attention, inner_spec(config, attention_spec(config, runtime)))
@@ -116,7 +114,7 @@ def resolve_device(device: str, precision: str) -> tuple[Gpu | None, str]:
     """The GPU to run on, None for the CPU, and the precision there.
 
     Args:
-        device: auto, cuda or cpu. precision: auto, or one of those that `configs/train.yaml` lists.
+        device: auto, cuda or cpu. precision: auto, or another option of `configs/precision`.
     Raises:
         ValueError: this machine does not have what was asked for.
     """
@@ -130,8 +128,10 @@ def resolve_device(device: str, precision: str) -> tuple[Gpu | None, str]:
         precision = "bf16" if has_bf16 else "fp32"
     if precision == "tf32" and not has_bf16:
         raise ValueError("precision=tf32 needs an NVIDIA GPU from the A100 on; use precision=fp32")
-    if product_bytes(precision) == 2 and gpu is not None and not has_bf16:
+    if precision_named(precision).product_bytes == 2 and gpu is not None and not has_bf16:
         raise ValueError(f"precision={precision} needs an A100 or newer, not {gpu.name}; use precision=fp32")
+    if precision == "fp8" and gpu is not None and not (gpu.capability >= (9, 0) and gpu.name.startswith("NVIDIA")):
+        raise ValueError(f"precision=fp8 needs an NVIDIA GPU from the H100 on, not {gpu.name}; use precision=bf16")
     return gpu, precision
 
 

@@ -100,6 +100,7 @@ class TrainStep(Forward):
     Args:
         grad_clip: global norm that gradients are scaled down to; 0 for none.
         autocast: returns the context that the forward pass runs in.
+        reduction: the dtype in which gradients are added up over ranks.
     """
 
     def __init__(
@@ -111,31 +112,51 @@ class TrainStep(Forward):
         *,
         grad_clip: float,
         autocast: Callable[[], AbstractContextManager[object]],
+        reduction: torch.dtype = torch.float32,
         shared: SharedRows | None = None,
     ) -> None:
         super().__init__(model, world.device, autocast, shared)
         self.optimizer, self.guard, self.world = optimizer, guard, world
-        self.gradients = Gradients(model, world)
+        self.gradients = Gradients(model, world, reduction)
         self.max_norm = grad_clip or math.inf
+
+    @property
+    def replayed_peak(self) -> int:
+        """Bytes allocated at most in what is replayed, which PyTorch's allocator does not see."""
+        return 0
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch in nats."""
         return self._loss(batch, per_token=False)
 
     def __call__(self, micro_batches: Sequence[Batch], step: int, learning_rate: float) -> StepResult:
-        counts = (sum(getattr(batch, name) for batch in micro_batches) for name in COUNTS)
-        num_tokens, num_targets, pairs = self.world.count(list(counts))
+        num_tokens, num_targets, pairs = self.counts(micro_batches)
         loss = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(micro_batches, 1):
             self.gradients.begin(is_last=number == len(micro_batches))
-            # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
-            micro_loss = self.loss(batch) / num_targets
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            loss += self.backward(batch, num_targets)
         loss = self.world.sum(loss)
+        grad_norm, good = self.update(loss, step, learning_rate)
+        return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)
+
+    # ---- the parts of a step; numbers may be scalars on the device, for `training.graphed_step`
+
+    def counts(self, micro_batches: Sequence[Batch]) -> list[int]:
+        """COUNTS of a step on all ranks."""
+        return self.world.count([sum(getattr(batch, name) for batch in micro_batches) for name in COUNTS])
+
+    def backward(self, batch: Batch, num_targets: int | Tensor) -> Tensor:
+        """Add a micro-batch's part of the step's gradients; returns its part of the loss."""
+        # Divided by the whole step's targets, not averaged per micro-batch: every target weighs the same.
+        micro_loss = self.loss(batch) / num_targets
+        micro_loss.backward()
+        return micro_loss.detach()
+
+    def update(self, loss: Tensor, step: int | Tensor, learning_rate: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Add up, clip, guard, step; returns the gradient's norm, and whether the parameters took the step."""
         self.gradients.add_up()
         grad_norm = self.gradients.clip(self.max_norm)
         good = self.guard.check(step, loss, grad_norm)
         self.optimizer.step(learning_rate, good)
         refresh(self.model)
-        return StepResult(loss, grad_norm, good, learning_rate, num_tokens, pairs)
+        return grad_norm, good

@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from model.arithmetic import train_flops_per_token
 from model.config import ModelConfig
 
+Peak = Callable[[float], float]
+
 
 class Throughput:
     """Counts tokens, attended pairs and seconds between reports.
 
     Args:
         model, seq_len: for the FLOPs per token.
-        peak_flops: the card's dense peak in FLOP/s; None for an unknown card, which then has no MFU.
+        peak_flops: the card's dense peak in FLOP/s, by the keys that a token sees on average; None for an unknown card,
+            which then has no MFU.
         warmup_steps: first steps of the run that are not measured.
         synchronize: waits for the device. clock: seconds, monotonic.
     """
@@ -28,7 +31,7 @@ class Throughput:
         self,
         model: ModelConfig,
         seq_len: int,
-        peak_flops: float | None,
+        peak_flops: Peak | None,
         *,
         warmup_steps: int = 3,
         synchronize: Callable[[], None] = lambda: None,
@@ -100,10 +103,10 @@ class Throughput:
             "time/data_wait_fraction": self._waited / seconds,
         }
         if self.peak_flops is not None:
-            metrics["throughput/mfu"] = flops(self.seq_len / 2) / self.peak_flops
-            metrics["throughput/mfu_palm"] = flops(self.seq_len) / self.peak_flops
+            metrics["throughput/mfu"] = flops(self.seq_len / 2) / self.peak_flops(self.seq_len / 2)
+            metrics["throughput/mfu_palm"] = flops(self.seq_len) / self.peak_flops(self.seq_len)
             if attended_fraction < 0.999:  # documents or a window: the two conventions count pairs nobody computes
-                metrics["throughput/mfu_attended"] = flops(keys_attended) / self.peak_flops
+                metrics["throughput/mfu_attended"] = flops(keys_attended) / self.peak_flops(keys_attended)
         self.total_tokens += self._tokens
         self.total_seconds += seconds
         self._begin()

@@ -9,7 +9,8 @@ samples and checkpoints. The record is written after every rung, and keeps the r
 climbed in several calls. Out of memory is a result.
 
 No speed is recorded for a wrong model: with four layers and rows of 16,384 tokens at most, each policy's losses and
-gradient norms over three steps must be those of a run that is not compiled and keeps everything.
+gradient norms over three steps, and those of fp8 and of recorded steps, must be those of a run in bf16 that is not
+compiled, records nothing and keeps everything.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ CHECKED = ["model.n_layers=4", "max_steps=3", "log_every=1"]
 CHECKED_AT_ONCE = 6
 TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
 """Relative: a compiled model rounds elsewhere."""
+TOLERANCES_IN_FP8 = {"losses": 0.01, "grad_norms": 0.1}
+IN_FP8_ONLY = ("precision=fp8", "precision.scaling=", "precision.weight_gradients=")
+"""Settings that a run in bf16, with which one in fp8 is compared, goes without."""
 POLICIES = ("none", "selective", "full", "offload")
 
 
@@ -71,7 +75,8 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
     complaints = {} if args.no_check else complaints_about(settings)
     code = 0
     for name, rung in chosen.items():
-        steps = min(rung.steps, 2) if args.profile else rung.steps
+        few = 4 if "cuda_graphs=true" in settings[name] else 2  # the third step is recorded
+        steps = min(rung.steps, few) if args.profile else rung.steps
         timed = [*settings[name], f"max_steps={steps}", f"log_every={rung.window}"]
         wrong = complaints.get(name)
         found: Row = {"wrong": wrong} if wrong else run(timed, profile=bool(args.profile))
@@ -84,6 +89,16 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
             print(cells({"rung": name, **found}), flush=True)
         code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
     return code
+
+
+def is_checked(words: Sequence[str]) -> bool:
+    """Whether more than the plain step is at work in a run."""
+    has_policy = any(word.startswith("memory=") and word != "memory=none" for word in words)
+    return has_policy or is_in_fp8(words) or "cuda_graphs=true" in words
+
+
+def is_in_fp8(words: Sequence[str]) -> bool:
+    return "precision=fp8" in words
 
 
 def command(rung: Rung, more: Sequence[str] = ()) -> str:
@@ -103,34 +118,35 @@ def run(words: Sequence[str], profile: bool = False) -> Row:
 
 
 def complaints_about(settings: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
-    """What is wrong with the numbers of each rung that has a policy, on a small model of its kind; None: nothing.
+    """What is wrong with the numbers of each rung that is checked, on a small model of its kind; None: nothing.
 
     Small runs are not timed, so several share the GPU.
     """
-    pairs = {name: small_runs(words) for name, words in settings.items() if has_policy(words)}
+    pairs = {name: small_runs(words) for name, words in settings.items() if is_checked(words)}
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
         futures = {words: pool.submit(run, words) for words in dict.fromkeys(chain.from_iterable(pairs.values()))}
         return {
-            name: complaint(futures[ours].result(), futures[theirs].result()) for name, (ours, theirs) in pairs.items()
+            name: complaint(
+                futures[ours].result(), futures[theirs].result(), TOLERANCES_IN_FP8 if is_in_fp8(ours) else TOLERANCES
+            )
+            for name, (ours, theirs) in pairs.items()
         }
 
 
-def has_policy(words: Sequence[str]) -> bool:
-    return any(word.startswith("memory=") and word != "memory=none" for word in words)
-
-
 def small_runs(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Settings of three steps of a model with few layers: as these say, and with everything kept, not compiled."""
+    """Settings of three steps of a model with few layers: as these say, and those of a plain run, which keeps
+    everything, is not compiled, records nothing, and computes in bf16 where these say fp8."""
     (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
     rest = [word for word in words if not word.startswith("seq_len=")]
     small = (*rest, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}")
-    plain = (word for word in small if not word.startswith(("memory=", "memory.")))
+    left_out = ("memory=", "memory.", "cuda_graphs=", *(IN_FP8_ONLY if is_in_fp8(words) else ()))
+    plain = (word for word in small if not word.startswith(left_out))
     return small, (*plain, "memory=none", "compile=false")
 
 
-def complaint(ours: Row, theirs: Row) -> str | None:
-    """How the first figures differ from those of a run that keeps everything."""
-    for what, tolerance in TOLERANCES.items():
+def complaint(ours: Row, theirs: Row, tolerances: Mapping[str, float]) -> str | None:
+    """How the first figures differ from those of a plain run."""
+    for what, tolerance in tolerances.items():
         if what not in ours or what not in theirs:
             return f"not checked: {reason(ours) or reason(theirs)}"
         for step, (found, expected) in enumerate(zip(ours[what], theirs[what], strict=True), 1):
@@ -187,8 +203,8 @@ EXPLANATION = """\
 Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
 over windows of steps. The first step, which compiles and pins memory, is in no window, unless it is the only one.
 TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run. Before it was timed,
-each policy's losses and gradient norms over three steps of four layers were compared with those of a run that is not
-compiled and keeps everything."""
+each policy, fp8 and recorded steps were compared, over three steps of four layers, in losses and gradient
+norms with a run in bf16 that is not compiled, records nothing and keeps everything."""
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:

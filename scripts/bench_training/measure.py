@@ -25,12 +25,12 @@ from train import check
 from training.capacity import workload
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
-from training.facts import matmul_peak
 from training.loggers.jsonl import read_metrics
 from training.memory import out_of_memory_explained
 from training.run import Run
 from training.services import Service
 from training.services.first_step import FirstStep
+from training.services.garbage import Garbage
 from training.services.logging import Logging
 from training.services.profiling import Profiling
 from training.trainer import Trainer
@@ -79,7 +79,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
             clock, profiling = Clock(), Profiling()
             with out_of_memory_explained(config, runtime):
                 trainer = Trainer(config, _say, runtime)
-                trainer.services = [profiling, FirstStep(), Logging(), clock]
+                trainer.services = [profiling, FirstStep(), Logging(), Garbage(), clock]
                 trainer.fit()
         except (OutOfMemory, ValueError, NonFiniteError) as error:
             kinds: dict[type[Exception], str] = {OutOfMemory: "out_of_memory", NonFiniteError: "failed"}
@@ -92,7 +92,7 @@ def measured(words: list[str], profile: bool = False) -> Figures:
         del clock.seconds[steps + 1]
     config, facts = trainer.run.config, trainer.run.facts()
     return {
-        **figures(config, *clock.step_seconds(), peak_flops=matmul_peak(runtime)),
+        **figures(config, *clock.step_seconds(), peak_flops=facts["peak_flops"]),
         "first_step_s": clock.seconds[1] - clock.seconds[0],
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
         "predicted_gib": predict(workload(config, runtime)).total / GIB,

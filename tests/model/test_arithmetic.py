@@ -9,10 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.activations_config import MemoryConfig
-from model.arithmetic import causal_keys, parameter_count, score_bytes, train_flops_per_token
+from model.arithmetic import causal_keys, float8_flops_per_token, parameter_count, score_bytes, train_flops_per_token
 from model.config import ModelConfig
 from model.layer_memory import Workload
 from model.memory import state_bytes
+from model.precision_config import Float8Config
 
 LLAMA = ModelConfig(name="llama", n_layers=3, n_heads=4, dim=32, ffn_dim=48, vocab_size=101)
 GPT2 = replace(LLAMA, name="gpt2", position="learned", n_positions=40, norm="layernorm", mlp="gelu", bias=True)
@@ -115,3 +116,10 @@ def test_memory_by_hand():
     # Weight, gradient and two moments of 4 bytes each.
     weights = 4 * 124_439_808
     assert state_bytes(Workload(GPT2_124M, MemoryConfig(), 1, 1024)) == (weights, weights, 2 * weights)
+
+
+def test_the_share_of_fp8_counts_the_layers_of_blocks_whose_sizes_divide() -> None:
+    config = ModelConfig(name="x", n_layers=3, n_heads=4, dim=64, ffn_dim=100, vocab_size=1000)
+    products = 64 * 3 * 64 + 64 * 64  # not the MLP's, 64 → 200 and 100 → 64, nor the head
+    assert float8_flops_per_token(config, Float8Config()) == 6 * 3 * products
+    assert float8_flops_per_token(config, Float8Config(weight_gradients="bfloat16")) == 4 * 3 * products

@@ -16,13 +16,15 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import activations
+from model import activations, float8
 from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.config import ModelConfig
+from model.float8 import Factor
 from model.gpt import GPT
 from model.layer_memory import Workload, kept_bytes, matrix_sizes
 from model.linear import keep_working_copies, refresh
 from model.memory import moments
+from model.precision_config import Float8Config
 
 Build = Callable[..., GPT]
 B, S = 2, 48
@@ -76,6 +78,27 @@ def test_a_layer_keeps_what_the_partition_of_a_compiled_model_does(
     work = Workload(config, policy, B, S, residual_bytes=(residual or torch.float32).itemsize)
     weights = 0 if isinstance(policy, SelectiveConfig) else 2 * sum(matrix_sizes(config))  # cast to bf16
     assert kept[0] - kept[1] == kept_bytes(work, 0) + weights
+
+
+@pytest.mark.parametrize("policy", [MemoryConfig(), pytest.param(SelectiveConfig(), marks=SLOW)], ids=lambda p: p.name)
+def test_a_layer_in_fp8_keeps_what_the_partition_of_a_compiled_model_does(
+    build: Build, policy: MemoryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_gpu(a: Factor, b: Factor, dtype: torch.dtype, *, fast: bool = False, bias: Any = None) -> Tensor:
+        transposed = b.values_RK.t()
+        return torch._scaled_mm(a.values_RK, transposed, a.scale, b.scale.t(), bias, None, dtype, fast)
+
+    monkeypatch.setattr(float8, "product", on_a_gpu)
+    kept = []
+    for n_layers in (3, 2):
+        model = build(replace(LLAMA, n_layers=n_layers), "sdpa", seq_len=S).train()
+        float8.convert(model, Float8Config(), compile=False)
+        activations.apply(model, policy)
+        refresh(model)
+        kept.append(kept_by_a_compiled(model))
+    work = Workload(LLAMA, policy, B, S, in_fp8=True, input_bytes=1)
+    scales = 0 if isinstance(policy, SelectiveConfig) else 4 * 4
+    assert kept[0] - kept[1] == kept_bytes(work, 0) + scales
 
 
 class Peak(TorchDispatchMode):

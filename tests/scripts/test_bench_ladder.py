@@ -12,7 +12,7 @@ import torch
 
 from model.activations_config import SelectiveConfig
 from scripts.bench_training import ladder
-from scripts.bench_training.ladder import complaints_about, main, profile_lines
+from scripts.bench_training.ladder import complaints_about, is_checked, main, profile_lines
 from scripts.bench_training.measure import Clock, measured, settings
 from scripts.bench_training.rungs import RUNGS, Rung
 from training.profiled import Event, covered, events_of, summary
@@ -139,6 +139,33 @@ def test_what_does_not_fit_is_a_result_and_what_is_refused_is_a_failure(
     monkeypatch.setattr(ladder, "run", lambda words, profile=False: measured([*words, "model.dim=7"]))
     assert main(["--out", str(out), "--rungs", "none"], SMALL) == 1
     assert "dim" in record(out)["none"]["refused"]
+
+
+def test_every_rung_of_the_record_has_one_length_and_what_it_is_about_is_checked() -> None:
+    for name, rung in RUNGS.items():
+        assert sum(word.startswith("seq_len=") for word in rung.words) == 1, name
+        is_plain = not any(part in name for part in ("graphs", "fp8", "selective", "full", "offload"))
+        assert is_checked(rung.words) != is_plain, name
+
+
+@pytest.mark.parametrize(
+    ("words", "left_out"),
+    [
+        ("seq_len=4k cuda_graphs=true", {"cuda_graphs=true"}),
+        ("seq_len=4k precision=fp8 precision.scaling=rowwise", {"precision=fp8", "precision.scaling=rowwise"}),
+    ],
+)
+def test_fp8_and_recorded_steps_are_compared_with_bf16_and_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, words: str, left_out: set[str]
+) -> None:
+    asked: list[list[str]] = []
+    figures = [{"losses": [1.0], "grad_norms": [1.0]}, {"losses": [1.008], "grad_norms": [1.05]}]
+    monkeypatch.setattr(
+        ladder, "run", lambda words, profile=False: asked.append(list(words)) or figures[len(asked) - 1]
+    )
+    said = complaints_about({"rung": words.split()})["rung"]
+    assert set(asked[0]) - set(asked[1]) == left_out
+    assert (said is None) == ("precision=fp8" in words), "fp8 may be that far off"
 
 
 def test_a_wrong_policy_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.memory import GIB, predict, state_bytes
+from model.precision_config import precision_named
 from training import capacity, cli, machine
 from training import runtime as runtime_module
 from training.capacity import (
@@ -42,11 +43,11 @@ from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 CONFIGS = Path(__file__).parents[2] / "configs"
-CPU = Runtime(None, "fp32", False)
+CPU = Runtime(None, precision_named("fp32"), False)
 RECORD = Path(__file__).parents[2] / "docs/benchmarks/long-context-h200.json"
 MEASURED = [row for row in json.loads(RECORD.read_text("utf-8"))["rows"] if "step_s" in row]
 LLAMA_1B = "model=llama-1b"
-MOMENTS = "optimizer.moments=bfloat16"
+MOMENTS = "precision.moments=bfloat16"
 
 
 @cache
@@ -76,8 +77,8 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[TrainConfig,
 
 
 def settings_of(row: dict[str, Any]) -> list[str]:
-    """Of the command that was measured."""
-    _python, _train, *words = shlex.split(row["command"])
+    """Of the command that was measured, with the name that `unknown_key` offers for the one that moments had then."""
+    _python, _train, *words = shlex.split(row["command"].replace("optimizer.moments", "precision.moments"))
     return [*words, "check_memory=false"]
 
 
@@ -269,7 +270,7 @@ def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state(
 
 
 def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig) -> None:
-    check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), "bf16", True))
+    check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), precision_named("bf16"), True))
 
 
 def test_this_machine_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.facts import mixed_peak
 from training.hardware import describe_device, git_commit, peak_flops, versions
 
 
@@ -115,3 +116,24 @@ def test_a_commit_of_another_repository_is_never_named(tmp_path: Path, monkeypat
     monkeypatch.setenv("GIT_WORK_TREE", str(others))
     assert git_commit(ours) == commit
     assert git_commit(copy) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H200", 2 * 989.4),
+        ("NVIDIA B200", 4500),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_fp8_has_twice_the_peak_of_bf16_where_it_is_used(name: str, tera: float | None) -> None:
+    assert peak_flops(name, torch.float8_e4m3fn) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_a_step_partly_in_fp8_is_held_against_both_peaks() -> None:
+    """8 units of work of which 6 at twice the rate: 2 + 3 units of time."""
+    assert mixed_peak(8.0, 6.0, 1.0, 2.0) == pytest.approx(8 / 5)
+    assert mixed_peak(8.0, 0.0, 1.0, 2.0) == 1.0
+    assert mixed_peak(8.0, 8.0, 1.0, 2.0) == 2.0

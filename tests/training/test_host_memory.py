@@ -10,6 +10,7 @@ import pytest
 
 from model.activations_config import OffloadConfig
 from model.memory import Workload
+from model.precision_config import precision_named
 from training import capacity
 from training.capacity import check_host, container_limits, host_bytes
 from training.config import TrainConfig
@@ -19,7 +20,7 @@ from training.memory import out_of_memory_explained
 from training.runtime import Runtime
 
 MakeConfig = Callable[..., TrainConfig]
-H200 = Runtime(Gpu("NVIDIA H200", (9, 0), 141 * 10**9), "bf16", True)
+H200 = Runtime(Gpu("NVIDIA H200", (9, 0), 141 * 10**9), precision_named("bf16"), True)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_the_fraction_that_is_offered_fits(work: Workload, monkeypatch: pytest.M
 
 def test_without_a_gpu_it_is_refused_with_what_to_use(work: Workload) -> None:
     with pytest.raises(ValueError, match=r"memory=offload .* no GPU; use memory=full"):
-        check_host(work, Runtime(None, "fp32", False))
+        check_host(work, Runtime(None, precision_named("fp32"), False))
 
 
 @pytest.mark.parametrize(

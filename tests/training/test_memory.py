@@ -11,6 +11,7 @@ import torch
 
 from model.activations_config import MEMORY_POLICIES
 from model.memory import predict, state_bytes
+from model.precision_config import precision_named
 from training.capacity import workload
 from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
@@ -20,7 +21,7 @@ from training.runtime import Runtime
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
-CPU = Runtime(None, "fp32", False)
+CPU = Runtime(None, precision_named("fp32"), False)
 
 
 def told(config: TrainConfig) -> str:

@@ -29,8 +29,11 @@ CASES: dict[str, list[str]] = {
     "documents, accumulated": ["tokens_per_step=512", "data.document_mask=true"],
     "window, clipped": ["model.window=7", "data.document_mask=false", "grad_clip=0.05"],
     "Muon": ["optimizer=muon"],
-    "recomputed, bf16 moments": ["memory=full", "memory.tile=24", "optimizer.moments=bfloat16"],
+    "recomputed, bf16 moments": ["memory=full", "memory.tile=24", "precision.moments=bfloat16"],
     "poisoned": ["bad_step.action=skip", "optimizer=muon"],
+    "added up in bf16": ["precision.reduction=bfloat16"],
+    # One row a micro-batch in one process, too, for scales are those of the micro-batch.
+    "fp8": ["precision=fp8", "memory=full", "model.ffn_dim=48", "batch_size=1"],
     "GPT-2, recall": ["model=gpt2-124m", "model.dim=32", "model.ffn_dim=50", "model.n_heads=2", *RECALL],
 }
 PARALLEL = {"data": ["parallel=data"], "fsdp": ["parallel=fsdp"], "hsdp": ["parallel=hsdp", "parallel.shards=2"]}
@@ -42,7 +45,13 @@ PARALLEL |= {
 """How four ranks are arranged."""
 EXACT = 1e-5
 """Of float32 sums in another order. Muon's iteration is in bf16, and moments in bf16 are rounded."""
-LOOSE = {"Muon": 3e-4, "poisoned": 3e-4, "recomputed, bf16 moments": 1e-4}
+LOOSE = {"Muon": 3e-4, "poisoned": 3e-4, "recomputed, bf16 moments": 1e-4, "added up in bf16": 5e-3}
+WHOLE_ONLY = "fp8"
+"""The case that parallel=data alone can, with rows that are whole: scales are those of a rank's tokens."""
+
+
+def arrangements(case: str) -> list[str]:
+    return ["data"] if case == WHOLE_ONLY else list(PARALLEL)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +69,12 @@ def results(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         f"{name}/{parallel}": case | {"words": [*case["words"], "batch_size=1", *more]}
         for name, case in cases.items()
         for parallel, more in PARALLEL.items()
+        if parallel in arrangements(name)
     }
     return alone, ranks.trained_by_ranks(spread, SIZE, folder)
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "parallel"), [(case, way) for case in CASES for way in arrangements(case)])
 def test_four_ranks_train_what_one_process_trains(
     results: tuple[dict[str, Any], dict[str, Any]], case: str, parallel: str
 ) -> None:
@@ -91,6 +100,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
         steps = results[1][f"poisoned/{parallel}"]["steps"]
         assert [good for _, _, good, *_ in steps] == [True, False, True]
         assert math.isnan(steps[1][0])
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_gradients_are_rounded_where_they_are_added_up_in_bf16(
+    results: tuple[dict[str, Any], dict[str, Any]], parallel: str
+) -> None:
+    one, four = results[0]["added up in bf16"], results[1][f"added up in bf16/{parallel}"]
+    assert four["steps"][0][0] == pytest.approx(one["steps"][0][0], rel=EXACT), "the loss of the first step is not"
+    assert four["steps"][0][1] != pytest.approx(one["steps"][0][1], rel=EXACT), "the norm of its gradients is"
 
 
 def test_first_weights_are_those_of_one_process_bit_for_bit(

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from model.float8 import Float8Linear
 from model.linear import Linear
 from training.checkpoint import folder as checkpoints
 from training.config import TrainConfig
+from training.config.saved import saved_settings, upgraded, with_saved
 from training.loggers import read_metrics
 from training.run import Run
-from training.runtime import Runtime, product_bytes, residual_bytes
+from training.runtime import Runtime
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -134,8 +137,8 @@ def test_the_residual_stream_is_what_the_precision_says(config: MakeConfig, prec
     trainer.fit()
     expected = torch.bfloat16 if precision == "bf16-residual" else torch.float32
     assert set(seen) == {expected}
-    assert residual_bytes(precision) == expected.itemsize
-    assert product_bytes(precision) == 2
+    decided = trainer.run.runtime.precision
+    assert (decided.residual_bytes, decided.product_bytes) == (expected.itemsize, 2)
     assert any(line.startswith("device ") and f", {precision}, " in line for line in lines)
 
 
@@ -154,7 +157,7 @@ def test_bf16_in_the_residual_stream_or_in_the_moments_costs_no_more_than_twice_
     assert exact[-1] < 1.5
     bf16, residual, moments = (
         statistics.fmean(abs(a - b) for a, b in zip(losses(config, tmp_path / option, option), exact, strict=True))
-        for option in ("precision=bf16", "precision=bf16-residual", "optimizer.moments=bfloat16")
+        for option in ("precision=bf16", "precision=bf16-residual", "precision.moments=bfloat16")
     )
     assert 0 < moments < 2 * bf16
     assert bf16 != residual < 2 * bf16
@@ -166,12 +169,91 @@ def test_a_run_goes_on_with_its_bf16_moments_and_with_those_of_the_other_dtype(
 ) -> None:
     options = [f"optimizer={optimizer}", "max_steps=4", "checkpoint.every=2", "checkpoint.keep_last=9"]
     whole, same, other = tmp_path / "whole", tmp_path / "same", tmp_path / "other"
-    fit(config(*options, "optimizer.moments=bfloat16", f"run_dir={whole}"))
+    fit(config(*options, "precision.moments=bfloat16", f"run_dir={whole}"))
     resume = f"resume={checkpoints.path_of(whole, 2)}"
-    fit(config(*options, "optimizer.moments=bfloat16", f"run_dir={same}", resume))
+    fit(config(*options, "precision.moments=bfloat16", f"run_dir={same}", resume))
     assert (same / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     lines: list[str] = []
-    trainer = Trainer(config(*options, "optimizer.moments=float32", f"run_dir={other}", resume), lines.append)
+    trainer = Trainer(config(*options, "precision.moments=float32", f"run_dir={other}", resume), lines.append)
     trainer.fit()
-    assert "           changed: optimizer.moments bfloat16 → float32" in lines
+    assert "           changed: precision.moments bfloat16 → float32" in lines
     assert {tensor.dtype for tensor in trainer.run.optimizer.tensors().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "precision  fp32 (auto): residual stream float32, moments float32"),
+        (
+            ["precision=bf16", "precision.moments=bfloat16"],
+            "precision  bf16: residual stream float32, moments bfloat16",
+        ),
+        (["precision=bf16-residual"], "precision  bf16-residual: residual stream bfloat16, moments float32"),
+    ],
+)
+def test_the_start_says_what_the_precision_is(config: MakeConfig, options: list[str], said: str) -> None:
+    lines: list[str] = []
+    Trainer(config(*options, "max_steps=1"), lines.append).fit()
+    assert said in lines
+
+
+def test_a_residual_stream_in_bf16_is_refused_where_auto_finds_no_bf16(config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"precision.residual=bfloat16 .*precision=fp32.*use precision=bf16-residual"):
+        Trainer(config("precision.residual=bfloat16"), lambda line: None)
+
+
+def test_what_an_older_version_saved_goes_on_without_a_change(config: MakeConfig, tmp_path: Path) -> None:
+    """precision was one word, and the moments' dtype a setting of the optimizer."""
+    whole, folder = tmp_path / "whole", tmp_path / "older"
+    options = ["precision=bf16-residual", "precision.moments=bfloat16", "max_steps=2", "checkpoint.every=1"]
+    fit(config(*options, f"run_dir={whole}"))
+    settings = saved_settings(whole)
+    assert settings is not None
+    older = {**settings, "precision": "bf16-residual", "optimizer": {**settings["optimizer"], "moments": "bfloat16"}}
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(older)))
+    assert saved_settings(folder) == settings
+    composed = with_saved(OmegaConf.create(settings), upgraded(older), ["precision.moments"])
+    assert composed.precision.moments == "bfloat16"
+
+
+@pytest.mark.parametrize("options", [[], ["precision.scaling=rowwise", "memory=full", "memory.tile=16"]])
+def test_a_run_in_fp8_learns_and_goes_on_bit_for_bit(config: MakeConfig, tmp_path: Path, options: list[str]) -> None:
+    settings = ["precision=fp8", "attention=sdpa", "learning_rate=1e-2", "max_steps=6", "tokens_per_step=256"]
+    settings += ["checkpoint.every=2", "checkpoint.keep_last=9", "eval_every=2", "sample_tokens=4", *options]
+    whole, branch, lines = tmp_path / "whole", tmp_path / "branch", list[str]()
+    trainer = Trainer(config(*settings, f"run_dir={whole}"), lines.append)
+    trainer.fit()
+    assert sum(isinstance(layer, Float8Linear) for layer in trainer.run.model.modules()) == 4
+    (said,) = (line for line in lines if line.startswith("precision  "))
+    assert "fp8: attention.qkv, attention.out, mlp.gate_up, mlp.down of each block, scaled " in said
+    assert ", emulated" in said
+    fit(config(*settings, f"run_dir={branch}", f"resume={checkpoints.path_of(whole, 2)}"))
+    assert trained(branch)[:2] == trained(whole)[:2]
+    records = [x["train/loss"] for x in read_metrics(whole / "metrics.jsonl") if "train/loss" in x]
+    assert records[-1] < records[0]
+
+
+def test_layers_that_fp8_leaves_alone_are_named_and_a_model_without_others_is_refused(config: MakeConfig) -> None:
+    lines: list[str] = []
+    Trainer(config("precision=fp8", "model.ffn_dim=72", "max_steps=1"), lines.append).fit()
+    left = "in bf16, for want of multiples of 16, mlp.down (72 → 32)"
+    (said,) = (line for line in lines if line.startswith("precision  "))
+    assert "fp8: attention.qkv, attention.out, mlp.gate_up of" in said
+    assert left in said
+    with pytest.raises(
+        ValueError, match=r"fp8 needs layers .* multiples of 16.*attention.qkv 36 → 72.*use precision=bf16"
+    ):
+        config("precision=fp8", "model.dim=36", "model.ffn_dim=72")
+
+
+def test_fp8_over_100_steps_costs_little_more_than_bf16(config: MakeConfig, tmp_path: Path) -> None:
+    exact = losses(config, tmp_path / "fp32")
+    distances = [
+        statistics.fmean(abs(a - b) for a, b in zip(losses(config, tmp_path / name, *options), exact, strict=True))
+        for name, options in {
+            "fp8": ["precision=fp8"],
+            "rowwise": ["precision=fp8", "precision.scaling=rowwise"],
+        }.items()
+    ]
+    assert 0 < max(distances) < 0.03

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.precision_config import Float8Config, precision_named
 from training import runtime as runtime_module
 from training.config import TrainConfig
 from training.machine import Gpu
 from training.runtime import Runtime, attention_for, attention_spec, resolve_runtime
 
-CPU = Runtime(None, "fp32", False)
+CPU = Runtime(None, precision_named("fp32"), False)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0))
 T4 = Gpu("Tesla T4", (7, 5))
 MakeConfig = Callable[..., TrainConfig]
@@ -49,19 +50,19 @@ def test_auto_on_a_cpu_is_fp32_without_compiler(config: MakeConfig) -> None:
 
 @pytest.mark.usefixtures("ampere")
 def test_auto_on_a_gpu_is_compiled_bf16(config: MakeConfig) -> None:
-    assert resolve_runtime(config("device=auto")) == Runtime(A100, "bf16", True)
+    assert resolve_runtime(config("device=auto")) == Runtime(A100, precision_named("bf16"), True)
     assert resolve_runtime(config("device=cpu")) == CPU, "the CPU is there to be asked for"
 
 
 @pytest.mark.usefixtures("turing")
 def test_auto_on_a_gpu_without_bf16_is_fp32(config: MakeConfig) -> None:
-    assert resolve_runtime(config("device=auto")).precision == "fp32"
+    assert resolve_runtime(config("device=auto")).precision == precision_named("fp32")
 
 
 @pytest.mark.usefixtures("without_gpu")
 def test_what_is_asked_for_is_what_is_done(config: MakeConfig) -> None:
     runtime = resolve_runtime(config("precision=bf16", "compile=true"))
-    assert runtime == Runtime(None, "bf16", True)
+    assert runtime == Runtime(None, precision_named("bf16"), True)
     assert runtime.dtype is torch.bfloat16
 
 
@@ -100,6 +101,14 @@ def test_processes_that_cannot_be_arranged_so_are_refused(
         resolve_runtime(refused)
 
 
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_fp8_of_sharded_weights_is_refused(config: MakeConfig, parallel: str) -> None:
+    with pytest.raises(ValueError, match=rf"precision=fp8 .* parallel={parallel} shards; use parallel=data, or prec"):
+        resolve_runtime(config("precision=fp8", f"parallel={parallel}"))
+    resolve_runtime(config("precision=fp8", "parallel=data"))
+
+
 def test_more_processes_than_gpus_are_refused(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.runtime.find_gpu", lambda: replace(A100, count=2))
     environment = {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "6", "LOCAL_RANK": "2"}
@@ -112,22 +121,24 @@ def test_more_processes_than_gpus_are_refused(config: MakeConfig, monkeypatch: p
 def test_autocast_is_on_for_bf16_alone() -> None:
     x = torch.ones(2, 2)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("tf32", torch.float32)):
-        with Runtime(None, precision, False).autocast():
+        with Runtime(None, precision_named(precision), False).autocast():
             assert (x @ x).dtype is dtype
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Runtime(A100, "bf16", True).device == torch.device("cuda")
+    assert Runtime(A100, precision_named("bf16"), True).device == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"offers NVIDIA A100-SXM4-80GB, but torch .* cannot use it.* use device=cpu"):
-        _ = Runtime(A100, "bf16", True).device
+        _ = Runtime(A100, precision_named("bf16"), True).device
 
 
 def test_it_is_found_before_a_backend_touches_the_gpu(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cannot use it"):
-        attention_for(config("attention=sdpa", "data.document_mask=false"), Runtime(A100, "bf16", True))
+        attention_for(
+            config("attention=sdpa", "data.document_mask=false"), Runtime(A100, precision_named("bf16"), True)
+        )
 
 
 CANNOT = [
@@ -152,7 +163,7 @@ def test_an_attention_that_cannot_is_refused_with_a_remedy(config: MakeConfig, o
 def test_the_attention_is_asked_about_the_gpu_that_there_is(config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"attention=flash: .* not on sm_75"):
         resolve_runtime(config("device=auto", "attention=flash"))
-    spec = attention_spec(config(), Runtime(A100, "bf16", True))
+    spec = attention_spec(config(), Runtime(A100, precision_named("bf16"), True))
     assert (spec.dtype, spec.capability, spec.device) == ("bfloat16", (8, 0), "cuda")
 
 
@@ -171,3 +182,19 @@ def test_the_attention_is_told_all_that_the_run_asks_of_it(config: MakeConfig) -
     plain = attention_for(config("attention=math", "data.document_mask=false"), CPU, max_documents=3).spec
     assert plain.max_documents is None
     assert plain.is_plain
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (A100, "not NVIDIA A100-SXM4-80GB"),
+        (Gpu("NVIDIA L40S", (8, 9)), "not NVIDIA L40S"),
+        (Gpu("AMD Instinct MI300X", (9, 4)), "not AMD Instinct MI300X"),
+    ],
+)
+def test_fp8_is_refused_before_hopper(config: MakeConfig, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, said: str) -> None:
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: gpu)
+    with pytest.raises(ValueError, match=rf"fp8 needs an NVIDIA GPU from the H100 on, {said}; use precision=bf16"):
+        resolve_runtime(config("device=cuda", "precision=fp8"))
+    monkeypatch.setattr(runtime_module, "find_gpu", lambda: Gpu("NVIDIA H200", (9, 0)))
+    assert resolve_runtime(config("device=cuda", "precision=fp8")).precision == Float8Config()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from training.config import TrainConfig
 from training.errors import Interrupted
 from training.run import Run
 from training.services.base import Service
+from training.services.garbage import Garbage
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -89,3 +93,33 @@ def test_the_first_step_says_where_the_time_went(config: MakeConfig, tmp_path: P
     seconds = {stage.rpartition(" ")[0]: float(stage.rpartition(" ")[2]) for stage in stages}
     assert set(seconds) <= {"imports", "data", "model", "loggers", "evaluation", "first step"}
     assert sum(seconds.values()) == pytest.approx(float(line.split()[2]), abs=0.4), "nothing is left out"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_collected_at_log_lines_and_by_python_itself_after_the_run(config: MakeConfig, fails: bool) -> None:
+    class Cycle:
+        pass
+
+    left: list[weakref.ref[Cycle]] = []
+    found: list[tuple[int, bool, int]] = []
+
+    class Littering(Service):
+        def before_step(self, run: Run) -> None:
+            if run.progress.step > 1:
+                cycle = Cycle()
+                cycle.itself = cycle  # type: ignore[attr-defined]
+                left.append(weakref.ref(cycle))
+
+        def after_step(self, run: Run) -> None:
+            found.append((run.progress.step, gc.isenabled(), sum(ref() is not None for ref in left)))
+            if fails and run.progress.step == 6:
+                raise ZeroDivisionError
+
+    trainer = Trainer(config("max_steps=6", "log_every=3"), lambda line: None)
+    trainer.services = [Garbage(), Littering()]
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        trainer.fit()
+    assert found == [(1, False, 0), (2, False, 1), (3, False, 0), (4, False, 1), (5, False, 2), (6, False, 0)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

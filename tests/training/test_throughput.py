@@ -31,7 +31,8 @@ def clock() -> Clock:
 
 
 def throughput(clock: Clock, peak_flops: float | None = 1e6, warmup_steps: int = 0) -> Throughput:
-    return Throughput(MODEL, S, peak_flops, warmup_steps=warmup_steps, clock=clock)
+    peak = None if peak_flops is None else lambda keys: peak_flops
+    return Throughput(MODEL, S, peak, warmup_steps=warmup_steps, clock=clock)
 
 
 def steps(meter: Throughput, clock: Clock, number: int, seconds: float, pairs: int = ALL_PAIRS) -> None:

@@ -14,7 +14,7 @@ from data.config import FileTokenizer
 from model.huggingface.folder import is_huggingface, read_settings
 from model.huggingface.settings import understand
 from training.config import TrainConfig
-from training.config.saved import saved_settings
+from training.config.saved import saved_settings, upgraded
 
 from .folder import CONFIG, STATE, Manifest, read_json
 
@@ -118,7 +118,7 @@ def check_weights(path: Path, config: TrainConfig) -> list[str]:
 
 def differences(path: Path, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
     """(field, the checkpoint's value, this run's), sorted."""
-    before, now = dict(flat(read_json(path / CONFIG))), dict(flat(asdict(config)))
+    before, now = dict(flat(upgraded(read_json(path / CONFIG)))), dict(flat(asdict(config)))
     before.setdefault("model.qkv_bias", False)  # older versions had none
     for values in (before, now):  # null means one micro-batch: what that is, is compared
         rows, tokens = values.get("batch_size"), values.get("seq_len")
@@ -139,7 +139,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check_unchanged(path: Path, config: TrainConfig, differing: list[tuple[str, Any, Any]]) -> None:
     """Raises ValueError where a run that has nothing left to train would be said to have other settings than it had."""
-    in_both = dict(flat(read_json(path / CONFIG))).keys() & dict(flat(asdict(config))).keys()  # versions differ
+    in_both = (
+        dict(flat(upgraded(read_json(path / CONFIG)))).keys() & dict(flat(asdict(config))).keys()
+    )  # versions differ
     for key, old, new in differing:
         if key in in_both and not _among(key, MAY_CHANGE_AT_THE_END):
             raise ValueError(

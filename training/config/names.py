@@ -29,6 +29,7 @@ OTHER_NAMES: dict[str, str] = {
         "device": "gpu cuda accelerator",
         "precision": "dtype torch_dtype bf16 fp16 fp32 tf32 amp mixed_precision autocast",
         "compile": "torch_compile use_compile",
+        "cuda_graphs": "cudagraphs cuda_graph use_cuda_graph enable_cuda_graph",
         "log_every": "log_interval logging_steps log_freq log_every_n_steps print_every",
         "profile": "profiler profiling enable_profiling use_profiler torch_profiler profile_memory memory_snapshot "
         "enable_memory_snapshot",
@@ -66,6 +67,9 @@ OTHER_NAMES: dict[str, str] = {
         "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
         "optimizer.betas": "beta1 beta2 adam_beta1 adam_beta2",
         "optimizer.eps": "adam_epsilon adam_eps",
+        "precision.residual": "residual_dtype",
+        "precision.moments": "moment_dtype exp_avg_dtype optim_dtype optimizer_dtype",
+        "precision.reduction": "reduce_dtype grad_reduce_dtype",
         "optimizer": "optim optimizer_type",
         "schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay_style",
         "schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters lr_warmup_steps num_warmup_steps warmup_ratio",

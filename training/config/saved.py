@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+
+from model.precision_config import PRECISIONS, precision_named
 
 from .schema import CHOICES
 
@@ -34,7 +37,18 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} cannot be read ({why}); remove it to go on with the settings as typed") from error
     if not isinstance(saved, dict):
         raise ValueError(f"{path} holds no settings; remove it to go on with the settings as typed")
-    return saved
+    return upgraded(saved)
+
+
+def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an older version saved, as this one has them: precision was one word, and the moments' dtype the
+    optimizer's."""
+    name, optimizer = saved.get("precision"), saved.get("optimizer")
+    if not isinstance(name, str) or name not in PRECISIONS or not isinstance(optimizer, dict):
+        return saved
+    others = {key: value for key, value in optimizer.items() if key != "moments"}
+    precision = replace(precision_named(name), moments=optimizer.get("moments", "float32"))
+    return {**saved, "precision": asdict(precision), "optimizer": others}
 
 
 def with_saved(composed: DictConfig, saved: dict[str, Any], typed: Iterable[str]) -> DictConfig:

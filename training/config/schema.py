@@ -9,6 +9,7 @@ from data.config import SOURCES, TOKENIZERS, DataConfig, TokenizerConfig
 from model.activations_config import MEMORY_POLICIES, MemoryConfig
 from model.attention.config import ATTENTIONS, AttentionConfig
 from model.config import ModelConfig
+from model.precision_config import PRECISIONS, PrecisionConfig
 from training.checkpoint.config import CheckpointConfig
 from training.guard_config import BadStepConfig
 from training.loggers import LoggerConfig
@@ -20,7 +21,6 @@ from training.schedule import SCHEDULES, ScheduleConfig
 
 from .plan import Plan
 
-PRECISIONS = ("auto", "bf16", "bf16-residual", "tf32", "fp32")
 OPTIMIZED_METRICS = ("val/loss", "val/bits_per_byte", "train/loss", "time/step_ms", "memory/peak_allocated_gib")
 """What a sweep may look for the smallest of."""
 
@@ -31,6 +31,7 @@ CHOICES: dict[str, dict[str, type[Any]]] = {
     "optimizer": dict(OPTIMIZERS),
     "schedule": dict(SCHEDULES),
     "memory": dict(MEMORY_POLICIES),
+    "precision": dict(PRECISIONS),
     "parallel": dict(PARALLELISMS),
 }
 """Groups whose settings depend on the option that is chosen, by its name."""
@@ -43,6 +44,7 @@ class TrainConfig:
     attention: AttentionConfig
     model: ModelConfig
     memory: MemoryConfig
+    precision: PrecisionConfig
     parallel: ParallelConfig
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -62,8 +64,8 @@ class TrainConfig:
     label_smoothing: float
     seed: int
     device: str
-    precision: str
     compile: Any
+    cuda_graphs: Any
     check_memory: bool
     deterministic: bool
     log_every: int
@@ -90,8 +92,8 @@ class TrainConfig:
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "use 1 or more")
         require(0 < self.learning_rate < 10, "learning_rate", self.learning_rate, "use a small positive number")
         require(self.device in ("auto", "cuda", "cpu"), "device", self.device, "use auto, cuda or cpu")
-        require(self.precision in PRECISIONS, "precision", self.precision, f"use {', '.join(PRECISIONS)}")
-        require(self.compile in ("auto", True, False), "compile", self.compile, "use auto, true or false")
+        for name in ("compile", "cuda_graphs"):
+            require(getattr(self, name) in ("auto", True, False), name, getattr(self, name), "use auto, true or false")
         require(
             self.optimized_metric in OPTIMIZED_METRICS,
             "optimized_metric",
@@ -125,6 +127,8 @@ class TrainConfig:
         self.schedule.check_length(self.plan.max_steps, self.plan.tokens_per_step)
         self.model.check_seq_len(self.seq_len)
         self.memory.check_model(self.model)
+        self.precision.check_model(self.model)
+        self.optimizer.check_rounding(self.precision.moments)
         self.data.check_rows(self.seq_len, self.tokenizer)
         vocab_size = self.tokenizer.vocab_size  # None: a file's, which the trainer looks at
         if vocab_size is not None and vocab_size > self.model.vocab_size:

@@ -2,7 +2,7 @@
 
 Matrices are split by their rows (dimension 0) over the ranks of `World.mesh`; norms and biases are small and stay whole
 on every rank. With precision=bf16 matrices are gathered in bf16, which is also what linear layers multiply with, so
-that sharded models have no working copies (`model.linear`). Gradients are summed in float32.
+that sharded models have no working copies (`model.linear`). Gradients are summed in precision.reduction.
 
 Only runs with sharded parameters import this: it costs the start of a process half a second.
 """
@@ -23,16 +23,18 @@ from .config import FsdpConfig
 from .sharding import is_sharded, local, local_part
 
 
-def shard(model: GPT, mesh: DeviceMesh, config: FsdpConfig, dtype: torch.dtype | None) -> None:
+def shard(
+    model: GPT, mesh: DeviceMesh, config: FsdpConfig, dtype: torch.dtype | None, reduction: torch.dtype = torch.float32
+) -> None:
     """Shard a model on the meta device: each block by itself, and embedding and head with the model.
 
     Args:
-        dtype: in which parameters are gathered; None: their own.
+        dtype: in which parameters are gathered; None: their own. reduction: in which gradients are added up over ranks.
     """
     whole = {parameter for parameter in model.parameters() if parameter.dim() < 2}
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload else OffloadPolicy()
     # Inputs stay what they are: autocast and the residual stream decide their dtypes.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduction, cast_forward_inputs=False)
     for module, reshards in [*((block, config.reshard) for block in model.blocks), (model, False)]:
         fully_shard(
             module,

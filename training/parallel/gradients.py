@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 SMALL = 2**20
-"""Numbers below which gradients are added up together, in a copy; a larger one is added up where it lies."""
+"""Numbers below which gradients are added up together, in a copy; a larger one is added up where it lies, if in its own
+dtype."""
 
 
 class Gradients:
@@ -30,10 +31,13 @@ class Gradients:
     parameters that every rank has whole, are added up once a step, in the backward pass of its last micro-batch: those
     of a block while the blocks before it compute, where blocks are called one by one. In one compiled graph of the
     whole model all gradients come at its end.
+
+    Args:
+        reduction: the dtype in which those of whole parameters are added up over ranks.
     """
 
-    def __init__(self, model: GPT, world: World) -> None:
-        self.world, parameters = world, list(model.parameters())
+    def __init__(self, model: GPT, world: World, reduction: torch.dtype = torch.float32) -> None:
+        self.world, self.reduction, parameters = world, reduction, list(model.parameters())
         self.sharded = [p for p in parameters if is_sharded(p)]
         self.whole = [p for p in parameters if not is_sharded(p)]
         self.is_last = False
@@ -96,19 +100,19 @@ class Gradients:
             if parameter.numel() < SMALL or not _grad(parameter).is_contiguous():
                 small.append(parameter)
             else:
-                self._sums.append(_Sum([parameter]))
+                self._sums.append(_Sum([parameter], self.reduction))
         if small:
-            self._sums.append(_Sum(small))
+            self._sums.append(_Sum(small, self.reduction))
 
 
 class _Sum:
     """Gradients that are being added up over all ranks, in one collective."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: list[Tensor], dtype: torch.dtype) -> None:
         self.parameters = parameters
         gradients = [_grad(parameter) for parameter in parameters]
-        is_one = len(gradients) == 1 and gradients[0].is_contiguous()
-        self.flat = None if is_one else torch.cat([gradient.flatten() for gradient in gradients])
+        is_one = len(gradients) == 1 and gradients[0].is_contiguous() and gradients[0].dtype == dtype
+        self.flat = None if is_one else torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
         self.work = dist.all_reduce(gradients[0] if self.flat is None else self.flat, async_op=True)
 
     def finish(self) -> None:

@@ -9,6 +9,7 @@ from .base import Service
 from .checkpointing import Checkpointing
 from .evaluation import Evaluation
 from .first_step import FirstStep
+from .garbage import Garbage
 from .live import Live
 from .logging import Logging
 from .profiling import Profiling
@@ -21,7 +22,7 @@ def build_services() -> list[Service]:
     """The services of a run, in the order in which they are called."""
     # Profiling is first: what others do after a step is in no profile.
     around: list[Service] = [Profiling(), Live(), Reporting()]
-    return [*around, FirstStep(), Logging(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
+    return [*around, FirstStep(), Logging(), Garbage(), Evaluation(), Sampling(), Stopping(), Checkpointing()]
 
 
 __all__ = ["Service", "build_services"]

@@ -59,7 +59,7 @@ class Logging(Service):
                 "train/learning_rate": run.last.learning_rate,
                 **bad,
                 **run.throughput.report(),
-                **memory_metrics(run.world),
+                **memory_metrics(run.world, run.train_step.replayed_peak),
                 **run.take_metrics(),
             }
         )
