@@ -67,13 +67,13 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
     }
 
 
-def launch(program: list[str], size: int) -> list[subprocess.Popen[str]]:
-    """`size` ranks of a program on this machine, each with its output in a pipe."""
+def launch(program: list[str], size: int, **variables: str) -> list[subprocess.Popen[str]]:
+    """`size` ranks of a program on this machine, each with its output in a pipe and these variables."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR", **variables}
     return [
         subprocess.Popen(
             [sys.executable, *program],
