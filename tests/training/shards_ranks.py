@@ -1,4 +1,4 @@
-"""One rank of test_checkpoint_shards.py: saves and reads the parts of a small model that is held in several ways, trains.
+"""One rank of test_checkpoint_shards.py: saves and reads the parts of a small model held in several ways, and trains.
 
     RANK=0 WORLD_SIZE=4 … python tests/training/shards_ranks.py FOLDER
 

@@ -238,7 +238,7 @@ GPT2 += ["model.ffn_dim=3072", "model.vocab_size=50304", "model.n_positions=6553
     ],
 )
 def test_auto_records_where_the_gpu_would_wait_for_its_host(config: MakeConfig, options: list[str], used: bool) -> None:
-    assert uses_graphs(config(*GPT2, *options), H200) == used
+    assert uses_graphs(config(*GPT2, "cuda_graphs=auto", *options), H200) == used
 
 
 @pytest.mark.parametrize(
@@ -254,15 +254,15 @@ def test_what_cannot_be_recorded_is_refused_where_it_is_asked_for(
     config: MakeConfig, options: list[str], gpu: Gpu | None, said: str
 ) -> None:
     runtime = Runtime(gpu, precision_named("bf16"), True)
+    check_graphs(config(*options, "cuda_graphs=auto"), runtime)
     check_graphs(config(*options), runtime)
-    check_graphs(config(*options, "cuda_graphs=false"), runtime)
     with pytest.raises(ValueError, match=rf"cuda_graphs=true: {said}.*; use cuda_graphs=auto or false"):
         check_graphs(config(*options, "cuda_graphs=true"), runtime)
     check_graphs(config("cuda_graphs=true"), H200)
 
 
 def test_steps_of_several_processes_are_not_recorded(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, auto = config("cuda_graphs=true"), config(*GPT2, "seq_len=4096")
+    asked, auto = config("cuda_graphs=true"), config(*GPT2, "seq_len=4096", "cuda_graphs=auto")
     assert uses_graphs(auto, H200)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not uses_graphs(auto, H200)
