@@ -18,7 +18,6 @@ from torch.distributed.tensor import Replicate, Shard
 
 from data import disk
 from scripts.checkpoint import main as checkpoint_script
-from scripts.convert import read_run
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import state
 from training.checkpoint.folder import DamagedCheckpoint
@@ -28,7 +27,7 @@ from training.config import CheckpointConfig
 from training.loggers import read_metrics
 from training.parallel.pieces import Piece, piece_at
 from training.parallel.together import Together
-from training.trained import load_model
+from training.trained import find, load_model, read_state
 
 HOW = ("whole", "shards", "copies")
 ALONE = Together()
@@ -123,7 +122,7 @@ def test_whoever_uses_a_model_takes_it_from_shards(saved: Path, text_folder: Pat
     weights = state.read_weights(path, checkpoints.verify(path))
     model, _ = load_model(str(saved / "four"), device="cpu")
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
-    _, converted, _ = read_run(saved / "four")
+    converted = read_state(find(str(saved / "four"), print))
     assert converted.keys() == weights.keys()
     words = run_words(saved, text_folder, "begun with shards", [f"init_from={saved / 'four'}", "learning_rate=1e-30"])
     train([*words, "max_steps=1"], stop_at=0, copies=[], ranks=ALONE)
