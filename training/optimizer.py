@@ -284,12 +284,12 @@ def _in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def _step_where(good: Tensor, muon: torch.optim.Optimizer) -> None:
     """Step a Muon where `good`. It has no flag like AdamW's."""
     matrices = _parameters(muon)
-    befores = [matrix.detach().clone() for matrix in matrices]
+    originals = [matrix.detach().clone() for matrix in matrices]
     for matrix in matrices:
         momentum = muon.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
         # The momentum moves towards the gradient: towards itself it stays, to the last bit.
         assert matrix.grad is not None
         matrix.grad = torch.where(good, matrix.grad, momentum)
     muon.step()
-    for matrix, before in zip(matrices, befores, strict=True):
+    for matrix, before in zip(matrices, originals, strict=True):
         matrix.copy_(torch.where(good, matrix, before))

@@ -50,17 +50,26 @@ WHOLE_ONLY = "fp8"
 """The case that parallel=data alone can, with rows that are whole: scales are those of a rank's tokens."""
 
 
+QUICK = "documents, accumulated"
+"""The case of the tests that are not slow."""
+
+
 def arrangements(case: str) -> list[str]:
     return ["data"] if case == WHOLE_ONLY else list(PARALLEL)
 
 
 @pytest.fixture(scope="module")
-def results(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """By case, of one process; and by "case/parallel", of four ranks."""
+def results(
+    request: pytest.FixtureRequest, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By case, of one process; and by "case/parallel", of four ranks. Of all cases where a slow test asks for them."""
+    asked = (item for item in request.session.items if item.path == request.path)
+    names = list(CASES) if any(item.get_closest_marker("slow") for item in asked) else [QUICK]
     folder = tmp_path_factory.mktemp("parallel")
     text = ["data=text", f"data.path={text_folder}", f"data.cache_dir={folder / 'cache'}", "data.val_fraction=0.3"]
     cases = {}
-    for name, words in CASES.items():
+    for name in names:
+        words = CASES[name]
         own = ["data.documents=120", f"data.cache_dir={folder / 'cache'}"] if "data=synthetic" in words else text
         case: dict[str, Any] = {"words": [*SMALL, *own, f"run_dir={folder / 'run'}", *words]}
         cases[name] = case | ({"poisoned": [2, 0]} if name == "poisoned" else {})
@@ -74,7 +83,14 @@ def results(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return alone, ranks.trained_by_ranks(spread, SIZE, folder)
 
 
-@pytest.mark.parametrize(("case", "parallel"), [(case, way) for case in CASES for way in arrangements(case)])
+@pytest.mark.parametrize(
+    ("case", "parallel"),
+    [
+        pytest.param(case, way, marks=[] if case == QUICK else [pytest.mark.slow])
+        for case in CASES
+        for way in arrangements(case)
+    ],
+)
 def test_four_ranks_train_what_one_process_trains(
     results: tuple[dict[str, Any], dict[str, Any]], case: str, parallel: str
 ) -> None:
@@ -93,6 +109,7 @@ def test_four_ranks_train_what_one_process_trains(
             assert error < 10 * rtol, f"{name}: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     results: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
@@ -102,13 +119,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(
         assert math.isnan(steps[1][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_gradients_are_rounded_where_they_are_added_up_in_bf16(
     results: tuple[dict[str, Any], dict[str, Any]], parallel: str
 ) -> None:
     one, four = results[0]["added up in bf16"], results[1][f"added up in bf16/{parallel}"]
     assert four["steps"][0][0] == pytest.approx(one["steps"][0][0], rel=EXACT), "the loss of the first step is not"
-    assert four["steps"][0][1] != pytest.approx(one["steps"][0][1], rel=EXACT), "the norm of its gradients is"
+    norms = zip(one["steps"], four["steps"], strict=True)
+    assert any(theirs[1] != pytest.approx(ours[1], rel=EXACT) for ours, theirs in norms), "a norm of gradients is"
 
 
 def test_first_weights_are_those_of_one_process_bit_for_bit(
