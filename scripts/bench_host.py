@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--no-launch", action="store_true", help="leave out the launches, and need no GPU")
     parser.add_argument("--profile", action="store_true", help="print the functions that take the most time")
-    parser.add_argument("--calls", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=200, help="of which a median is taken (default 200)")
+    parser.add_argument("--rounds", type=int, default=7, help="medians, of which the least is printed (default 7)")
     args = parser.parse_args(argv)
     if not args.no_launch and not torch.cuda.is_available():
         parser.error("no CUDA GPU here; pass --no-launch")
