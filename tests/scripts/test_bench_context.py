@@ -9,23 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import ROOT, run_ranks
 
 from scripts import bench_context
 from scripts.bench_context import CHECKED, batch_of, packed_starts, table
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "training"))
-
-import ranks  # noqa: E402
 
 
 def test_two_ranks_write_a_record(tmp_path: Path) -> None:
     shape = ["--device=cpu", "--attention=math", "--heads=4:2", "--head-dim=16"]
     words = [*shape, "--tokens=64", "--documents=30", "--repeat=1"]
     out = tmp_path / "record"
-    processes = ranks.launch(["-m", "scripts.bench_context", *words, f"--out={out}"], 2)
-    said = [process.communicate(timeout=ranks.LIMIT_S)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    run_ranks(["-m", "scripts.bench_context", *words, f"--out={out}"], 2)
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(row["rows"], row["method"], row["gpus"]) for row in rows] == [
         (kind, method, gpus)

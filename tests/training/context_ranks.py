@@ -1,7 +1,7 @@
 """One of the ranks that `test_context.py` starts: what they compute on shards of rows equals what one computes on whole
 rows.
 
-    RANK=… WORLD_SIZE=4 … python tests/training/context_ranks.py PART…
+    PYTHONPATH=. RANK=… WORLD_SIZE=4 … python tests/training/context_ranks.py PART…
 
 Parts are functions below. What is wrong on a rank is an AssertionError there.
 """

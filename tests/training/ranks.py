@@ -1,6 +1,6 @@
 """A program of several ranks: trains each of some runs a few steps, and says what became of it.
 
-    RANK=… WORLD_SIZE=… python tests/training/ranks.py CASES.json OUT.pt
+    PYTHONPATH=. RANK=… WORLD_SIZE=… python tests/training/ranks.py CASES.json OUT.pt
 
 CASES.json: name → arguments of `trained`; OUT.pt: name → what it returned. Every rank runs the same cases, one after
 the other, in one process group; rank 0 writes.
@@ -9,18 +9,11 @@ the other, in one process group; rank 0 writes.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 900.0
-"""As `processes.LIMIT_S`."""
 
 
 def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, Any]:
@@ -67,36 +60,6 @@ def trained(words: list[str], poisoned: list[int] | None = None) -> dict[str, An
     }
 
 
-def launch(program: list[str], size: int, **variables: str) -> list[subprocess.Popen[str]]:
-    """`size` ranks of a program on this machine, each with its output in a pipe and these variables."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCH_CPP_LOG_LEVEL": "ERROR", **variables}
-    return [
-        subprocess.Popen(
-            [sys.executable, *program],
-            cwd=ROOT,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def trained_by_ranks(cases: dict[str, dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
-    """Name → what `trained` returned on rank 0 of `size`."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    ranks = launch([__file__, str(folder / "cases.json"), str(folder / "out.pt")], size)
-    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(said)
-    results: dict[str, Any] = torch.load(folder / "out.pt")
-    return results
-
-
 def main(cases: Path, out: Path) -> None:
     from training.parallel import gradients
     from training.parallel.launch import speaks
@@ -109,5 +72,4 @@ def main(cases: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
 from processes import run_ranks
 from safetensors.torch import load_file, save_model
 from shards_ranks import build, check_read, numbers, train
@@ -18,6 +17,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from data import disk
 from scripts.checkpoint import main as checkpoint_script
+from tests.training.conftest import TINY
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import state
 from training.checkpoint.folder import DamagedCheckpoint

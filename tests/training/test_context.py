@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ranks
 import torch
+from processes import run_ranks
 
 from model.attention.config import context_method, context_spec
 from model.attention.spec import AttentionSpec
@@ -20,25 +19,17 @@ from training.parallel.context import TOLERANCE, balanced_runs, block_of, first_
 from training.parallel.launch import Launch
 from training.runtime import method_of
 
-
-def run_ranks(*parts: str) -> None:
-    """Four ranks of context_ranks.py, of which none fails."""
-    program = [str(Path(__file__).with_name("context_ranks.py")), *parts]
-    processes = ranks.launch(program, 4, PYTHONPATH=str(ranks.ROOT))
-    said = [process.communicate(timeout=ranks.LIMIT_S)[0] for process in processes]
-    # The rank that is wrong says so; others say that it is gone.
-    wrong = [text for text in said if "AssertionError" in text]
-    assert all(process.returncode == 0 for process in processes), "\n".join(wrong or said)
+PROGRAM = "tests/training/context_ranks.py"
 
 
 def test_attention_and_models_equal_those_of_one_process() -> None:
     """34 random cases of attention over two ranks and four, three models over four; runs: test_parallel.py."""
-    run_ranks("attention", "models")
+    run_ranks([PROGRAM, "attention", "models"], 4)
 
 
 @pytest.mark.slow
 def test_with_flex_and_flash_and_compiled() -> None:
-    run_ranks("flex_and_flash", "compiled")
+    run_ranks([PROGRAM, "flex_and_flash", "compiled"], 4)
 
 
 # ---- how rows are split

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from conftest import TINY
-from processes import LIMIT_S, wait_until
+from processes import LIMIT_S, run_ranks, start_ranks, wait_until
 
+from tests.training.conftest import TINY
 from training.checkpoint.folder import candidates
 from training.loggers import read_metrics
 
@@ -58,6 +58,14 @@ def arrangements(case: str) -> list[str]:
     return ["data"] if case == WHOLE_ONLY else list(PARALLEL)
 
 
+def trained_by_ranks(cases: dict[str, dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
+    """Name → what `ranks.trained` returned on rank 0 of `size`."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_ranks(["tests/training/ranks.py", str(folder / "cases.json"), str(folder / "out.pt")], size)
+    results: dict[str, Any] = torch.load(folder / "out.pt")
+    return results
+
+
 @pytest.fixture(scope="module")
 def results(
     request: pytest.FixtureRequest, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -80,7 +88,7 @@ def results(
         for parallel, more in PARALLEL.items()
         if parallel in arrangements(name)
     }
-    return alone, ranks.trained_by_ranks(spread, SIZE, folder)
+    return alone, trained_by_ranks(spread, SIZE, folder)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ with watched(world):
     [("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]), ("01", [r"error: no room on this disk\n", r""])],
 )
 def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str]) -> None:
-    both = ranks.launch(["-c", FAILS, failing], 2)
+    both = start_ranks(["-c", FAILS, failing], 2)
     said = [rank.communicate(timeout=LIMIT_S)[0] for rank in both]
     assert [rank.returncode for rank in both] == [2, 2], said
     for pattern, text in zip(says, said, strict=True):
@@ -179,7 +187,7 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Pa
     words += ["tokens_per_step=384", "max_steps=1000000", "eval_every=0", "checkpoint.every=5", f"run_dir={run}"]
 
     def begun(number: int, parallel: str) -> list[subprocess.Popen[str]]:
-        processes = ranks.launch(["train.py", *words, f"parallel={parallel}"], number)
+        processes = start_ranks(["train.py", *words, f"parallel={parallel}"], number)
         newest = max((path.name for path in candidates(run)), default="")
         wait_until(lambda: max((path.name for path in candidates(run)), default="") > newest, processes[0])
         return processes
@@ -215,7 +223,7 @@ def test_shards_of_one_gpu_train_what_it_trains_without(text_folder: Path, tmp_p
     cases: dict[str, dict[str, Any]] = {
         f"{kind}/{way}": {"words": [*words, *how, *more]} for kind, how in kinds.items() for way, more in ways.items()
     }
-    found = ranks.trained_by_ranks(cases, 1, tmp_path)
+    found = trained_by_ranks(cases, 1, tmp_path)
     for kind in kinds:
         # bf16: embeddings are gathered in bf16, and gradients of weights are rounded to it once a micro-batch.
         rtol = 1e-5 if kind in ("fp32", "compiled") else 2e-2

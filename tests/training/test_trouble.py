@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
 from processes import LIMIT_S
 
+from tests.training.conftest import TINY
 from training.checkpoint import folder as checkpoints
 from training.loggers import read_metrics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from ranks import LIMIT_S, launch
+from processes import run_ranks
 
 from training.parallel.world import World
 
@@ -33,7 +33,5 @@ def test_a_world_of_one_gives_back_what_it_is_given() -> None:
 
 
 def test_two_ranks_agree() -> None:
-    ranks = launch(["-c", TWO_RANKS], 2)
-    said = [rank.communicate(timeout=LIMIT_S)[0] for rank in ranks]
     agreed = "[3.0, 20.0] [42, 1] True False '' 'SIGTERM'\n"
-    assert said == [f"0 2 True {agreed}", f"1 2 False {agreed}"]
+    assert run_ranks(["-c", TWO_RANKS], 2) == [f"0 2 True {agreed}", f"1 2 False {agreed}"]
