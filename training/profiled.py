@@ -14,11 +14,15 @@ KINDS: dict[str, str] = {
     "optimizer": r"^Optimizer\.step|multi_tensor_apply|(?i:adam|muon)",
     "matrix products": r"(?i:gemm|nvjet|cutlass|cublas|splitk|matmul|triton_tem_.*mm)|"
     r"^aten::(add|b|badd)?(mm|bmm|linear)$",
+    "communication": r"(?i:nccl|gloo|^c10d::)",
     "copies": r"^Memcpy|^Memset|^aten::(copy_|_to_copy|to|clone|contiguous)$",
     "elementwise": r"",
 }
 """Parts of a step, and regular expressions of kernel names. What nothing names is elementwise: norms, rotation,
 activation functions, the loss between its products, sums."""
+BESIDE = ("communication", "copies")
+"""What runs beside the others: of a moment in which several kinds run, the share goes to one that is not here, and then
+to the first."""
 LONGEST = 12
 STEP, OPTIMIZER = "step ", "Optimizer.step"
 """Beginnings of the names of ranges in a trace: ours around a step, and PyTorch's around an optimizer."""
@@ -48,9 +52,10 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     """Seconds of each kind in a step that took `span` seconds, or in several.
 
     Returns:
-        seconds: of each kind, and "idle", in which nothing of them ran. Copies beside kernels count in full, so the
-            sum may be more than the span. copies_alone: seconds in which a copy ran and no kernel.
-        shares: of the span, with each moment counted once, for a kernel before a copy: their sum is 1.
+        seconds: of each kind, and "idle", in which nothing of them ran. Communication and copies beside other kernels
+            count in full, so the sum may be more than the span.
+        exposed: seconds in which only communication ran, and only copies.
+        shares: of the span, with each moment counted once (see `BESIDE`): their sum is 1.
         longest: (name, kind, seconds, calls) of the kernels that took most.
     """
     events = sorted(events, key=lambda event: event.begin)
@@ -66,14 +71,15 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     idle = max(0.0, span - covered(events))
     once, until = dict.fromkeys(KINDS, 0.0), float("-inf")
     for event in events:
-        if (kind := event.kind) != "copies":
+        if (kind := event.kind) not in BESIDE:
             once[kind] += max(0.0, event.end - max(event.begin, until))
             until = max(until, event.end)
-    once["copies"] = covered(events) - sum(once.values())
+    for i, kind in enumerate(BESIDE):
+        once[kind] = covered(event for event in events if event.kind not in BESIDE[i + 1 :]) - sum(once.values())
     return {
         "span": span,
         "seconds": {**by_kind, "idle": idle},
-        "copies_alone": once["copies"],
+        "exposed": {kind: once[kind] for kind in BESIDE},
         "shares": {kind: seconds / span for kind, seconds in {**once, "idle": idle}.items()} if span else {},
         "longest": longest,
     }

@@ -105,14 +105,17 @@ def command(rung: Rung, more: Sequence[str] = ()) -> str:
     return shlex.join(["python", "train.py", *rung.words, *more])
 
 
-def run(words: Sequence[str], profile: bool = False) -> Row:
-    """`measure.measured` in a process of its own."""
+def run(words: Sequence[str], profile: bool = False, gpus: int = 1) -> Row:
+    """`measure.measured` in a process of its own, or in one for each GPU."""
     flags = ["--profile"] if profile else []
-    command = [sys.executable, "-m", "scripts.bench_training.measure", *flags, *words]
+    launcher = [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    command = [sys.executable, *launcher, "-m", "scripts.bench_training.measure", *flags, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:  # a bug, or the system took it for its memory: −9
         print(done.stderr[-3000:], file=sys.stderr)
-        return {"failed": f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"}
+        lines = done.stderr.strip().splitlines() or [""]
+        told = [line for line in lines if line.startswith("error: ")]  # a rank's, before what torchrun says of it
+        return {"failed": f"exit code {done.returncode}: {(told or lines)[-1]}"}
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -262,12 +265,10 @@ def profile_lines(found: Mapping[str, Any]) -> list[str]:
     """The table of a summary."""
     lines = ["| | seconds | of the step |", "|---|---:|---:|"]
     for kind, seconds in found["seconds"].items():
-        lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
-    lines += [
-        "",
-        f"The step takes {found['span']:.3f} s; for {found['copies_alone']:.3f} s only copies run.",
-        "",
-    ]
+        if seconds:
+            lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
+    alone = [f"for {seconds:.3f} s only {kind} runs" for kind, seconds in found["exposed"].items() if seconds]
+    lines += ["", "; ".join([f"The step takes {found['span']:.3f} s", *alone]) + ".", ""]
     for name, kind, seconds, calls in found["longest"]:
         lines.append(f"- {seconds:.3f} s, {calls:,} calls, {kind}: `{name}`")
     return lines

@@ -2,7 +2,8 @@
 
     python -m scripts.bench_training.measure model=tiny seq_len=64 max_steps=9 log_every=2
 
-`log_every` is the length of a window. The last line printed is the result, in JSON.
+`log_every` is the length of a window. The last line printed is the result, in JSON. Under torchrun it is the whole
+run's, printed by rank 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +29,9 @@ from training.config import TrainConfig
 from training.errors import NonFiniteError, OutOfMemory
 from training.loggers.jsonl import read_metrics
 from training.memory import out_of_memory_explained
+from training.parallel.launch import speaks
+from training.parallel.watch import watched
+from training.parallel.world import World
 from training.run import Run
 from training.services import Service
 from training.services.first_step import FirstStep
@@ -76,23 +81,32 @@ def measured(words: list[str], profile: bool = False) -> Figures:
                 more = [f"max_steps={steps + 1}", "profile=true", f"profile_steps=[{steps + 1},{steps + 1}]"]
                 config = settings([*words, f"run_dir={folder}/run", *more])
             runtime = check(config)
+            world = World.start(runtime.device, config.parallel)
+            config = replace(config, run_dir=world.gather(config.run_dir)[0])
             clock, profiling = Clock(), Profiling()
-            with out_of_memory_explained(config, runtime):
-                trainer = Trainer(config, _say, runtime)
+            with watched(world), out_of_memory_explained(config, runtime):
+                trainer = Trainer(config, _say, runtime, world)
                 trainer.services = [profiling, FirstStep(), Logging(), Garbage(), clock]
                 trainer.fit()
         except (OutOfMemory, ValueError, NonFiniteError) as error:
             kinds: dict[type[Exception], str] = {OutOfMemory: "out_of_memory", NonFiniteError: "failed"}
             return {kinds.get(type(error), "refused"): str(error)}
+        config, facts = trainer.run.config, trainer.run.facts()  # which all ranks ask for
+        if not world.is_first:
+            return {}
         rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if row["step"] <= steps]
     if profile:
         if not profiling.found:
             return {"failed": "the profiler, whose line says why"}
         del profiling.found["memory"]  # hundreds of points, which no record needs
         del clock.seconds[steps + 1]
-    config, facts = trainer.run.config, trainer.run.facts()
+    seen = [row["throughput/attended_fraction"] for row in rows if "throughput/attended_fraction" in row]
+    keys = (statistics.mean(seen) if seen else 1.0) * (config.seq_len + 1) / 2
+    found = figures(config, *clock.step_seconds(), peak_flops=facts["peak_flops"])
     return {
-        **figures(config, *clock.step_seconds(), peak_flops=facts["peak_flops"]),
+        **found,
+        "gpus": world.size,
+        "attended_tflops": found["tokens_per_second"] * train_flops_per_token(config.model, keys) / 1e12,
         "first_step_s": clock.seconds[1] - clock.seconds[0],
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
         "predicted_gib": predict(workload(config, runtime)).total / GIB,
@@ -142,7 +156,9 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="settings of train.py")
     parser.add_argument("--profile", action="store_true", help="train one step more, under PyTorch's profiler")
     args = parser.parse_args()
-    print(json.dumps(measured(args.words, args.profile)))
+    found = measured(args.words, args.profile)
+    if speaks():
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
