@@ -18,6 +18,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ def difference(line: Line, gpus: int) -> str | None:
     seq_len = min(line.seq_len(gpus), MOST_CHECKED)
     tokens = seq_len * (1 if line.method else gpus)
     small = [*CHECKED, f"seq_len={seq_len}", f"tokens_per_step={tokens}"]
-    ours = run([*_without(line.words(gpus), "seq_len="), *small], gpus=gpus)
-    theirs = run([*_without(line.words(1), "seq_len="), *small])
-    return complaint(ours, theirs, TOLERANCES)
+    with ThreadPoolExecutor() as pool:  # not timed, so both at once
+        ours = pool.submit(run, [*_without(line.words(gpus), "seq_len="), *small], gpus=gpus)
+        theirs = pool.submit(run, [*_without(line.words(1), "seq_len="), *small])
+        return complaint(ours.result(), theirs.result(), TOLERANCES)
 
 
 def _without(words: Sequence[str], *beginnings: str) -> Iterator[str]:

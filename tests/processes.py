@@ -34,7 +34,8 @@ def start_ranks(command: Sequence[str], size: int) -> list[subprocess.Popen[str]
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    common |= {"LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    common |= {"LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    common |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     common |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as train.py sets it before PyTorch loads
     return [
         subprocess.Popen(

@@ -254,22 +254,23 @@ def test_equal_scores_of_any_size_weigh_alike():
 
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e8])
 def test_scores_of_any_size_have_the_gradients_of_float64(size):
+    """Up to twice the error of standard attention in float32, whose scores of 10⁶ are off by hundredths."""
     q, k, v = (torch.randn(1, 40, 2, 16, device=DEVICE).bfloat16().float() for _ in range(3))
     inputs = [q * size, k * size, v]
     dout = torch.randn(1, 40, 2, 16, device=DEVICE)
     results = []
     for function, dtype in (
         (partial(flash_attention, implementation="triton"), torch.float32),
+        (reference, torch.float32),
         (reference, torch.float64),
     ):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         out = function(*leaves)
-        results.append([out, *torch.autograd.grad(out, leaves, dout.to(dtype))])
-    for name, ours, theirs, unit in zip(("out", "dq", "dk", "dv"), *results, (1, size, size, 1), strict=True):
+        results.append([x.double() for x in (out, *torch.autograd.grad(out, leaves, dout.to(dtype)))])
+    for name, ours, standard, exact, unit in zip(("out", "dq", "dk", "dv"), *results, (1, size, size, 1), strict=True):
         # dS is off by the rounding of dP − delta, and multiplies keys and queries of this size.
-        torch.testing.assert_close(
-            ours.double() / unit, theirs / unit, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m
-        )
+        allowed = 2 * (standard - exact).abs().max() + 1e-5 * unit * exact.numel() ** 0.5
+        assert (ours - exact).abs().max() <= allowed, name
 
 
 # Gradients that are asked for

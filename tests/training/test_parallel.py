@@ -212,21 +212,30 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Pa
 
 
 @pytest.mark.gpu
-def test_shards_of_one_gpu_train_what_it_trains_without(text_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_gpus_train_what_one_trains_alone(text_folder: Path, tmp_path: Path, size: int) -> None:
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     text = ["data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "data.val_fraction=0.3"]
     words = [*SMALL, *text, "device=cuda", f"run_dir={tmp_path / 'run'}", "tokens_per_step=512"]
     eager, compiled = ["compile=false", "precision=fp32"], ["compile=true", "precision=fp32"]
-    bf16 = ["compile=false", "precision=bf16"]
+    bf16 = ["compile=false", "precision=bf16", "attention=flash"]
     kinds = {"fp32": eager, "Muon": [*eager, "optimizer=muon"], "compiled": compiled, "bf16": bf16}
     kinds |= {"recomputed": [*bf16, "memory=full", "memory.tile=24"]}
-    ways = {"data": [], "fsdp": ["parallel=fsdp"], "offload": ["parallel=fsdp", "parallel.offload=true"]}
+    ways = {"fsdp": ["parallel=fsdp"], "offload": ["parallel=fsdp", "parallel.offload=true"]}
+    if size > 1:
+        ways |= {"data": ["parallel=data"], "Ulysses": ["parallel=fsdp", "parallel.context=2"]}
+        ways |= {"all-gather": ["parallel.context=2", "parallel.context_method=all-gather"]}
+    alone = trained_by_ranks({kind: {"words": [*words, *how]} for kind, how in kinds.items()}, 1, tmp_path)
     cases: dict[str, dict[str, Any]] = {
-        f"{kind}/{way}": {"words": [*words, *how, *more]} for kind, how in kinds.items() for way, more in ways.items()
+        f"{kind}/{way}": {"words": [*words, "batch_size=1", *how, *more]}
+        for kind, how in kinds.items()
+        for way, more in ways.items()
     }
-    found = trained_by_ranks(cases, 1, tmp_path)
-    for kind in kinds:
+    found = trained_by_ranks(cases, size, tmp_path)
+    for name, mine in found.items():
+        kind = name.partition("/")[0]
         # bf16: embeddings are gathered in bf16, and gradients of weights are rounded to it once a micro-batch.
         rtol = 1e-5 if kind in ("fp32", "compiled") else 2e-2
-        for way in ("fsdp", "offload"):
-            for mine, theirs in zip(found[f"{kind}/{way}"]["steps"], found[f"{kind}/data"]["steps"], strict=True):
-                assert mine[:2] == pytest.approx(theirs[:2], rel=rtol), f"{kind}/{way}"
+        for ours, theirs in zip(mine["steps"], alone[kind]["steps"], strict=True):
+            assert ours[:2] == pytest.approx(theirs[:2], rel=rtol), name
