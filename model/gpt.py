@@ -180,18 +180,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """First weights; draws from torch's default generator, one parameter after the other."""
-        self.begin()
+        with self.embedding.weight.device:
+            self.begin()
         for name, parameter in self.named_parameters():
             self.draw(name, parameter)
 
     def begin(self) -> None:
-        """What is computed rather than drawn, and which weights are one."""
+        """What is computed rather than drawn, on the default device, and which weights are one."""
         if self.config.tie_head:
             self.head.weight = self.embedding.weight
         if self.config.position == "rotary":
             assert self.config.head_dim is not None
-            with self.embedding.weight.device:
-                self.frequencies = inverse_frequencies(self.config.rotary, self.config.head_dim)
+            self.frequencies = inverse_frequencies(self.config.rotary, self.config.head_dim)
 
     def draw(self, name: str, parameter: Tensor) -> None:
         """GPT-2's initialisation: N(0, 0.02²), and 0.02 / √(2 · layers) where a layer adds to the residual stream."""

@@ -190,7 +190,7 @@ def forward_kernel(
     _store(out_rows, b, h, m0, (acc / row_sum[:, None]).to(q.dtype), M, DV, HEAD_DIM_V, TMA)
     lse = (row_max * factor + tl.log2(row_sum)) * LN2
     # So large that it is off by 1 and more: not above what it should be, for `_at_most_1`.
-    lse = tl.where(tl.abs(lse) > 16777216.0, lse - tl.abs(lse) * (1 / 2097152.0), lse)
+    lse = tl.where(tl.abs(lse) > 16384.0, lse - tl.abs(lse) * (1 / 2097152.0), lse)
     tl.store(lse_ptr + head.to(tl.int64) * S + m, lse, mask=m < S)
 
 

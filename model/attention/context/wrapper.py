@@ -62,7 +62,7 @@ class ContextAttention(AttentionBackend):
             raise ValueError("context parallelism is for causal attention; use parallel.context=1")
         self.inner, self.method = inner, method
         self.exchange = EXCHANGES[method](group)
-        self.key = next(_KEYS)
+        self.key = f"{method} over {self.exchange.size}, {inner.name}, {next(_NUMBERS)}"
         _BY_KEY[self.key] = self
 
     def describe(self) -> str:
@@ -95,13 +95,14 @@ class ContextAttention(AttentionBackend):
         self.inner.bound_documents(max_documents)
 
 
-# An operator takes tensors and numbers: it finds its backend by a number.
-_KEYS = count()
-_BY_KEY: WeakValueDictionary[int, ContextAttention] = WeakValueDictionary()
+# An operator takes tensors and words: it finds its backend by its key. The words in that are for torch.compile's cache
+# of graphs, which outlives a process and knows the shapes of results.
+_NUMBERS = count()
+_BY_KEY: WeakValueDictionary[str, ContextAttention] = WeakValueDictionary()
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, split: Tensor, key: int
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, split: Tensor, key: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     attention = _BY_KEY[key]
     with torch.autocast(q.device.type, enabled=False):
@@ -111,7 +112,7 @@ def forward(
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, split: Tensor,
-    key: int,
+    key: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     attention = _BY_KEY[key]
     with torch.autocast(q.device.type, enabled=False), _with_autograd():
@@ -128,7 +129,7 @@ def _with_autograd() -> Iterator[None]:
         yield
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, starts: Any, split: Any, key: int) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, starts: Any, split: Any, key: str) -> tuple[Tensor, Tensor]:
     attention = _BY_KEY[key]
     lse = attention.exchange.lse_shape(q.shape) if attention.inner.keeps_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
@@ -140,7 +141,7 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Any, split: Tensor, key: int) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Any, split: Tensor, key: str) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.flash_gpt.context_attention.default(q, k, v, starts, split, key)
         ctx.save_for_backward(q, k, v, out, lse, starts, split)
@@ -158,13 +159,13 @@ class _ContextAttention(torch.autograd.Function):
 
 
 # As for flash attention: every query with every key, 2 products forward and 5 backward, divided by the ranks.
-def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, starts: Any, split: Any, key: int, **_: Any) -> int:
+def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, starts: Any, split: Any, key: str, **_: Any) -> int:
     B, S, H, D = q_shape
     return 2 * 2 * B * H * S * S * _BY_KEY[key].exchange.size * D
 
 
 def _backward_flops(
-    dout_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, out: Any, lse: Any, starts: Any, split: Any, key: int,
+    dout_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, out: Any, lse: Any, starts: Any, split: Any, key: str,
     **_: Any,
 ) -> int:  # fmt: skip
     B, S, H, D = q_shape
@@ -172,7 +173,7 @@ def _backward_flops(
 
 
 _library = torch.library.Library("flash_gpt", "FRAGMENT")
-_MASK = "Tensor? starts, Tensor split, int key"
+_MASK = "Tensor? starts, Tensor split, str key"
 for _name, _schema, _function, _fake, _flops in (
     ("context_attention", f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)",
      forward, _forward_fake, _forward_flops),
