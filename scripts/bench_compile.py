@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--unit", choices=UNITS, help=argparse.SUPPRESS)  # the process that is measured
     parser.add_argument("--run-dir", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     overrides = [*DEFAULTS, *options.overrides]
     if options.unit:
         print(json.dumps(measured(options.unit, [*overrides, f"run_dir={options.run_dir}"])))

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or the folder of a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
     try:
         folders = list(dict.fromkeys(folder for path in options.runs for folder in runs_at(path)))

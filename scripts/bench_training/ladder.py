@@ -205,13 +205,14 @@ class Record:
 EXPLANATION = """\
 Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
 over windows of steps. The first step, which compiles and pins memory, is in no window, unless it is the only one.
-TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run. Before it was timed,
-each policy, fp8 and recorded steps were compared, over three steps of four layers, in losses and gradient
-norms with a run in bf16 that is not compiled, records nothing and keeps everything."""
+TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run; that of a first step
+alone lacks the moments, which its update makes. Before it was timed, each policy, fp8 and recorded steps were compared,
+over three steps of four layers, in losses and gradient norms with a run in bf16 that is not compiled, records nothing
+and keeps everything."""
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:
-    lines = [*heading("Long rows: what fits, and how fast it trains", facts), EXPLANATION, ""]
+    lines = [*heading("Whole steps: what fits, and how fast it trains", facts), EXPLANATION, ""]
     if plot:
         lines += [f"![{plot}]({plot})", ""]
     lines += [
@@ -224,7 +225,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None
     ]
     for row in rows:
         if "command" in row:
-            checked = "" if row["checked"] or row.get("policy") == "none" else "; numbers checked in another call"
+            checked = "" if row["checked"] or row.get("policy") == "none" else "; numbers not checked in this call"
             lines.append(f"- {row['rung']}, {row['measured']}, commit {row['commit']}{checked}: `{row['command']}`")
     for row in rows:
         if found := row.get("profile"):
@@ -267,7 +268,7 @@ def profile_lines(found: Mapping[str, Any]) -> list[str]:
     for kind, seconds in found["seconds"].items():
         if seconds:
             lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
-    alone = [f"for {seconds:.3f} s only {kind} runs" for kind, seconds in found["exposed"].items() if seconds]
+    alone = [f"for {seconds:.3f} s nothing but {kind}" for kind, seconds in found["exposed"].items() if seconds]
     lines += ["", "; ".join([f"The step takes {found['span']:.3f} s", *alone]) + ".", ""]
     for name, kind, seconds, calls in found["longest"]:
         lines.append(f"- {seconds:.3f} s, {calls:,} calls, {kind}: `{name}`")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help=f"relative difference of equal losses (default {TOLERANCE})"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         machine = "cpu" if "device=cpu" in options.settings or find_gpu() is None else "gpu"
         steps = STEPS[machine] if options.steps is None else options.steps

@@ -79,7 +79,7 @@ def test_a_ladder_is_climbed_in_several_calls(tmp_path: Path, monkeypatch: pytes
     main(["--out", str(out), "--rungs", "offload", "--no-check"], SMALL)
     assert record(out)["none"] == first
     assert not record(out)["offload"]["checked"]
-    assert "numbers checked in another call" in out.with_suffix(".md").read_text()
+    assert "numbers not checked in this call" in out.with_suffix(".md").read_text()
     call = 2
     main(["--out", str(out), "--rungs", "none"], SMALL)
     assert {name: row["step_s"] for name, row in record(out).items()} == {"none": 2, "offload": 1}

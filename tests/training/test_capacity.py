@@ -84,8 +84,10 @@ def settings_of(row: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["rung"])
 def test_a_peak_that_was_measured_is_predicted(on_card: Callable[..., Any], row: dict[str, Any]) -> None:
-    """Within 5 %, and no more than 2 % below it."""
-    predicted = predict(workload(*on_card(*settings_of(row)))).total / GIB
+    """Within 5 %, and no more than 2 % below it; of a first step without the moments, which its update makes."""
+    plan = predict(workload(*on_card(*settings_of(row))))
+    is_first = row["step_s"] == row["first_step_s"]
+    predicted = (plan.total - (plan.optimizer if is_first else 0)) / GIB
     measured = row["peak_allocated_gib"]
     assert -0.02 <= predicted / measured - 1 <= 0.05, f"{predicted:.2f} GiB, not {measured:.2f}"
 
