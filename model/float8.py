@@ -9,8 +9,9 @@ Hopper's tensor cores read 8-bit factors along the dimension that is summed over
 dimension last, and x, dy and W exist twice: as they are for one product, transposed for another. W is quantised once a
 step from its float32 master (`refresh`), x and dy in each call.
 
-The functions between the products are plain PyTorch, written for Inductor: the largest number of each row first, which
-it fuses with the norm or activation function that made the row, then that of all rows.
+The scales are plain PyTorch, written for Inductor: the largest number of each row first, which it fuses with the norm
+or activation function that made the row, then that of all rows. One kernel then writes a factor both ways
+(`kernels.float8`).
 
 Shape suffixes: T tokens, I inputs, O outputs; R rows and K the summed dimension of any factor.
 """
@@ -18,12 +19,14 @@ Shape suffixes: T tokens, I inputs, O outputs; R rows and K the summed dimension
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from kernels.float8 import to_float8
 
 from .linear import Linear
 from .precision_config import MULTIPLE, Float8Config, is_in_fp8
@@ -51,38 +54,21 @@ def quantize(
 
     NaN and infinities make the whole factor NaN, so that a bad step stays one that can be seen.
     """
-    x_RK = x_RK.float()
-    largest_R1 = x_RK.abs().amax(dim=1, keepdim=True) if as_is or not rowwise else None
-    found: list[Tensor] = []
+    size_RK = x_RK.float().abs()
+    row_scale = column_scale = None
     if not rowwise:
-        assert largest_R1 is not None
-        scale_11 = _scale(largest_R1.amax(dim=0, keepdim=True), dtype)
-        values_RK = (x_RK * scale_11.reciprocal()).to(dtype)
-        if as_is:
-            found += [values_RK, scale_11]
-        if transposed:
-            found += [_transposed(values_RK), scale_11]
-        return found
-    if largest_R1 is not None:
-        scale_R1 = _scale(largest_R1, dtype)
-        found += [(x_RK * scale_R1.reciprocal()).to(dtype), scale_R1]
-    if transposed:
-        scale_1K = _scale(x_RK.abs().amax(dim=0, keepdim=True), dtype)
-        found += [_transposed((x_RK * scale_1K.reciprocal()).to(dtype)), scale_1K.t().contiguous()]
-    return found
+        scale_11 = _scale(size_RK.amax(dim=1, keepdim=True).amax(dim=0, keepdim=True), dtype)
+        row_scale, column_scale = scale_11 if as_is else None, scale_11 if transposed else None
+    else:
+        row_scale = _scale(size_RK.amax(dim=1, keepdim=True), dtype) if as_is else None
+        column_scale = _scale(size_RK.amax(dim=0, keepdim=True), dtype) if transposed else None
+    values = to_float8(x_RK, row_scale, column_scale, dtype, MULTIPLE)
+    scales = [row_scale, None if column_scale is None else column_scale.t().contiguous()]
+    return list(chain.from_iterable(zip(values, (s for s in scales if s is not None), strict=True)))
 
 
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
     return largest.clamp(min=TINY) / LARGEST[dtype]
-
-
-def _transposed(values_RK: Tensor) -> Tensor:
-    """(K, R), and as many zeros after each row as make its length a multiple of what the tensor cores need."""
-    missing = -len(values_RK) % MULTIPLE
-    if not missing:
-        return values_RK.t().clone(memory_format=torch.contiguous_format)
-    bytes_KR = values_RK.view(torch.uint8).t()  # of which PyTorch knows how to add zeros
-    return F.pad(bytes_KR, (0, missing)).view(values_RK.dtype)
 
 
 def product(

@@ -25,13 +25,13 @@ from typing import Any
 
 import triton
 
-from . import cross_entropy, decode, hopper, portable
+from . import cross_entropy, decode, float8, hopper, portable
 from .cache import compile_anew, read_compiled
 from .configuration import Configuration, name_of
 from .reading import MOVES_BUFFERS, normalised, read
 
 FAMILIES: dict[str, Any] = {
-    "portable": portable, "hopper": hopper, "decode": decode, "cross_entropy": cross_entropy,
+    "portable": portable, "hopper": hopper, "decode": decode, "cross_entropy": cross_entropy, "float8": float8,
 }  # fmt: skip
 
 
