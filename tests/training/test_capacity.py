@@ -33,12 +33,14 @@ from training.capacity import (
     resolve_memory,
     workload,
 )
-from training.cards import CARDS
+from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
 from training.facts import memory_lines
 from training.machine import Gpu
+from training.parallel.launch import Launch
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import step_time
+from training.traffic import NETWORK_BYTES_PER_SECOND, Arrangement, exposed_seconds, sent_in_step
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -46,6 +48,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = Runtime(None, precision_named("fp32"), False)
 RECORD = Path(__file__).parents[2] / "docs/benchmarks/long-context-h200.json"
 MEASURED = [row for row in json.loads(RECORD.read_text("utf-8"))["rows"] if "step_s" in row]
+ON_SEVERAL = [
+    row for row in json.loads(RECORD.with_name("parallel-h200.json").read_text("utf-8"))["rows"] if row["gpus"] > 1
+]
 LLAMA_1B = "model=llama-1b"
 MOMENTS = "precision.moments=bfloat16"
 
@@ -90,6 +95,25 @@ def test_a_peak_that_was_measured_is_predicted(on_card: Callable[..., Any], row:
     predicted = (plan.total - (plan.optimizer if is_first else 0)) / GIB
     measured = row["peak_allocated_gib"]
     assert -0.02 <= predicted / measured - 1 <= 0.05, f"{predicted:.2f} GiB, not {measured:.2f}"
+
+
+@pytest.mark.parametrize("row", ON_SEVERAL, ids=lambda row: f"{row['line']} on {row['gpus']}")
+def test_a_peak_and_a_step_that_were_measured_on_several_gpus_are_predicted(
+    on_card: Callable[..., Any], row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": row["gpus"], "LOCAL_WORLD_SIZE": row["gpus"]}.items():
+        monkeypatch.setenv(name, str(value))
+    _torchrun, _processes, _train, *words = shlex.split(row["command"])
+    config, runtime = on_card(*words, "check_memory=false")
+    work = workload(config, runtime)
+    assert -0.02 <= predict(work).total / GIB / row["peak_allocated_gib"] - 1 <= 0.05
+    taken = step_time(work, 1, runtime.gpu, runtime.dtype_name)
+    assert taken is not None
+    shards, context = config.parallel.shard_size(Launch.here()), config.parallel.context
+    ranks = Arrangement(row["gpus"], shards=shards, context=context, method=row["method"])
+    sending = exposed_seconds(sent_in_step(work, 1, ranks), taken.total, LINKS["h200"], NETWORK_BYTES_PER_SECOND)
+    if "packed" not in row["line"]:  # whose attention is not predicted
+        assert taken.total + sending == pytest.approx(row["step_s"], rel=0.05)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["rung"])
