@@ -211,11 +211,7 @@ def test_a_lab_note_has_a_date_and_an_id_of_its_own():
     assert {word for page, word in cited if "lab" in page or "kernels" in page} - {"L1", "L2"} <= set(ids)
 
 
-WIDER = ("attention.md", "checkpoints.md", "flash-attention.md")
-"""Pages with older, longer lines: whoever rewrites one wraps it, and takes it off this list."""
-
-
-@of_pages([page for page in PAGES if page.parent.name != "benchmarks" and page.name not in WIDER])
+@of_pages([page for page in PAGES if page.parent.name != "benchmarks"])
 def test_prose_has_lines_of_at_most_120_columns(page: Path) -> None:
     """Tables, code and pictures aside; scripts write the records."""
     long = [number for number, line in prose(page) if len(line) > 120 and not line.startswith(("|", "!", "<!--"))]

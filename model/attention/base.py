@@ -22,7 +22,7 @@ from .spec import AttentionSpec
 class AttentionBackend(ABC):
     """One way to compute attention, exactly as the spec says. What it cannot do, its config's `why_not` has refused.
 
-    Adding a backend: docs/attention.md.
+    Adding a backend: docs/extending.md.
     """
 
     name: str
