@@ -1,6 +1,12 @@
-"""Train a GPT: python train.py attention=sdpa seq_len=16384
+"""Train a GPT.
 
-configs/train.yaml lists everything that can be set; docs/configuration.md and docs/numbers.md explain it.
+python train.py                                  a small model on a CPU, GPT-2 124M on a GPU; nothing to download
+python train.py attention=flash seq_len=16k      change any choice and any setting
+python train.py data=text data.path=~/notes      your own text
+python train.py run_dir=runs/NAME                go on with a run, after any interruption
+python train.py -m attention=math,sdpa,flex      each value in turn, and a table
+torchrun --nproc-per-node=8 train.py             on 8 GPUs
+python train.py --cfg job --resolve              every setting with its value on this machine; runs nothing
 """
 
 from __future__ import annotations

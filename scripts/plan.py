@@ -1,9 +1,12 @@
-"""What a run will take, before anything is allocated: python -m scripts.plan model=llama-1b seq_len=1048576 memory=auto
+"""What a run will take, before anything is allocated: memory by part, time, and the longest row of each policy.
 
-Takes the settings of train.py. gpu=NAME plans for a card that is not here, gpus=N for so many of it; gpus=64,256,1024
-gives a line for each. Then node=N says how many are in a node (8), link=GB/s what goes each way between two of them
-(what the card's data sheet says), network=GB/s what goes from one to other nodes (50). Memory is predicted for
-PyTorch's allocator (`memory/peak_allocated_gib`), time for rows that are one document each.
+python -m scripts.plan model=llama-1b seq_len=128k memory=auto                         on this machine's card
+python -m scripts.plan gpu=h200 model=llama-1b seq_len=128k memory=auto                on a card that is not here
+python -m scripts.plan gpu=h200 gpus=64 parallel=hsdp model=llama-8b                   on 64 of them
+python -m scripts.plan gpu=h200 gpus=64,256,1024 parallel=hsdp model=llama-8b          a line for each
+
+With gpus=: node=N GPUs in a node (8), link=GB/s each way between two of them (the card's data sheet), network=GB/s from
+a GPU to other nodes (50). Memory is PyTorch's max_memory_allocated; times are for rows of one document each.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Make the token files before training: python -m scripts.prepare_data data=text data.path=~/corpus tokenizer=bpe
+"""Make the token files before training; a preparation that was killed goes on.
 
-Takes the settings of train.py and makes what it would make first. A preparation that was killed goes on where it was.
+python -m scripts.prepare_data data=text data.path=~/corpus tokenizer=bpe
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from .machine import find_gpu
 from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
 from .parallel.launch import speaks
 from .terminal import say, say_error
+from .usage import usage
 
 __all__ = ["CONFIGS", "job", "register_resolvers", "run", "say"]
 
@@ -59,6 +60,9 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     jobs.check = check
     terminal.use_utf8()
     terminal.secure()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        say(usage(sys.modules["__main__"].__doc__ or ""))
+        sys.exit(0)
     LINE.doing("composing the settings")
     set_home()
     listen(leave)  # until the process ends; a trainer listens itself while there is something to save

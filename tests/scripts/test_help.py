@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from processes import LIMIT_S
+
+from training.mistakes import CONFIGS, options
+from training.usage import usage
 
 ROOT = Path(__file__).resolve().parents[2]
 HYDRA = ("plan", "prepare_data", "inspect_data")
@@ -27,9 +31,30 @@ def help_of(*command: str) -> str:
 
 def test_train_shows_how_it_is_called_its_choices_and_its_settings():
     said = help_of("train.py")
-    assert said.startswith("python train.py key=value group=option")
-    assert "attention: auto, flash, flex, math, sdpa\n" in said
-    assert "\nlearning_rate: " in said
+    assert said.startswith("Train a GPT.\n\npython train.py ")
+    assert re.search(r"^  attention +auto +auto, flash, sdpa, flex, math: ", said, re.MULTILINE)
+    assert re.search(r"^  seq_len +512 \| 16384 +tokens per row$", said, re.MULTILINE)
+    assert re.search(r"^  checkpoint.every +as eval_every +steps ", said, re.MULTILINE)
+    assert "${" not in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_help_has_every_setting_with_a_word_and_every_option_of_a_choice():
+    said = usage("")
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"))
+    defaults, _ = config.pop("defaults"), config.pop("hydra")
+    groups = [name for default in defaults if isinstance(default, dict) for name in default if " " not in name]
+    sections = {name for name, value in config.items() if isinstance(value, dict)}
+    names = [*groups, *(set(config) - sections), *(f"{name}.{key}" for name in sections for key in config[name])]
+    words = {name: re.search(rf"^  {name} +(.*(?:\n {{20,}}.*)*)", said, re.MULTILINE) for name in names}
+    assert all(found and len(found[1]) > 8 for found in words.values()), words
+    for group in groups:
+        assert set(options(group)) <= set(re.findall(r"[\w.-]+", words[group][1])), group
+
+
+@pytest.mark.parametrize("name", HYDRA)
+def test_a_script_that_takes_the_settings_of_train_says_first_how_it_is_called(name: str) -> None:
+    assert f"\npython -m scripts.{name} " in help_of("-m", f"scripts.{name}").partition("\nChoices ")[0]
 
 
 @pytest.mark.slow
