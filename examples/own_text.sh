@@ -2,7 +2,7 @@
 # Your own text, from files to a model that writes: examples/own_text.sh FOLDER [settings of train.py]
 # FOLDER holds prose or source code (other kinds: docs/data.md). Started again, it goes on where it stopped.
 set -euo pipefail
-text=$(realpath "$1")
+text=$(realpath "${1:?name a folder of text: examples/own_text.sh FOLDER [settings of train.py]}")
 run=${RUN:-runs/own-text}
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

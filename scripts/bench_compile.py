@@ -21,7 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from scripts.parser import parser_of
 from scripts.record import ROOT
+from scripts.settings import train_config
+from training.runtime import resolve_runtime
 
 DEFAULTS = ["model=gpt2-124m", "seq_len=16384", "attention=flash", "batch_size=1", "max_steps=60", "compile=true"]
 DEFAULTS += ["log_every=10", "logger=none", "sample_tokens=0", "eval_tokens=16384"]
@@ -29,11 +32,7 @@ UNITS = ("model", "block")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_compile", __doc__)
     parser.add_argument("overrides", nargs="*", help="settings of train.py, after the defaults")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--unit", choices=UNITS, help=argparse.SUPPRESS)  # the process that is measured
@@ -43,6 +42,10 @@ def main() -> int:
     if options.unit:
         print(json.dumps(measured(options.unit, [*overrides, f"run_dir={options.run_dir}"])))
         return 0
+    try:
+        resolve_runtime(train_config(overrides))
+    except ValueError as error:
+        parser.refuse(str(error))
 
     rows = []
     print(
@@ -83,7 +86,6 @@ def in_a_process(unit: str, run_dir: str, cache: str, overrides: list[str]) -> d
 
 def measured(unit: str, overrides: list[str]) -> dict[str, float]:
     """One run in this process."""
-    from scripts.settings import train_config
     from training import assemble
     from training.loggers.jsonl import read_metrics
     from training.services.first_step import compile_seconds

@@ -34,6 +34,7 @@ from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.attention.base import AttentionBackend
 from model.attention.config import CONTEXT_METHODS, context_method, context_spec
 from model.attention.context import ContextAttention
+from scripts.parser import parser_of
 from scripts.record import collect_facts, heading, stop, write, write_json
 from training.parallel.config import ParallelConfig
 from training.parallel.context import SharedRows
@@ -249,11 +250,7 @@ def markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any], args: argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_context",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_context", __doc__)
     parser.add_argument("--methods", nargs="+", choices=CONTEXT_METHODS, default=CONTEXT_METHODS, help="default both")
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 131072], help="of each GPU")
     parser.add_argument("--heads", default="64:8", help="query:key/value heads")

@@ -7,7 +7,6 @@ loader as training does.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -28,6 +27,7 @@ from data.loader import Loader
 from data.packing import pack
 from data.prepare import Progressed
 from data.prepared import FILES
+from scripts.parser import parser_of
 from scripts.record import collect_facts, heading, write, write_json
 
 BATCHES = [(1, 16384), (1, 131072), (16, 1024)]
@@ -184,12 +184,12 @@ def markdown(facts: dict[str, Any], made: dict[str, Any], opened: dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench_data", __doc__)
     parser.add_argument("--megabytes", type=int, default=150, help="of text at most (default 150)")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
+    if args.megabytes < 1:
+        parser.refuse(f"--megabytes {args.megabytes}: use 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = collect_facts("bench_data", sys.argv[1:], device, ("pyarrow", "datasets"))
     with tempfile.TemporaryDirectory() as folder:

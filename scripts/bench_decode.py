@@ -12,7 +12,6 @@ standard attention in the same dtype. Exit code 1 where one is further off.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from kernels import attention, flash_attention, flash_decode
 from kernels.flash_attention.config import choose_decode_tiles
 from scripts.bench_attention.check import error
 from scripts.bench_attention.timing import gpu_time
+from scripts.parser import parser_of
 from scripts.record import collect_facts, heading, need_cuda, write, write_json
 
 SHAPES = {"llama-1b": (32, 8, 64), "llama-8b": (32, 8, 128)}  # query heads, key/value heads, head_dim
@@ -204,9 +204,7 @@ def _cell(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench_decode", __doc__)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="implementations; default all")
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES), help="rows; default 1 16")
     parser.add_argument("--length", nargs="+", type=int, default=list(LENGTHS), help="tokens; default 1k 8k 32k 128k")

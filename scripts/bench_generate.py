@@ -11,7 +11,6 @@ a step reads, over its time.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from model.config import ModelConfig
 from model.generate import Generator
 from model.generate_config import SamplingConfig
 from model.gpt import GPT
+from scripts.parser import parser_of
 from scripts.record import collect_facts, heading, need_cuda, write, write_json
 from scripts.settings import train_config
 
@@ -72,11 +72,7 @@ def bytes_read(model: GPT, batch: int, length: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_generate", __doc__)
     names = [name for name in ATTENTIONS if name != "auto"]
     parser.add_argument("--model", nargs="+", default=["llama-1b", "llama-8b"], help="names in configs/model")
     parser.add_argument("--attention", nargs="+", choices=names, default=["flash"], help="default flash")

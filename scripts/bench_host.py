@@ -10,7 +10,6 @@ length that no call had before, as packed rows of ever other lengths do.
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import pstats
 import statistics
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from kernels import flash_attention
 from kernels.flash_attention import op
+from scripts.parser import parser_of
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -99,16 +99,14 @@ def measure(device: str, new_shapes: bool, calls: int, rounds: int) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench_host", __doc__)
     parser.add_argument("--no-launch", action="store_true", help="leave out the launches, and need no GPU")
     parser.add_argument("--profile", action="store_true", help="print the functions that take the most time")
     parser.add_argument("--calls", type=int, default=200, help="of which a median is taken (default 200)")
     parser.add_argument("--rounds", type=int, default=7, help="medians, of which the least is printed (default 7)")
     args = parser.parse_args(argv)
     if not args.no_launch and not torch.cuda.is_available():
-        parser.error("no CUDA GPU here; pass --no-launch")
+        parser.refuse("no CUDA GPU here; pass --no-launch")
     device = "cpu" if args.no_launch else "cuda"
     with without_launches() if args.no_launch else ExitStack():
         for name, new_shapes in {"one shape": False, "new shapes": True}.items():

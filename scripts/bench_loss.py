@@ -11,7 +11,6 @@ vocabulary. Ours gets no time where an error is more than twice that of `plain`,
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from kernels import linear_cross_entropy
 from scripts.bench_attention.timing import Memory, gpu_time
+from scripts.parser import parser_of
 from scripts.record import collect_facts, heading, need_cuda, write, write_json
 
 MIB = 2**20
@@ -211,9 +211,7 @@ def markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench_loss", __doc__)
     parser.add_argument(
         "--sizes",
         nargs="+",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.parser import Parser, parser_of
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint
 from training.run_folder import LOCK, take
@@ -19,7 +20,7 @@ from training.terminal import secure
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 1 where something is damaged; 2 where the command cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.checkpoint", description=(__doc__ or "").splitlines()[0])
+    parser = parser_of("checkpoint", __doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for name, what in (("list", "what there is"), ("verify", "read every byte"), ("prune", "remove the surplus")):
         action = actions.add_parser(name, help=what)
@@ -37,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = checkpoints.candidates(options.run)
     except ValueError as error:
-        parser.error(str(error))
+        parser.refuse(str(error))
     if not found:
-        parser.error(f"{options.run} holds no checkpoints; name a run folder")
+        parser.refuse(f"{options.run} holds no checkpoints; name a run folder")
     if options.action == "prune":
         if options.keep_last < 1:
-            parser.error(f"--keep-last {options.keep_last} would leave nothing; use 1 or more")
+            parser.refuse(f"--keep-last {options.keep_last} would leave nothing; use 1 or more")
         return prune(parser, options)
     return show(found, read_all=options.action == "verify")
 
@@ -63,22 +64,22 @@ def show(found: list[Path], read_all: bool) -> int:
     return 1 if damaged else 0
 
 
-def export(parser: argparse.ArgumentParser, run: Path, file: Path) -> int:
+def export(parser: Parser, run: Path, file: Path) -> int:
     from training.checkpoint.weights import export_weights  # torch, which no other action needs
     from training.run_folder import find
 
     if file.exists():
-        parser.error(f"{file} exists; name a new file")
+        parser.refuse(f"{file} exists; name a new file")
     try:
         path, manifest = find(str(run), "RUN", print)
         num_bytes = export_weights(path, manifest, file)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.refuse(str(error))
     print(f"{file}   step {manifest.step:,}   {num_bytes / 1e6:,.1f} MB")
     return 0
 
 
-def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def prune(parser: Parser, options: argparse.Namespace) -> int:
     try:
         with open(options.run / LOCK, "ab+") as lock:
             take(lock, str(options.run))
@@ -87,9 +88,9 @@ def prune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         print(f"nothing removed: the newest checkpoint is damaged: {damage}")
         return 1
     except ValueError as error:  # it is being trained, and its own checkpoint.keep_last removes what is surplus
-        parser.error(str(error))
+        parser.refuse(str(error))
     except OSError as error:
-        parser.error(f"{options.run} cannot be written: {error.strerror}")
+        parser.refuse(f"{options.run} cannot be written: {error.strerror}")
     for path in gone:
         print(f"removed {path}")
     return 0

@@ -6,7 +6,6 @@ python -m scripts.convert from-hf DIR RUN                                      D
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from model.huggingface.folder import is_huggingface, read_separator, read_settin
 from model.huggingface.settings import describe, understand
 from model.huggingface.shards import read_weights, write_weights
 from model.huggingface.weights import from_theirs, to_theirs
+from scripts.parser import parser_of
 from training.checkpoint.fits import flat
 from training.trained import find, read_state
 
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where the command cannot work."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.convert", description=(__doc__ or "").splitlines()[0])
+    parser = parser_of("convert", __doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     there = directions.add_parser("to-hf", help="write a folder that AutoModelForCausalLM and AutoTokenizer read")
     there.add_argument("source", type=Path, metavar="RUN", help="a run folder, or a checkpoint")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.target.exists():
             raise ValueError(f"{options.target} is there already; name another folder")
         if not options.source.is_dir():
-            raise ValueError(f"{options.source} is no folder")
+            raise ValueError(f"{options.source} is no folder; name a run, a checkpoint or a folder of transformers")
         options.target.parent.mkdir(parents=True, exist_ok=True)
         if options.direction == "to-hf":
             if not options.shard_size > 0:
@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from_huggingface(options.source, options.target)
     except ValueError as error:
-        parser.error(str(error))
+        parser.refuse(str(error))
     except OSError as error:
-        parser.error(f"{options.target} cannot be written: {error.strerror}")
+        parser.refuse(f"{options.target} cannot be written: {error.strerror}")
     return 0
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.generate_config import SamplingConfig
-from scripts.model_command import Parser, check_positive, exit_code, note
+from scripts.model_command import add_machine, check_positive, exit_code, note
+from scripts.parser import parser_of
 from training.terminal import plain, say_error, secure
 from training.trained import load_model
 
@@ -32,10 +33,10 @@ LEAST_CAPACITY = 1024
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser("generate", __doc__)
+    parser = parser_of("generate", __doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
-    add("prompt", nargs="*", metavar="PROMPT", help="text to continue; several are continued at once")
+    add("prompt", nargs="*", default=[], metavar="PROMPT", help="text to continue; several are continued at once")
     add("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
     add("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default 200)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)")
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object a prompt: prompt, text, tokens, finish")
     add("--tokens-per-second", action="store_true", help="say how fast it was, on standard error")
     add("--compile", action="store_true", help="compile the step first: for long texts on a GPU")
-    parser.add_machine()
+    add_machine(parser)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention, flash_attention
+from scripts.parser import parser_of
 from scripts.record import ROOT, collect_facts, heading, need_cuda, stop, write, write_json
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -258,9 +259,7 @@ def moved(row: dict[str, Any]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.hbm_traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("hbm_traffic", __doc__)
     parser.add_argument(
         "--seq-len", nargs="+", type=int, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
     )

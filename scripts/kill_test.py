@@ -11,7 +11,6 @@ which share the parameters, one is killed at random, and the others must end by 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.parser import parser_of
 from scripts.record import ROOT, collect_facts
 from training.checkpoint import folder as checkpoints
 from training.loggers.jsonl import read_metrics
@@ -48,14 +48,14 @@ def write_small_text(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.kill_test", description=(__doc__ or "").splitlines()[0])
+    parser = parser_of("kill_test", __doc__)
     parser.add_argument("--kills", type=int, default=200, help="how often (default 200)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
     if options.out.exists():
-        parser.error(f"--out {options.out} exists; name a new folder")
+        parser.refuse(f"--out {options.out} exists; name a new folder")
     text = options.out / "text"
     write_small_text(text)
 

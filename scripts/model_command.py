@@ -1,38 +1,21 @@
-"""What the commands that use a trained model share: how they are typed, refused and ended. Needs no torch."""
+"""What the commands that use a trained model share: how they are typed and ended. Needs no torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
 
 from training.terminal import plain, say_error
 
 
-class Parser(argparse.ArgumentParser):
-    """Of `python -m scripts.NAME`; the first paragraph of `usage` says what it does. A mistake is one line."""
-
-    def __init__(self, name: str, usage: str | None) -> None:
-        heading, _, rest = (usage or "").partition("\n\n")
-        super().__init__(
-            prog=f"python -m scripts.{name}",
-            description=heading,
-            epilog=rest,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        say_error(f"{message}; {self.prog} --help shows what there is")
-        raise SystemExit(2)
-
-    def add_machine(self) -> None:
-        """The options that say with what and where the model runs: those of `training.trained.load_model`."""
-        self.add_argument(
-            "--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)"
-        )
-        self.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
-        self.add_argument("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The options that say with what and where the model runs: those of `training.trained.load_model`."""
+    parser.add_argument(
+        "--attention", default="auto", metavar="NAME", help="auto, math, sdpa, flex or flash (default auto)"
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
+    parser.add_argument("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
 
 
 def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:

@@ -7,18 +7,16 @@ python -m scripts.report SWEEP             compares the runs of a sweep's folder
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from scripts.parser import parser_of
 from training.report import RunReader, runs_at, write_page
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where the command cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or the folder of a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page")
     options = parser.parse_intermixed_args(arguments)

@@ -12,7 +12,6 @@ Exit codes: 0 all equal, 1 some differ, 2 the comparison cannot be made.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+
+from scripts.parser import Parser, parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,14 +49,14 @@ RUNS: dict[str, list[str]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.same_bits", description=(__doc__ or "").splitlines()[0])
+    parser = parser_of("same_bits", __doc__)
     parser.add_argument("reference", help="a commit to train beside the files here, or a record that --out wrote")
     parser.add_argument("--out", type=Path, help="write the reference's hashes to this JSON file")
     options = parser.parse_args(arguments)
     if Path(options.reference).is_file():
         record = json.loads(Path(options.reference).read_text())
         if record["machine"] != (here := machine()):
-            parser.error(f"{options.reference} is of another machine ({record['machine']}, not {here}); name a commit")
+            parser.refuse(f"{options.reference} is of another machine ({record['machine']}, not {here}); name a commit")
     else:
         record = reference(parser, options.reference)
     if options.out:
@@ -70,12 +71,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if differing else 0
 
 
-def reference(parser: argparse.ArgumentParser, commit: str) -> dict[str, Any]:
+def reference(parser: Parser, commit: str) -> dict[str, Any]:
     """Train every run with the files of a commit: their hashes, the full name of the commit, and the machine."""
     git = ["git", "-C", str(ROOT)]
     named = subprocess.run([*git, "rev-parse", "--verify", f"{commit}^{{commit}}"], capture_output=True, text=True)
     if named.returncode:
-        parser.error(f"{commit} is neither a record nor a commit of {ROOT}; name one, such as e18cd2b")
+        parser.refuse(f"{commit} is neither a record nor a commit of {ROOT}; name one, such as e18cd2b")
     archive = subprocess.run([*git, "archive", named.stdout.strip()], capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:

@@ -9,7 +9,6 @@ its line ends in "now".
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from torch import Tensor
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
 from kernels.flash_attention.testing import random_starts
+from scripts.parser import parser_of
 from scripts.record import need_cuda
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
@@ -35,11 +35,7 @@ Run = Callable[[Tiles], tuple[Any, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.tune_attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("tune_attention", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default 64 128 256")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"], help="default causal full")

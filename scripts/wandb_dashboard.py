@@ -12,6 +12,7 @@ import json
 import os
 import sys
 
+from scripts.parser import parser_of
 from training.dashboard import translated, workspace
 from training.loggers.base import one_line
 from training.loggers.wandb import login_problem
@@ -22,11 +23,7 @@ INSTALL = "the workspace is made by wandb-workspaces, which is not installed: pi
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 where the command cannot work."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.wandb_dashboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("wandb_dashboard", __doc__)
     parser.add_argument(
         "--project", default=os.environ.get("WANDB_PROJECT") or "flash-gpt", help="default $WANDB_PROJECT, or flash-gpt"
     )

@@ -29,7 +29,7 @@ class ScheduleConfig:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} is negative; use 0 for no warm-up")
         if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"schedule.min_ratio={self.min_ratio} must lie in [0, 1]")
+            raise ValueError(f"schedule.min_ratio={self.min_ratio} must lie in [0, 1]; use 0.1, or 0 to end at 0")
 
     def warmup(self, tokens_per_step: int) -> int:
         """Warm-up in steps, in a run that is long enough for it."""

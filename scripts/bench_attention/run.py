@@ -15,6 +15,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from scripts.parser import parser_of
 from scripts.record import collect_facts, need_cuda, write, write_json
 
 from . import __doc__ as usage
@@ -107,11 +108,7 @@ def one_line(error: Exception) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_attention",
-        description=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_attention", usage)
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="groups of cases (default: all)")
     parser.add_argument("--head-dim", nargs="+", type=int, help="default 64 128 256")
     parser.add_argument("--seq-len", nargs="+", type=int, help="of the causal and full grids; default 1024 … 65536")

@@ -27,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from scripts.parser import parser_of
 from scripts.record import ROOT, Panel, collect_facts, heading, line_chart, need_cuda, stop, write, write_json
 from training.config.numbers import whole_number
 
@@ -45,11 +46,7 @@ POLICIES = ("none", "selective", "full", "offload")
 
 
 def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_training --long",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_training --long", __doc__)
     parser.add_argument("--rungs", nargs="+", choices=rungs, metavar="NAME", help="which (default: all)")
     parser.add_argument("--profile", nargs="+", choices=rungs, metavar="NAME", help="where a step of these spends time")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings beside those of the rungs")
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
         print("\n".join(f"{name:<30} {command(rung, args.set)}" for name, rung in chosen.items()))
         return 0
     if args.set and args.out:
-        parser.error("--set measures another rung than the record's: leave out --out, or write a rung into rungs.py")
+        parser.refuse("--set measures another rung than the record's: leave out --out, or write a rung into rungs.py")
     device = need_cuda("bench_training")
     words = ["--long", *(sys.argv[1:] if argv is None else argv)]
     return climb(chosen, collect_facts("bench_training", words, device), args)

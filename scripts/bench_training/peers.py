@@ -10,7 +10,6 @@ runs with the same data must end at the same loss. `--long` measures another thi
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shlex
 import statistics
@@ -30,6 +29,7 @@ from model.arithmetic import train_flops_per_token
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
+from scripts.parser import parser_of
 from scripts.record import ROOT, collect_facts, heading, need_cuda, write, write_json
 from training.hardware import peak_flops
 from training.loggers.jsonl import read_metrics
@@ -160,11 +160,7 @@ def time_ours(overrides: str, seq_len: int, config: ModelConfig, windows: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_training", __doc__)
     parser.add_argument("--seq-len", type=int, default=16384, help="tokens in a row (default 16384)")
     parser.add_argument("--windows", type=int, default=5, help="windows of ten steps (default 5)")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to time its model.py too")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
@@ -14,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from data import disk
+from scripts.parser import parser_of
 from scripts.record import png, write, write_json
 from training import cli
 from training.machine import find_gpu
@@ -36,9 +36,7 @@ NOT_SWEPT = ("run_dir", "max_steps", "max_tokens", "log_every", "resume", "init_
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; see the package."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compare", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("compare", usage)
     parser.add_argument("settings", nargs="*", metavar="key=a,b", help="settings of train.py; every value is tried")
     parser.add_argument("--steps", type=int, help="optimizer steps of each (default 40, on a CPU 8)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default runs/compare)")

@@ -16,7 +16,6 @@ Exit codes: 0 all equal, 1 some differ, 2 the comparison cannot be made.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
+
+from scripts.parser import Parser, parser_of
 
 from . import cross_entropy, decode, float8, hopper, portable
 from .cache import compile_anew, read_compiled
@@ -36,9 +37,7 @@ FAMILIES: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.compile_kernels", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = parser_of("compile_kernels", __doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="configurations with all of these words")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a record of all that was read")
     parser.add_argument("--against", type=Path, metavar="FILE", help="compare with a record that --out wrote")
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [c for c in configurations() if set(options.only) <= set(name_of(c.row).split())]
     if not chosen:
-        parser.error(f"no configuration has the words {' '.join(options.only)}; leave out --only to see all")
+        parser.refuse(f"no configuration has the words {' '.join(options.only)}; leave out --only to see all")
     before = reference(parser, options.against) if options.against else {}
 
     rows = {}
@@ -99,13 +98,13 @@ def compared(row: dict[str, Any], before: dict[str, Any] | None) -> str:
     return f"  DIFFERENT: {', '.join(f'{key} was {before[key]}' for key in keys)}" if keys else ""
 
 
-def reference(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
+def reference(parser: Parser, file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        parser.error(f"{file} is no record of this script ({error}); write one with --out")
+        parser.refuse(f"{file} is no record of this script ({error}); write one with --out")
     if record["triton"] != triton.__version__:
-        parser.error(f"{file} is of Triton {record['triton']}, this is {triton.__version__}; write one with --out")
+        parser.refuse(f"{file} is of Triton {record['triton']}, this is {triton.__version__}; write one with --out")
     return record["configurations"]
 
 

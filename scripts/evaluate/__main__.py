@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from data import disk
-from scripts.model_command import Parser, check_positive, exit_code, note
+from scripts.model_command import add_machine, check_positive, exit_code, note
+from scripts.parser import parser_of
 from training.checkpoint.folder import is_checkpoint
 from training.terminal import say, secure
 
@@ -15,7 +16,7 @@ from . import __doc__ as usage
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser("evaluate", usage)
+    parser = parser_of("evaluate", usage)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("--tasks", metavar="NAMES", help="of lm-evaluation-harness, with commas; recall is one of our own")
@@ -27,7 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--documents", type=int, default=64, metavar="N", help="of each length of the recall task (default 64)")
     add("--batch-size", type=int, default=8, metavar="B", help="rows at once (default 8)")
     add("--out", type=Path, metavar="DIR", help="where results.json and recall.svg go (default RUN/evaluation)")
-    parser.add_machine()
+    add_machine(parser)
     return parser.parse_args(arguments)
 
 

@@ -66,3 +66,12 @@ def test_a_script_says_how_it_is_called_and_what_each_option_is(name: str) -> No
     assert options
     for option in options:
         assert re.search(r"(  |\n)\s*\S.*$", option), f"{option.split()[0]} has no word"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(HYDRA)))
+def test_an_option_that_a_script_does_not_have_is_refused_in_one_line(name: str) -> None:
+    command = [sys.executable, "-m", f"scripts.{name}", "--no-such-option"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .+; python -m scripts\.{name}.* --help shows what there is\n", done.stderr)

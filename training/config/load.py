@@ -149,6 +149,8 @@ def one_line(error: OmegaConfBaseException) -> str:
     variable = re.search(r"Interpolation key '(\w+)' not found", reason)
     if variable and variable[1] in os.environ:
         remedy = f"a variable of the environment is ${variable[1]}, without braces"
+    if "not a ListConfig" in reason:
+        reason = "this is no list"
     key = f"{error.full_key}: " if error.full_key else ""
     return f"{key}{reason}; {remedy or 'python train.py --cfg job shows what it may be'}"
 
