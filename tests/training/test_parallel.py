@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import ranks
 import torch
 from processes import LIMIT_S, run_ranks, start_ranks, wait_until
+from safetensors.torch import load_file
 
 from tests.training.conftest import TINY
 from training.checkpoint.folder import candidates
 from training.loggers import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 4
 # A vocabulary and a width that four shards do not divide evenly.
 SMALL = [*TINY, "model.n_layers=2", "model.vocab_size=301", "model.ffn_dim=50", "max_steps=3", "tokens_per_step=256"]
@@ -209,6 +212,16 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Pa
     assert said[1] == ""
     steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
     assert steps == sorted(set(steps)), "one log, each step once"
+
+
+def test_one_process_writes_the_weights_of_which_it_has_the_only_shard(text_folder: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "max_steps=1"]
+    for parallel in ("data", "fsdp"):
+        run = [sys.executable, "train.py", *words, f"parallel={parallel}", f"run_dir={tmp_path / parallel}"]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+        assert done.returncode == 0, done.stderr
+    mine, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("fsdp", "data"))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data import disk
 from training.errors import SaveFailed
-from training.parallel.sharding import whole
+from training.parallel.sharding import is_sharded, whole
 from training.parallel.together import Together
 
 from .folder import ALONE, Manifest
@@ -38,7 +38,7 @@ def save_weights(model: nn.Module, run_dir: Path, ranks: Together = ALONE) -> No
         with ExitStack() as stack:
             # In a folder that the next process sweeps: safetensors, killed, leaves a file of a random name behind.
             part = ranks.first(lambda: stack.enter_context(disk.part_of(target)))
-            if ranks.size == 1:
+            if ranks.size == 1 and not any(map(is_sharded, model.parameters())):
                 save_model(model, str(part / target.name))
                 check_written(part / target.name, model.parameters())
             else:
