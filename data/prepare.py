@@ -40,6 +40,8 @@ SAVE_CHARS = 2**25  # text between two savings of progress: some seconds of work
 
 @dataclass
 class Counts:
+    """Documents, UTF-8 bytes and tokens of one split that were written so far."""
+
     documents: int = 0
     bytes: int = 0
     tokens: int = 0

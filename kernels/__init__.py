@@ -1,6 +1,11 @@
-"""Attention and its companions: tensors in, tensors out. Imports torch (and Triton) only.
+"""Exact attention and the output head's loss as functions of tensors. Imports torch and Triton only.
 
-Installed elsewhere as `flash_gpt`; inside this repository as `kernels`.
+Called `flash_gpt` where it is installed, `kernels` in this repository. docs/library.md lists what there is.
+
+- flash_attention, flash_attention_varlen, flash_attention_backward, flash_decode: kernels in Triton and Gluon;
+- linear_cross_entropy: output head and cross-entropy, with a kernel in Triton;
+- starts_from_cu_seqlens, starts_from_separators, intervals_from_cu_seqlens: which keys each query sees;
+- attention, visible_pairs, cached_pairs, safe_softmax, split_softmax, online_softmax: the definitions in PyTorch.
 """
 
 from .flash_attention import (

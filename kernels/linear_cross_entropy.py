@@ -1,13 +1,13 @@
-"""The language model's head and its loss together, so that the logits of a long sequence never exist at once.
+"""The output head and its loss in one operator, so that the logits of a long sequence never exist at once.
 
-At 16k tokens and a vocabulary of 50k the float32 logits are 3.1 GiB and their gradient as much again: more than the
-rest of a small GPT. Here the tokens pass through the head a chunk at a time, and each chunk's gradient is taken while
-its logits are at hand (the idea of Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989), so nothing is
-recomputed and nothing of size tokens × vocabulary is kept: of the chunk one buffer, in which the gradient takes the
-logits' place (`cross_entropy_kernel.py`), and the gradients of the inputs, which the backward pass only scales.
+At 16k tokens and a vocabulary of 50k the float32 logits take 3.1 GiB, and their gradient as much again: more than the
+rest of a small GPT. Here the tokens pass through the head a chunk at a time, and the gradient of a chunk is computed
+while its logits exist (the idea of Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989). So nothing is
+recomputed, and nothing of size tokens × vocabulary is kept. There is one buffer for a chunk, in which the gradient
+replaces the logits (`cross_entropy_kernel.py`), and the gradients of the inputs, which the backward pass only scales.
 
-The weight's gradient is a sum over chunks, kept in float32 from the first product to the parameter: rounded to bf16
-after each chunk, the error of the sum would grow with their number.
+The weight's gradient is a sum over chunks. It is float32 from the first product to the parameter: rounded to bf16 after
+each chunk, its error would grow with the number of chunks.
 
 The loop is one PyTorch operator, `flash_gpt::linear_cross_entropy`: one node in a compiled graph, whatever the length.
 
@@ -29,7 +29,7 @@ from .flash_attention.op import why_not_on
 
 IGNORE_INDEX = -100
 ALIGNMENT = 64
-"""Logits that a row of the buffer is a multiple of, so that any vocabulary's are read and multiplied as fast."""
+"""The stride of the buffer's rows is a multiple of so many logits: any vocabulary is read and multiplied as fast."""
 
 
 def linear_cross_entropy(
@@ -50,13 +50,13 @@ def linear_cross_entropy(
     Where the tokens fit one chunk, the logits are left to autograd, and to torch.compile.
 
     Args:
-        x_NE: float, the final hidden states; under autocast they are cast to its dtype.
-        weight_VE: float, the head. Multiplied in x's dtype; its gradient is summed in float32 and has the weight's
-            dtype: of a float32 weight under autocast it is never rounded to bf16.
+        x_NE: floating point, the final hidden states; under autocast they are cast to its dtype.
+        weight_VE: floating point, the head. It is multiplied in x's dtype. Its gradient is summed in float32 and has
+            the weight's dtype: for a float32 weight under autocast it is never rounded to bf16.
         targets_N: int64, in [0, V) or ignore_index.
-        operand_VE: a cast of the weight to x's dtype, where one exists; None: it is cast here. Its gradient goes to
-            weight_VE directly, or, where the tokens fit one chunk, through the cast, which autograd must know.
-        ignore_index: of tokens that count neither in the loss nor in the gradients.
+        operand_VE: the weight cast to x's dtype, if the caller has it; None: it is cast here. Its gradient goes to
+            weight_VE directly. Where the tokens fit one chunk it goes through the cast, which autograd must know.
+        ignore_index: the target of tokens that count neither in the loss nor in the gradients.
         softcap: c > 0 replaces a logit z with c · tanh(z / c).
         z_loss: adds z_loss · log² Σ exp(logits) per token, which keeps logits from drifting (Chowdhery et al. 2022,
             arXiv:2204.02311, section 5, with 1e-4).
@@ -64,12 +64,12 @@ def linear_cross_entropy(
             (Szegedy et al. 2016, arXiv:1512.00567).
         chunk_size: tokens per chunk; 0 computes all logits at once. The sum that is the weight's gradient passes
             through memory once a chunk, which at 2048 costs about a tenth of the products.
-        reduction: sum; or none: each token's loss (N,), 0 where it is ignored. Of these no gradient is taken while
-            their logits are at hand, so that with gradients it keeps all logits.
+        reduction: "sum", or "none": each token's loss (N,), 0 where it is ignored. With gradients "none" keeps all
+            logits.
     Returns:
-        float32 (float64 of float64 inputs) scalar: the sum over tokens in nats. Divide by the number of tokens
-        yourself: with gradient accumulation the right denominator is the whole step's token count, which no
-        micro-batch knows. Differentiable once.
+        float32 (float64 for float64 inputs) scalar: the sum over tokens in nats. Differentiable once. The caller
+        divides by the number of tokens: with gradient accumulation that is the count of the whole step, which no
+        micro-batch knows.
     Raises:
         ValueError: an argument that is out of range, or shapes that do not fit.
     """

@@ -5,9 +5,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(…, attn_implementation="FlashGPT")
 
-transformers describes a mask as a function of two positions. `starts_of` turns it into what the kernels read: the first
-key that each query sees. What is not of that form is refused. Any model whose attention goes through transformers'
-AttentionInterface can use it; packed rows, padding, windows, chunks, soft caps and sinks are honoured.
+transformers describes a mask as a function of two positions. `starts_of` turns it into what the kernels read, the first
+key that each query sees; a mask of another form is refused. Every model whose attention goes through transformers'
+AttentionInterface can use it. Packed rows, padding, windows, chunks, soft caps and sinks are honoured.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from .flash_attention import flash_attention, starts_from_cu_seqlens
 
 NAME = "FlashGPT"
-"""transformers takes every name with "flash" in it, in lower case, for a kernel of its own to be loaded."""
+"""Not "flash" in lower case: transformers would look for a kernel of that name on the Hub."""
 
 
 def register(name: str = NAME) -> str:
-    """Make `attn_implementation=name` this attention. Needs transformers 5.
+    """Make transformers' `attn_implementation=name` this attention. Needs transformers 5.
 
+    Args:
+        name: without "flash" in lower case, "/" and "|", which transformers reads itself.
     Returns:
-        the name.
+        name.
     Raises:
-        ValueError: transformers would not use what is registered under this name.
+        ValueError: transformers would not use this name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -58,13 +60,13 @@ def attend(
     """What transformers' layers call.
 
     Args:
-        query: (B, H, S, D). key, value: (B, H_kv, S_k, D).
-        attention_mask: what `starts_of` returned.
+        query: (B, H, S, D). key, value: (B, H_kv, S_k, D). float16, bfloat16 or float32.
+        attention_mask: what `starts_of` returned, int32 (B, S), or None.
         s_aux: (H,), the sinks.
     Returns:
         (B, S, H, D), and no weights.
     Raises:
-        ValueError: what these kernels do not compute; and see `flash_attention`.
+        ValueError: these kernels do not compute what was asked for; or as `flash_attention`.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     S, S_k = query.shape[2], key.shape[2]
@@ -110,17 +112,17 @@ def starts_of(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """The first key that each query sees, int32 (B, S), counted from the first of the keys that there are.
+    """The first key that each query sees, int32 (B, S), counted from the first key that is passed.
 
-    A causal mask of documents, chunks or a window lets each query see the keys from one on up to its own position.
-    Which one that is, is searched by halves: in log₂ S steps over (B, S), where a mask has S × S for each row.
+    Under a causal mask of documents, chunks or a window a query sees an interval of keys that ends at its own position.
+    Bisection finds the first one: log₂ S steps over (B, S) elements; a mask would have S × S elements for each row.
 
     Args:
         q_offset, kv_offset: positions of the first query and of the first key.
         mask_function: whether (row, head, query, key) is visible, from tensors of positions.
         attention_mask: bool (B, positions), False at padding.
     Returns:
-        None where each query sees every key up to its own.
+        None if every query sees all keys up to its own.
     Raises:
         ValueError: the mask has another form.
     """

@@ -14,6 +14,8 @@ from .precision_config import Float8Config, is_in_fp8, linear_sizes
 
 
 class ParameterCount(NamedTuple):
+    """How many parameters a model has, by what they do."""
+
     total: int
     """Every trained number; a tied head counts once."""
     matmul: int

@@ -9,6 +9,8 @@ SCALINGS = ("none", "linear", "ntk", "yarn", "llama3")
 
 @dataclass
 class RotaryConfig:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), and how they are stretched for a longer context."""
+
     theta: float = 10000.0
     """Base of the frequencies. Raising it is ABF (Xiong et al. 2023, arXiv:2309.16039): 500000 in Llama 3."""
     scaling: str = "none"

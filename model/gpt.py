@@ -34,6 +34,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
+    """Self-attention of one layer: x (B, S, E) → (B, S, E). `attend` computes it, between the projections."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.head_dim is not None
@@ -59,6 +61,8 @@ class Attention(nn.Module):
 
 
 class GELU(nn.Module):
+    """GPT-2's MLP, with the tanh approximation of GELU: x (B, S, E) → (B, S, E)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(config.dim, config.ffn_dim, bias=config.bias)
@@ -76,6 +80,8 @@ class GELU(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Llama's MLP (Shazeer 2020, arXiv:2002.05202): x (B, S, E) → (B, S, E)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
@@ -100,6 +106,8 @@ def _norm(config: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)). Blocks are what is compiled, recomputed and sharded."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = _norm(config)

@@ -15,6 +15,8 @@ MOST_HELD = 8
 
 
 class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
     separator_id: int
 
     def encode(self, text: str) -> list[int]: ...

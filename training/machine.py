@@ -17,6 +17,8 @@ COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU as its driver describes it; no torch."""
+
     name: str
     capability: tuple[int, int]
     """Compute capability: (9, 0) is Hopper."""

@@ -13,6 +13,8 @@ SLOWEST_IN_BF16 = 0.98
 
 @dataclass
 class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
+
     name: str = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
@@ -49,6 +51,8 @@ class OptimizerConfig:
 
 @dataclass
 class MuonConfig(OptimizerConfig):
+    """Muon (Jordan et al. 2024) for the matrices of blocks, AdamW for all other parameters."""
+
     name: str = "muon"
     momentum: float = 0.95
 

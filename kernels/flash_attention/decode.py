@@ -32,25 +32,25 @@ def flash_decode(
     The method is flash-decoding (Dao et al. 2023): keys are split over the GPU, partial outputs are merged by their
     LSE. `reference.attend` under `reference.cached_pairs` is the same function in plain PyTorch.
 
-    Nothing waits for the GPU and the grid follows from shapes alone: a CUDA graph that was captured at one length
-    serves all.
+    The host never waits for the GPU, and the grid follows from shapes alone: a CUDA graph captured at one length serves
+    all lengths.
 
     Args:
-        q: (B, S, H, D) in float16, bfloat16 or float32: the tokens at positions lengths − S to lengths − 1. Made for
-            few, 1 to 16. D a multiple of 8 from 16 to 256; a contiguous last dimension.
-        k_cache, v_cache: (B, capacity, G, D), dtype and device of q; H divisible by G; keys and values of the S tokens
-            are in it. That of position s lies in slot s mod capacity: with lengths above the capacity the cache is a
-            ring, in which `window` + S − 1 slots are needed. Unused slots are not read.
-        lengths: int32 (B,), on the device of q: tokens that each row has, the S new ones included. Not checked; queries
-            at negative positions see nothing.
-        window: how many of the most recent keys a query sees, itself included; None for all.
+        q: (B, S, H, D) in float16, bfloat16 or float32: the tokens at positions lengths − S to lengths − 1. The kernels
+            are made for S from 1 to 16. D a multiple of 8 from 16 to 256; a contiguous last dimension.
+        k_cache, v_cache: (B, capacity, G, D), dtype and device of q; H divisible by G. They already hold keys and
+            values of the S tokens. Position s is in slot s mod capacity: with lengths above the capacity the cache is a
+            ring, which needs `window` + S − 1 slots. Unused slots are not read.
+        lengths: int32 (B,), on the device of q: tokens of each row, the S new ones included. The values are not
+            checked; queries at negative positions see nothing.
+        window: how many of the latest keys a query sees, its own included; None for all.
         softcap, scale, sinks, return_lse: as in `flash_attention`.
     Returns:
         out (B, S, H, D), contiguous, in q's dtype. With return_lse (out, lse): lse (B, H, S) float32, natural log. A
-        query that sees no key gives out 0, lse −inf (or its sink).
+        query that sees no key has out 0, lse −inf (or its sink).
     Raises:
         ValueError: inputs that do not fit together or are not supported, a device that cannot run the kernels, or
-            gradients are asked for.
+            inputs that require gradients.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     check_qkv(q, k_cache, v_cache)

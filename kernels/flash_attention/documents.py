@@ -17,7 +17,7 @@ def starts_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
 
     Args:
         cu_seqlens: int32 (N + 1,), nondecreasing: sequence i holds the tokens [cu_seqlens[i], cu_seqlens[i+1]). Equal
-            neighbours are an empty sequence. Tokens before the first and after the last are nobody's: they see nothing.
+            neighbours are an empty sequence. Tokens before the first and after the last sequence see nothing.
         seq_len: S, the row's length.
     Returns:
         int32 (1, S): a batch of one row.
@@ -37,9 +37,9 @@ def intervals_from_cu_seqlens(
     Args:
         cu_seqlens: int32 (N + 1,), nondecreasing: sequence i has the queries [cu_seqlens[i], cu_seqlens[i+1]).
         seq_len: S, the number of queries.
-        cu_seqlens_k: the same for its keys. None where they are the queries' own: then `causal` and `window` are left
-            to the kernels, in which a query has the position of its key.
-        causal, window: as in `flash_attention`, the queries of a sequence being the last of its keys' positions.
+        cu_seqlens_k: the same for its keys. None for self-attention: the kernels then apply `causal` and `window`,
+            since a query has the position of its key.
+        causal, window: as in `flash_attention`; the queries of a sequence are the last of its keys' positions.
     Returns:
         starts, ends: int32 (1, S), nondecreasing. Queries of no sequence see nothing.
     Raises:
@@ -64,7 +64,7 @@ def intervals_from_cu_seqlens(
         ends_S = torch.minimum(ends_S, at_S + window)
     if causal:
         ends_S = torch.minimum(ends_S, at_S + 1)
-    # Of a query that is as far before its sequence's first key as it has more queries than keys.
+    # A sequence with more queries than keys: its first queries stand before its first key, and see nothing.
     ends_S = torch.maximum(ends_S, first_S)
     for nobody_S, where in ((positions_S < cu_seqlens[0], 0), (positions_S >= cu_seqlens[-1], -1)):
         starts_S = torch.where(nobody_S, cu_seqlens_k[where], starts_S)
@@ -73,7 +73,7 @@ def intervals_from_cu_seqlens(
 
 
 def _sequences(name: str, cu_seqlens: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Positions 0 to seq_len − 1, and of each the sequence that has it, or the first or last where none does."""
+    """Positions 0 to seq_len − 1, and the sequence of each; outside of all sequences the first or the last one."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{name} {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
@@ -92,7 +92,7 @@ def starts_from_separators(tokens_BS: Tensor, separator: int, *, separator_begin
         separator: the token between documents. It belongs to the document that it ends (GPT-2's <|endoftext|>).
         separator_begins: it belongs to the document that it begins (a BOS token; the rows of this project's `data`).
     Returns:
-        int32 (B, S), nondecreasing along S. A row's first document starts at 0, wherever it really began.
+        int32 (B, S), nondecreasing along S. A row's first document starts at 0, even if it began in an earlier row.
     Raises:
         ValueError: tokens_BS is not (B, S).
     """

@@ -53,42 +53,43 @@ def flash_attention(
         k: (B, S_k, H_kv, D), dtype and device of q; H divisible by H_kv. The queries are the last S of the S_k
             positions: S_k ≥ S, unless `causal` is False.
         v: (B, S_k, H_kv, D_v), D_v like D, but not always D (192 and 128, 576 and 512 in latent attention). Under
-            autocast q, k and v are cast, as F.scaled_dot_product_attention does, float64 not.
+            autocast q, k and v are cast as in F.scaled_dot_product_attention; float64 is not cast.
         causal: no query sees a later key.
-        window: how many of the most recent keys a query sees, itself included (Hugging Face's `sliding_window`,
-            flash-attn's left + 1); without causal as many to the other side. None for all.
+        window: how many of the latest keys a query sees, its own included (Hugging Face's `sliding_window`,
+            flash-attn's left + 1); without causal as many on the other side, too. None for all.
         starts: int32 (B, S), nondecreasing along S: the first key that each query sees, for packed documents (see
             `starts_from_cu_seqlens` and `starts_from_separators`). None for 0. The values are not checked.
-        ends: int32 (B, S), nondecreasing along S, with causal=False: where the keys that each query sees end, the first
-            that it does not see. None for S_k. The values are not checked.
+        ends: int32 (B, S), nondecreasing along S, with causal=False: query t sees the keys [starts[t], ends[t]). None
+            for S_k. The values are not checked.
         softcap: c > 0 replaces a score s with c · tanh(s / c) (Gemma 2, arXiv:2408.00118); 0 for none.
         scale: multiplies the scores, above 0; 1/√D when None.
         sinks: (H,) floating point: a logit per query head that joins the softmax's denominator and has no value, so
             that a head can attend to nothing (gpt-oss). None for none.
         alibi_slopes: (H,) floating point: slope · |t − s| is subtracted from the score of query t with key s, after the
             soft cap (ALiBi, arXiv:2108.12409; flash-attn's convention). None for none.
-        deterministic: ask for gradients that are bitwise the same on every run; torch.use_deterministic_algorithms asks
-            for all calls. Only the Hopper kernels' dq, up to head_dim 128, is otherwise not.
+        deterministic: gradients with the same bits on every run. torch.use_deterministic_algorithms(True) sets it for
+            all calls. Without it only one gradient may differ: dq of the Hopper kernels, up to head_dim 128.
         return_lse: also return the log-sum-exp.
-        implementation: "hopper", for 16-bit inputs on sm_90; "triton", the portable kernels, on every GPU from sm_80,
-            and in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1); "auto", hopper where it can, else triton.
-            The Hopper kernels have no ends, no alibi_slopes, no D_v other than D, no D above 256 and no S above S_k.
-            The portable kernels compute the gradients of "auto" where those of q, or of k and v, alone are wanted, and
-            the decoding kernels (`flash_decode`) its result for at most 16 queries that see 1,024 keys or more, without
+        implementation: which kernels run.
+            "hopper": 16-bit inputs on sm_90; without ends, alibi_slopes, D_v other than D, D above 256, S above S_k.
+            "triton": the portable kernels, on every GPU from sm_80, and in Triton's interpreter on CPU tensors
+            (TRITON_INTERPRET=1).
+            "auto": hopper where it can, else triton; gradients by triton where only those of q, or only those of k and
+            v, are wanted; the kernels of `flash_decode` where at most 16 queries see 1,024 keys or more, without
             starts, ends and alibi_slopes.
     Returns:
         out (B, S, H, D_v), contiguous, in q's dtype. With return_lse (out, lse): lse (B, H, S) float32, the natural log
-        of the softmax's denominator. A query that sees no key gives out 0, lse −inf (or its sink) and gradients 0;
-        an empty batch, no queries or no keys give the same.
+        of the softmax's denominator. A query that sees no key has out 0, lse −inf (or its sink) and gradients 0. An
+        empty batch, no queries and no keys are allowed.
     Raises:
         ValueError: inputs that do not fit together or are not supported, or a device that cannot run the kernels.
-        TypeError: an argument that there is not.
+        TypeError: an unknown argument; one that other libraries have (dropout_p, attn_mask, …) names what to use.
 
-    A masked key's weight is 0, and 0 · NaN is NaN: NaN or infinity in a key or value reaches queries that do not see
-    it, if their tile has queries that do, or an edge of the mask. So it is in PyTorch's kernels.
+    NaN and infinity in a key or value also reach queries that do not see it, if their tile has queries that do, or an
+    edge of the mask: a masked key has the weight 0, and 0 · NaN is NaN. PyTorch's kernels do the same.
 
-    The backward pass computes a weight from its score and lse, a float32: where scores come to 10⁶ and more, gradients
-    are exact for rows of which one key has all the weight, and else off by what lse is rounded by. out is exact.
+    The backward pass computes a weight from its score and lse, a float32. With scores of 10⁶ and more, gradients are
+    exact for rows in which one key has all the weight; others are off by the rounding of lse. out is exact.
     """
     if others:
         refuse(others)
@@ -125,8 +126,9 @@ def flash_attention_backward(
     """The gradients of `flash_attention`, for code that keeps its inputs and results itself (context parallelism).
 
     Args:
-        dout: (B, S, H, D), the gradient of out. out, lse: what `flash_attention(..., return_lse=True)` returned, lse
-            contiguous. The rest: as it was given there; what is wrong with it was said there.
+        dout: (B, S, H, D), the gradient of out.
+        out, lse: what `flash_attention(..., return_lse=True)` returned; lse contiguous.
+        q, k, v and the rest: as they were given there. They are not checked again.
     Returns:
         dq (B, S, H, D), dk and dv (B, S_k, H_kv, D), contiguous.
     """
@@ -167,15 +169,15 @@ def flash_attention_varlen(
     `implementation="auto"` takes for causal self-attention, multiply it by 0: there it must be finite.
 
     Args:
-        q: (T, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). T_k is T without `cu_seqlens_k`.
+        q: (T, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). Without `cu_seqlens_k` T_k is T.
         cu_seqlens: int32 (N + 1,), nondecreasing: sequence i holds the tokens [cu_seqlens[i], cu_seqlens[i+1]). Empty
             sequences are allowed, so a tensor of fixed size can repeat the end. The values are not checked.
-        max_seqlen: has its place in flash-attn's argument order and is not read: the loops end where each sequence
-            does. So no caller needs to fetch a length from the GPU.
-        cu_seqlens_k: the same for keys, where they are others' (cross-attention, a prefix that is cached): queries of
-            sequence i see keys of sequence i. None for cu_seqlens.
-        causal: the queries of a sequence are the last of its keys' positions, and see no later key. Where it has more
-            queries than keys, the first ones see nothing.
+        max_seqlen: accepted for flash-attn's argument order, and not read: the loops end where each sequence does,
+            so no caller needs to fetch a length from the GPU.
+        cu_seqlens_k: int32 (N + 1,), where the keys of each sequence lie, if they are packed apart (cross-attention, a
+            cached prefix): queries of sequence i see keys of sequence i. None for cu_seqlens.
+        causal: the queries of a sequence are the last of its keys' positions, and see no later key. In a sequence with
+            more queries than keys the first queries see nothing.
         window, softcap, scale, sinks, alibi_slopes, deterministic, return_lse, implementation: as in `flash_attention`;
             no alibi_slopes with cu_seqlens_k. The Hopper kernels do causal self-attention alone.
     Returns:

@@ -31,6 +31,8 @@ class AttentionConfig:
 
 @dataclass
 class FlashConfig(AttentionConfig):
+    """`attention=flash`: the kernels of `kernels/flash_attention`."""
+
     name: str = "flash"
     implementation: str = "auto"
     """auto, hopper or triton."""
@@ -78,6 +80,8 @@ def is_triton_interpreted() -> bool:
 
 @dataclass
 class SdpaConfig(AttentionConfig):
+    """`attention=sdpa`: PyTorch's scaled_dot_product_attention, and FlashAttention-2 over document lengths."""
+
     name: str = "sdpa"
     kernel: str = "auto"
     """auto, flash, cudnn, efficient or math."""
@@ -116,6 +120,8 @@ def takes_varlen(spec: AttentionSpec) -> bool:
 
 @dataclass
 class FlexConfig(AttentionConfig):
+    """`attention=flex`: PyTorch's FlexAttention."""
+
     name: str = "flex"
 
     def why_not(self, spec: AttentionSpec) -> str | None:

@@ -21,6 +21,8 @@ SHORT_ROW = 4096
 
 
 class FlashAttention(AttentionBackend):
+    """flash-gpt's kernels; the mask is `starts` itself, or None without documents."""
+
     name = "flash"
     decodes_with = "flash-gpt's decoding kernel"
     keeps_lse = True

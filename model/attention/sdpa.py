@@ -30,11 +30,15 @@ VARLEN = "flash-varlen"  # FlashAttention-2 over cumulative document lengths: `t
 
 
 class Choice(NamedTuple):
+    """Which of PyTorch's kernels runs, and why, for the start-up line."""
+
     kernel: str
     reason: str
 
 
 class SdpaAttention(AttentionBackend):
+    """PyTorch's kernels, one of which is chosen at construction for the whole run."""
+
     name = "sdpa"
     decodes_with = "scaled_dot_product_attention"
 

@@ -9,6 +9,8 @@ from training.require import require
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are written, and which stay."""
+
     every: int = 250
     """Steps between checkpoints; 0: only at the end and when interrupted."""
     keep_last: int = 2

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
+    """The numbers that follow from the settings."""
+
     max_steps: int
     """Optimizer steps of the run."""
     tokens_per_step: int

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
+    """What torchrun or Slurm says of this process."""
+
     rank: int = 0
     size: int = 1
     """Processes of the run, on all nodes: one for each GPU."""

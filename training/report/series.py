@@ -12,6 +12,8 @@ MOST_POINTS = 2000
 
 
 class Point(NamedTuple):
+    """One point of a metric's curve."""
+
     step: int
     tokens: int
     time: float | None

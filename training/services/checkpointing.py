@@ -15,6 +15,8 @@ from .base import Service
 
 
 class Checkpointing(Service):
+    """Saves every `checkpoint.every` steps, and the weights alone when the run is finished."""
+
     def __init__(self) -> None:
         self.has_memory = False
 

@@ -21,6 +21,8 @@ from .base import Service
 
 
 class Evaluation(Service):
+    """The loss on held-out text, every `eval_every` steps, before the first and after the last."""
+
     name = "evaluation"
 
     def begin(self, run: Run) -> None:

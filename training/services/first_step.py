@@ -8,6 +8,8 @@ from .base import Service
 
 
 class FirstStep(Service):
+    """One line after the first step: where the time before it went."""
+
     def __init__(self) -> None:
         self.is_said = False
         self.compiled_before: float | None = None

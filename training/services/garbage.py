@@ -17,6 +17,8 @@ MOST_STEPS = 100
 
 
 class Garbage(Service):
+    """Python's garbage collection, at log lines only."""
+
     def __init__(self) -> None:
         self.is_on = False
 

@@ -26,6 +26,8 @@ TIME_RANK, BAR_RANK = 2, 3
 
 
 class Live(Service):
+    """The live line on a terminal."""
+
     def begin(self, run: Run) -> None:
         self.run, self.step, self.began = run, run.progress.step, time.monotonic()
         self.first: tuple[int, float] | None = None

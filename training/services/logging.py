@@ -18,6 +18,8 @@ from .base import Service
 
 
 class Logging(Service):
+    """config.yaml, facts.json and the start-up lines at the beginning; a log line every `log_every` steps."""
+
     def __init__(self) -> None:
         self.trains = False
         """Whether facts.json is of this process."""

@@ -15,6 +15,8 @@ MOST_OF_THE_TIME = 0.01
 
 
 class Reporting(Service):
+    """report.html, after evaluations and at the end."""
+
     def __init__(self) -> None:
         self.evaluated = -1
         """The step of the last evaluation that was seen."""

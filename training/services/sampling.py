@@ -13,6 +13,8 @@ from .base import Service
 
 
 class Sampling(Service):
+    """What the model writes, every `sample_every` steps and at the end."""
+
     name = "sampling"
 
     def begin(self, run: Run) -> None:

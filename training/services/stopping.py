@@ -10,6 +10,8 @@ from .checkpointing import save
 
 
 class Stopping(Service):
+    """Saves and ends the run when it is asked to stop, on all ranks after the same step."""
+
     def begin(self, run: Run) -> None:
         self.after_step(run)
 
