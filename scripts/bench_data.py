@@ -1,4 +1,6 @@
-"""How fast text becomes tokens, and tokens batches: python -m scripts.bench_data --out docs/benchmarks/data
+"""How fast text becomes tokens, and tokens become batches.
+
+    python -m scripts.bench_data --out docs/benchmarks/data
 
 Prepares the sources of the standard library and of every installed package, in a process of its own whose peak memory
 is read afterwards; prepares them again with a kill in the middle, and compares the files; then takes batches from a

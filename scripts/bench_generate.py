@@ -1,4 +1,4 @@
-"""A token at a time: how fast a whole model generates, at several lengths. On a GPU, in a minute.
+"""How fast a whole model generates, one token a step, at several lengths. On a GPU, in a minute.
 
     python -m scripts.bench_generate                                     # llama-1b and llama-8b, one row
     python -m scripts.bench_generate --compile --out docs/benchmarks/generate-h200       # the record

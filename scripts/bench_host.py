@@ -1,11 +1,11 @@
-"""How long does a call of flash attention keep the host? Microseconds of Python, forward and backward.
+"""How long a call of flash attention keeps the host: microseconds of Python, forward and backward.
 
     python -m scripts.bench_host                # on a GPU: whole calls, so short that the GPU waits for the host
-    python -m scripts.bench_host --no-launch    # anywhere: the kernels' launches left out, which Triton makes
+    python -m scripts.bench_host --no-launch    # anywhere: without the launches of kernels, which Triton makes
     python -m scripts.bench_host --profile      # and where the time goes
 
-Each figure is the least of several medians: what else runs on a machine only adds. `new shapes` gives each call a
-length that no call had before, as packed rows of ever other lengths do.
+Each figure is the smallest of several medians, because other processes only add time. `new shapes` gives each call a
+length that no call had before, as packed rows of varying length do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look after the checkpoints of a run, without torch, those of many ranks, too.
+"""List, verify, prune and export the checkpoints of a run, of one process or of many ranks.
 
 python -m scripts.checkpoint list RUN      what there is: step, tokens, size, validation loss
 python -m scripts.checkpoint verify RUN    read every byte; exit code 1 if any checkpoint is damaged

@@ -1,4 +1,4 @@
-"""Give a trained model to Hugging Face transformers, or take one from there.
+"""Convert a trained model to Hugging Face transformers, or one from there.
 
 python -m scripts.convert to-hf RUN OUT [--dtype bfloat16] [--shard-size 5]    RUN: a run folder, or a checkpoint
 python -m scripts.convert from-hf DIR RUN                                      DIR: what save_pretrained wrote

@@ -2,9 +2,9 @@
 
     python -m scripts.hbm_traffic --out docs/benchmarks/hbm-traffic
 
-Standard attention writes its S × S scores to memory and reads them back; flash attention does not. This shows it:
-`ncu` (Nsight Compute) counts what one forward, and one forward with backward, read and write, kernel by kernel, for
-`math` (kernels/reference.py) and for our `flash`: the portable kernels, on every GPU.
+Standard attention writes its S × S scores to memory and reads them back; flash attention does not. `ncu` (Nsight
+Compute) counts what one forward, and one forward with backward, read and write, kernel by kernel, for `math`
+(kernels/reference.py) and for `flash` with the portable kernels, on every GPU.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Kill a training run with SIGKILL, again and again, and compare what it becomes with a run that was left in peace.
+"""Kill a training run with SIGKILL, again and again, and compare the end with that of an uninterrupted run.
 
     python -m scripts.kill_test --kills 200 --out runs/kill-test
     python -m scripts.kill_test --ranks 4 --kills 20 --out runs/kill-test
 
 A process is started on the same run folder until the run has finished; every process but the last is killed: half of
-them inside a save (a temporary checkpoint folder is there), the others at a random instant of their life. The final
-weights, optimizer state, random numbers and record must equal the undisturbed run's, byte for byte. Of several ranks,
+them inside a save (while a temporary checkpoint folder exists), the others at a random instant. The final weights,
+optimizer state, random numbers and record must equal those of the uninterrupted run, byte for byte. Of several ranks,
 which share the parameters, one is killed at random, and the others must end by themselves within a minute.
 """
 

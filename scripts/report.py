@@ -1,6 +1,6 @@
-"""One page about one run or several: curves, differences, samples, machine. It needs no network and no server.
+"""Write one HTML page about one run or several: curves, differences, samples, machine. It loads nothing.
 
-python -m scripts.report RUN               writes RUN/report.html, as every run does itself as it goes
+python -m scripts.report RUN               writes RUN/report.html, as every run does itself
 python -m scripts.report RUN RUN …         compares them, in report.html
 python -m scripts.report SWEEP             compares the runs of a sweep's folder, in SWEEP/report.html
 """

@@ -1,6 +1,6 @@
-"""The workspace of a project on W&B: a panel for every metric, in sections, and the main ones by attention.
+"""Make the workspace of a project on W&B: a panel for every metric, in sections, and the main ones by attention.
 
-python -m scripts.wandb_dashboard                    makes it, and prints its address
+python -m scripts.wandb_dashboard                    makes it and prints its address
 python -m scripts.wandb_dashboard --update URL       updates that one
 python -m scripts.wandb_dashboard --dry-run          prints it as JSON; needs no login, no network and no package
 """

@@ -190,7 +190,7 @@ def _silently(line: str) -> None:
 
 
 def _set_up_torch(config: TrainConfig, runtime: Runtime) -> None:
-    """Of the process, so of the next job of a sweep, too, unless it says otherwise."""
+    """Settings of the whole process; each job of a sweep makes its own."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(config.deterministic)

@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
 
 
 class Forward:
-    """What a model says of a batch.
+    """The forward pass of a model over a batch: losses and predictions.
 
     Args:
         autocast: returns the context that the forward pass runs in.

@@ -1,11 +1,13 @@
-"""Whole training steps, ours beside a plain GPT-2: python -m scripts.bench_training --out docs/benchmarks/training
+"""Whole training steps, ours beside a plain GPT-2.
 
-Our rows are `python train.py …` commands, run as anybody would run them, their figures read from metrics.jsonl. The
-peer is the GPT-2 a person writes by hand (below): torch.compile, SDPA, all logits at once; with --nanogpt DIR also
-karpathy/nanoGPT's own model.py. Every figure is a median over windows of ten steps after warm-up.
+    python -m scripts.bench_training --out docs/benchmarks/training
+
+Our rows are `python train.py …` commands, as a user runs them; their figures are read from metrics.jsonl. The peer is
+a plain GPT-2 (below): torch.compile, SDPA, all logits at once; with --nanogpt DIR also karpathy/nanoGPT's own model.py.
+Every figure is a median over windows of ten steps after warm-up.
 
 No speed is printed for a wrong model: the peers must give our model's loss for the same weights and tokens, and our
-runs with the same data must end at the same loss. `--long` measures another thing: see `--long --help`.
+runs with the same data must end at the same loss. With `--long` the command measures models and rows of growing size: `--long --help`.
 """
 
 from __future__ import annotations

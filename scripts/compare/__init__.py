@@ -1,4 +1,4 @@
-"""What each choice costs at each context length: trains some real steps of every combination, and draws the figures.
+"""What each choice costs at each context length: train some real steps of every combination, and draw curves.
 
     python -m scripts.compare                                                # what this machine can show
     python -m scripts.compare attention=math,sdpa,flex,flash seq_len=1024,4096,16384,65536 model=gpt2-124m
@@ -10,5 +10,5 @@ text. One that does not fit into memory, or is refused, is a result, too. The fo
 report.json, report.svg, report.png, and runs.html with the learning curves. Started again, the command runs what is
 missing.
 
-Exit codes: 0; 1 where losses that must be the same differ, or a combination failed; 2 where the command cannot work.
+Exit codes: 0; 1 if losses that must be equal differ, or a combination failed; 2 if the command cannot work.
 """
