@@ -3,8 +3,8 @@
     python -m scripts.bench_compile                # gpt2-124m, 16,384 tokens, attention=flash, on a GPU
     python -m scripts.bench_compile device=cpu model=tiny seq_len=64 attention=sdpa max_steps=20    # a try-out anywhere
 
-Every figure comes from a fresh process that runs what `python train.py …` runs. Each unit of compilation runs twice, with an
-empty cache of compiled kernels (cold) and with the cache that the first run left (warm). A step is the median over
+Every figure comes from a fresh process that runs what `python train.py …` runs. Each unit of compilation runs twice,
+with an empty cache of compiled kernels (cold) and with the cache that the first run left (warm). A step is the median over
 windows of ten steps after warm-up. Exit code 1 if the units end at different losses: then one of them is wrong.
 """
 

@@ -7,7 +7,8 @@ a plain GPT-2 (below): torch.compile, SDPA, all logits at once; with --nanogpt D
 Every figure is a median over windows of ten steps after warm-up.
 
 No speed is printed for a wrong model: the peers must give our model's loss for the same weights and tokens, and our
-runs with the same data must end at the same loss. With `--long` the command measures models and rows of growing size: `--long --help`.
+runs with the same data must end at the same loss. With `--long` the command measures models and rows of growing size:
+`--long --help`.
 """
 
 from __future__ import annotations
