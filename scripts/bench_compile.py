@@ -4,8 +4,8 @@
     python -m scripts.bench_compile device=cpu model=tiny seq_len=64 attention=sdpa max_steps=20    # a try-out anywhere
 
 Every figure comes from a fresh process that runs what `python train.py …` runs. Each unit of compilation runs twice,
-with an empty cache of compiled kernels (cold) and with the cache that the first run left (warm). A step is the median over
-windows of ten steps after warm-up. Exit code 1 if the units end at different losses: then one of them is wrong.
+with an empty cache of compiled kernels (cold) and with the cache that the first run left (warm). A step is the median
+over windows of ten steps after warm-up. Exit code 1 if the units end at different losses: then one of them is wrong.
 """
 
 from __future__ import annotations
