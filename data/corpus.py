@@ -277,7 +277,7 @@ def _unprepared(text: Text, tokenizer: Tokenizer, config: TokenizerConfig, notif
     trained_on = replace(source, held_out=None)
     if source.held_out is not None:  # none of its documents is held out
         split = Split(data.val_fraction, threshold=0)
-    notify("           nothing is kept: a run that goes on reads again, from the beginning, all it was trained on")
+    notify("           nothing is kept: a resumed run reads everything again from the beginning")
     return Corpus((Part(data.name, None, 1.0, Unprepared(trained_on, split, tokenizer), val),), tokenizer, manifest)
 
 

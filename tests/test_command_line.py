@@ -264,7 +264,7 @@ def test_a_run_goes_on_from_its_folder_alone_and_what_is_typed_is_a_change(home:
     assert (done.code, done.err) == (0, [])
     changed = [line.split(": ")[1] for line in done.out if line.startswith("           changed: ")]
     assert changed == ["max_steps 2 → 3"]
-    assert done.out[0] == "settings   those of alone, and over them what is typed"
+    assert done.out[0] == "settings   those of alone, changed by what is typed"
     assert [record["step"] for record in metrics(home / "alone")] == [0, 1, 2, 2, 3, 3]
     assert "learning_rate: 0.001" in (home / "alone" / "config.yaml").read_text()
 

@@ -41,7 +41,7 @@ class Batches(Part):
         self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
         available = min(len(part.val.tokens) for part in corpus.parts) - 1
         if available < seq_len:
-            notify(f"validation rows have {available:,} tokens, all the held-out text there is, not seq_len")
+            notify(f"validation rows have {available:,} tokens, not seq_len: that is all the held-out text")
         val_rows = pack(corpus, "val", min(available, seq_len), mask)
         if config.data.is_recall:
             (marker_id,) = corpus.tokenizer.encode(MARKER)

@@ -44,9 +44,9 @@ def closing_lines(folder: Path, columns: int | None = None) -> list[str]:
         lines.append(f"best       validation loss {METRICS['val/loss'].text(best[0])} at step {best[1]:,}")
     if seconds > 0:
         of_peak = "" if math.isnan(mfu) else f", MFU {METRICS['throughput/mfu'].text(mfu / seconds)}"
-        lines.append(f"speed      {short(tokens / seconds)} tokens/s in the mean{of_peak}")
+        lines.append(f"speed      {short(tokens / seconds)} tokens/s on average{of_peak}")
     lines.append(
-        f"memory     {peak:.1f} GiB at most" if peak else f"memory     {host_peak():.1f} GiB of the host at most"
+        f"memory     {peak:.1f} GiB at most" if peak else f"memory     {host_peak():.1f} GiB of host memory at most"
     )
     run = shlex.quote(str(folder))
     lines.append("next       " + _command(("python -m scripts.generate", run, '"Once upon a time"'), columns))

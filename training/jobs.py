@@ -63,7 +63,7 @@ def settings_of_job(composed: DictConfig, notify: Callable[[str], None] = lambda
         saved = saved_settings(Path(source))
     if saved is None:
         return composed
-    notify(f"settings   those of {source}, and over them what is typed")
+    notify(f"settings   those of {source}, changed by what is typed")
     return with_saved(composed, saved, keys)
 
 

@@ -706,7 +706,7 @@ def test_an_unprepared_stream_says_what_it_cannot_promise_and_writes_no_tokens(c
     corpus = load_corpus(stream, TOKENIZER, lines.append)
     assert {path.suffix for path in Path(config.cache_dir).iterdir()} == {".lock", ".json"}  # of the tokenizer
     assert any("trained on as it comes, in its own order, whatever the seed" in line for line in lines)
-    assert any("a run that goes on reads again, from the beginning, all it was trained on" in line for line in lines)
+    assert any("a resumed run reads everything again from the beginning" in line for line in lines)
     (part,) = corpus.parts
     assert texts(corpus, part.val) == expected(config)[1]
     assert corpus.manifest["prepared"] is False

@@ -253,7 +253,7 @@ def test_the_summary_of_a_run_is_of_all_its_processes(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert closing_lines(folder) == [
         "best       validation loss 3.2500 at step 10",
-        "speed      200 tokens/s in the mean, MFU 30.0%",
+        "speed      200 tokens/s on average, MFU 30.0%",
         "memory     3.0 GiB at most",
         f"next       python -m scripts.generate '{folder}' \"Once upon a time\"",
         f"           python -m scripts.report '{folder}'",
@@ -299,5 +299,5 @@ def test_a_run_in_a_narrow_terminal_shows_all_of_it_and_wraps_nothing(tmp_path: 
 
     screen = train_in_terminal(tmp_path, columns=80)
     assert any(line.startswith("verifying step-00000012  ") for line in screen.seen), screen.seen
-    assert "finished   12 of 12 steps before: nothing is left to do" in screen.lines
+    assert "finished   12 of 12 steps: nothing is left to do" in screen.lines
     assert any(line.startswith("best       validation loss") for line in screen.lines)

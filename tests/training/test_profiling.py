@@ -78,7 +78,7 @@ def test_a_resumed_run_profiles_steps_that_are_ahead(
     train(config("max_steps=2"))
     lines, _, _ = train(config("max_steps=4", "profile=true", f"profile_steps={steps}"))
     assert (tmp_path / "run/profile/summary.json").exists() == profiles
-    assert any("was trained before: nothing is profiled" in line for line in lines) != profiles
+    assert any("was trained earlier: nothing is profiled" in line for line in lines) != profiles
 
 
 @pytest.mark.parametrize("what", ["profile", "summary_of"])

@@ -305,7 +305,7 @@ def test_held_out_text_shorter_than_a_row_is_read_whole_with_a_notice(config: Ma
     trainer = Trainer(config(*options, "max_steps=2"), lines.append)
     held_out = len(trainer.run.batches.corpus.parts[0].val.tokens) - 1
     assert 0 < held_out < 512
-    assert f"validation rows have {held_out:,} tokens, all the held-out text there is, not seq_len" in lines
+    assert f"validation rows have {held_out:,} tokens, not seq_len: that is all the held-out text" in lines
     summary = trainer.fit()
     assert math.isfinite(summary["val/loss"])
     assert [batch.tokens_BS.shape for batch in trainer.run.batches.val_batches] == [(1, held_out)]

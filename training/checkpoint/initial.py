@@ -30,7 +30,7 @@ def load_initial(weights: Weights, config: TrainConfig, tokenizer_sha256: str, n
     value, path = config.init_from, Path(config.init_from)
     if path.is_file():
         _load(weights, state.read_tensors(path), path)
-        notify(f"init       weights of {path}; whether its tokenizer is this run's cannot be told from a file")
+        notify(f"init       weights of {path}; a file does not say whether its tokenizer is this run's")
         return
     if not is_checkpoint(path) and not candidates(path) and fits.holds_weights(path):
         _load_folder(weights, path, config, tokenizer_sha256, notify)

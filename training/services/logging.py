@@ -45,9 +45,9 @@ class Logging(Service):
             doing("opening the loggers")
             run.loggers.start(RunInfo(folder.name, folder, asdict(config), facts, progress.step, progress.events))
         if progress.step == run.plan.max_steps and not progress.unfinished:
-            run.notify(f"finished   {progress.step:,} of {run.plan.max_steps:,} steps before: nothing is left to do")
+            run.notify(f"finished   {progress.step:,} of {run.plan.max_steps:,} steps: nothing is left to do")
         elif run.runtime.compile:
-            run.notify("compiling  the first steps take up to a minute and are in no measurement")
+            run.notify("compiling  the first steps take up to a minute and are not measured")
 
     def after_step(self, run: Run) -> None:
         """The only place where the loop waits for the device."""

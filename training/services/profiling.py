@@ -46,7 +46,7 @@ class Profiling(Service):
         self.folder = run.folder / FOLDER
         self.is_on = run.progress.step < self.first
         if not self.is_on and not (self.folder / SUMMARY).exists():
-            run.notify(f"profile    step {self.first:,} was trained before: nothing is profiled")
+            run.notify(f"profile    step {self.first:,} was trained earlier: nothing is profiled")
 
     def before_step(self, run: Run) -> None:
         if self.is_on and run.progress.step >= self.first:
