@@ -138,9 +138,7 @@ class Saver:
             if not (source.is_cuda and self._pins):
                 raise
             self._pins = False
-            self.notify(
-                f"checkpoint no more memory can be pinned, so saves pause training longer: {one_line(error)}"
-            )
+            self.notify(f"checkpoint no more memory can be pinned, so saves pause training longer: {one_line(error)}")
             return torch.empty(source.shape, dtype=source.dtype)
 
     def _write(self, copied: Callable[[], None], written: Written, facts: dict[str, Any]) -> None:
