@@ -21,6 +21,23 @@ print(
 torch.distributed.destroy_process_group()
 """
 
+SHARDS = """
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from training.parallel.config import FsdpConfig
+from training.parallel.sharding import local, sharded_as, whole
+from training.parallel.world import World
+
+world = World.start(torch.device("cpu"), FsdpConfig())
+like = distribute_tensor(torch.zeros(3, 2), world.mesh, [Shard(0)])
+moment = torch.full_like(local(like), 1.0 + world.rank, dtype=torch.bfloat16)
+print(whole(sharded_as(moment, like)).tolist(), whole(sharded_as(moment, like)).dtype)
+DeviceMesh.device_type = property(lambda mesh: "cuda")
+print(local(sharded_as(moment, like)).data_ptr() == moment.data_ptr())
+torch.distributed.destroy_process_group()
+"""
+
 
 def test_a_world_of_one_gives_back_what_it_is_given() -> None:
     world = World.start(torch.device("cpu"))
@@ -35,3 +52,7 @@ def test_a_world_of_one_gives_back_what_it_is_given() -> None:
 def test_two_ranks_agree() -> None:
     agreed = "[3.0, 20.0] [42, 1] True False '' 'SIGTERM'\n"
     assert run_ranks(["-c", TWO_RANKS], 2) == [f"0 2 True {agreed}", f"1 2 False {agreed}"]
+
+
+def test_a_shard_in_the_memory_of_the_host_stays_there_whatever_the_device_of_its_mesh() -> None:
+    assert run_ranks(["-c", SHARDS], 2) == ["[[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]] torch.bfloat16\nTrue\n"] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -59,9 +60,12 @@ def local_part(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def sharded_as(shard: Tensor, like: Tensor) -> Tensor:
-    """A shard of this rank as a part of what `like` is a part of; where `like` is whole, the tensor."""
+    """A shard of this rank as a part of what `like` is a part of, on the device that it is on; where `like` is whole,
+    the tensor."""
     if not is_sharded(like):
         return shard
-    return type(like).from_local(
-        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    # As FSDP makes its shards: `from_local` would move one that lies in the host's memory to the mesh's device.
+    meta = like._spec.tensor_meta
+    assert meta is not None
+    spec = replace(like._spec, tensor_meta=meta._replace(dtype=shard.dtype))
+    return type(like)(shard, spec, requires_grad=False)
