@@ -1,4 +1,4 @@
-"""One rank of four is killed, asked to stop, or out of memory or disk, in each phase of a run: all end, and one line
+"""One rank of four is killed, asked to stop, out of time, memory or disk, in each phase of a run: all end, and one line
 says why."""
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from training.loggers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("prepare", "data", "step", "evaluation", "save")
-QUICK = ("kill save 3", "stop evaluation 2", "starve step 1")
-GRID = [f"{act} {phase} {rank}" for act in ("kill", "stop", "starve") for rank, phase in enumerate(PHASES[1:])]
-GRID += ["kill step 0", "kill prepare 2", "stop prepare 1", "starve prepare 3", "freeze step 2"]
+QUICK = ("kill save 3", "stop evaluation 2", "starve step 1", "time step 2")
+GRID = [f"{act} {phase} {rank}" for act in ("kill", "stop", "starve", "time") for rank, phase in enumerate(PHASES[1:])]
+GRID += ["kill step 0", "kill prepare 2", "stop prepare 1", "starve prepare 3", "time prepare 0", "freeze step 2"]
 A_MINUTE = 60.0
 """In which a lost rank ends the run, beside what its start takes."""
 
@@ -50,7 +50,7 @@ def ended(
 def words_of(text: Path, folder: Path) -> list[str]:
     words = [*TINY, "data=text", f"data.path={text}", f"data.cache_dir={folder / 'cache'}", "data.val_fraction=0.3"]
     words += ["tokenizer=bytes", "batch_size=1", "tokens_per_step=256", "max_steps=6", "checkpoint.every=2"]
-    return [*words, "eval_every=2", "parallel=fsdp"]
+    return [*words, "eval_every=2", "parallel=fsdp", "max_time=50"]
 
 
 def trouble(act: str, phase: str, at: int, rank: int, words: list[str], run: Path) -> dict[str, Any]:
@@ -127,6 +127,9 @@ def test_no_rank_is_left_waiting(ended: dict[str, Any], case: str) -> None:
         assert codes == [75] * 4, said
         if phase != "prepare":  # before there is anything to save
             assert errors == [f"error: interrupted by SIGTERM; saved {checkpoints.candidates(run)[0]}"]
+    elif act == "time":  # before the first step there is something to save, too: what was prepared
+        assert codes == [75] * 4, said
+        assert errors == [f"error: interrupted by max_time; saved {checkpoints.candidates(run)[0]}"]
     elif phase == "save":
         assert codes == [0] * 4, said
         assert not errors
