@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
 
 from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from .arithmetic import score_bytes
@@ -38,6 +40,8 @@ class Workload:
     compiled: bool = True
     writes_scores: bool = False
     """Whether attention writes S × S scores to memory, as attention=math does."""
+    ranks: int = 1
+    """Of the run."""
     shards: int = 1
     """Ranks that hold one copy of weights, gradients and moments together."""
     reshards: bool = True
@@ -46,6 +50,12 @@ class Workload:
     """Whether the shards lie in the host's memory."""
     context: int = 1
     """Ranks that share each row; seq_len is this rank's part."""
+    context_method: str = "ulysses"
+    """How these attend: ulysses or all-gather."""
+    keeps_lse: bool = True
+    """Whether attention's backward takes its output and log-sum-exp, as flash attention's does, or computes again."""
+    reduction_bytes: int = FLOAT32
+    """Of a number in which gradients are summed over ranks."""
     sums_queries: bool = True
     """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
 
@@ -61,6 +71,11 @@ class Workload:
     @property
     def is_sharded(self) -> bool:
         return self.shards > 1 or self.state_on_host
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether training sees the model as one compiled graph, and not blocks one by one: `assemble.unit_of`."""
+        return self.compiled and self.ranks == 1 and not isinstance(self.memory, FullConfig) and not self.is_sharded
 
 
 def kept_bytes(work: Workload, layer: int) -> int:
@@ -103,7 +118,12 @@ def layer_bytes(work: Workload, layer: int) -> int:
     if work.writes_scores and isinstance(policy, SelectiveConfig):
         scores = score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
     # And the gradient of the largest matrix before it is cast.
-    return work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
+    live_bytes = work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
+    # Where ranks share rows, attention's backward may need more: the gradients of the residual stream, of attention's
+    # output, and of q, k and v, and what is exchanged; by then the MLP's first product is gone.
+    live = sizes.residual + sizes.output + sizes.qkv - sizes.up
+    exchanged = work.tokens * live + exchange_bytes(work) + workspace_bytes(work)
+    return max(live_bytes, exchanged) if work.context > 1 else live_bytes
 
 
 def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_attention: bool) -> int:
@@ -115,6 +135,7 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     # At the first group all results of attention are there, at the last one all gradients of qkv.
     ends = max(sizes.attended + sizes.qkv // g, sizes.attended // g + sizes.qkv)
     attention = T * (sizes.residual + ends - kept + 3 * sizes.positioned // g) + workspace_bytes(work, g)
+    attention += exchange_bytes(work, g)
     if work.writes_scores:
         attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // g
     return max(mlp, attention)
@@ -133,6 +154,42 @@ def workspace_bytes(work: Workload, groups: int = 1) -> int:
         return statistics
     rows = min(2 * work.seq_len + 900 * 128, work.tokens * config.n_kv_heads // groups)
     return statistics + rows * config.n_heads // config.n_kv_heads * config.head_dim * FLOAT32
+
+
+class Heads(NamedTuple):
+    """Of a token, in an exchange by heads for one group of them."""
+
+    qkv: int
+    """Queries, keys and values, or their gradients."""
+    out: int
+    backward: int
+    """Queries, keys, values, and what else the backward pass takes."""
+
+
+def heads_exchanged(work: Workload, groups: int = 1) -> Heads:
+    """What `model.attention.context.ulysses` sends: keys and values as often as makes the ranks divide their heads."""
+    assert work.model.n_kv_heads is not None
+    H, G = work.model.n_heads // groups, work.model.n_kv_heads // groups
+    qkv = H + 2 * G * (work.context // gcd(G, work.context))
+    return Heads(qkv, H, qkv + H * (2 if work.keeps_lse else 1))
+
+
+def exchange_bytes(work: Workload, groups: int = 1) -> int:
+    """What ranks that share rows hold to exchange what a group of heads needs in its backward pass, at the most."""
+    model = work.model
+    if work.context == 1:
+        return 0
+    assert model.head_dim is not None
+    assert model.n_kv_heads is not None
+    number = model.head_dim * work.product_bytes
+    if work.context_method == "ulysses":  # as they are sent, and as they are received
+        return 2 * work.tokens * heads_exchanged(work, groups).backward * number
+    # Keys and values of the tokens that this rank's see, of a rank with the last of them and two runs at most; in the
+    # order in which they come, in the row's, and their gradients, or what is sent in the place of these.
+    seen = work.seq_len * work.context
+    if model.window:
+        seen = min(seen, work.seq_len + 2 * model.window)
+    return 3 * work.batch_size * seen * 2 * model.n_kv_heads // groups * number
 
 
 def policy_of(policy: MemoryConfig, layer: int, n_layers: int) -> MemoryConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-from .activations_config import FullConfig, SelectiveConfig
+from .activations_config import SelectiveConfig
 from .arithmetic import parameter_count
 from .layer_memory import FLOAT32, Workload, kept_bytes, layer_bytes, matrix_sizes, policy_of
 
@@ -73,7 +73,7 @@ def predict(work: Workload) -> MemoryPlan:
 
 def moments(work: Workload) -> Iterator[MemoryPlan]:
     """The memory at each moment that may be the highest, in the order of a step."""
-    L, whole = work.model.n_layers, _is_one_graph(work)
+    L, whole = work.model.n_layers, work.is_one_graph
     state = weights, all_gradients, optimizer = state_bytes(work)
     if work.state_on_host:
         weights = all_gradients = optimizer = 0
@@ -167,7 +167,7 @@ def loss_bytes(work: Workload) -> int:
 
 def batch_bytes(work: Workload) -> int:
     """Tokens, targets and positions in 64 bits, starts in 32; outside of a compiled graph the angles of positions."""
-    is_rotary = work.model.position == "rotary" and not _is_one_graph(work)
+    is_rotary = work.model.position == "rotary" and not work.is_one_graph
     assert work.model.head_dim is not None
     return work.tokens * (28 + (FLOAT32 * work.model.head_dim if is_rotary else 0))
 
@@ -179,7 +179,3 @@ def update_bytes(work: Workload) -> int:
     is_muon, largest = work.optimizer == "muon", max(config.vocab_size * config.dim, matrix)
     in_float32 = 2 * FLOAT32 * max(work.rounded_at_once, largest) if work.moment_bytes < FLOAT32 else 0
     return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
-
-
-def _is_one_graph(work: Workload) -> bool:
-    return work.compiled and not isinstance(work.memory, FullConfig) and not work.is_sharded

@@ -38,13 +38,11 @@ from training.capacity import (
 from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
 from training.metrics import short
-from training.parallel.launch import Launch
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
 from training.traffic import (
     NETWORK_BYTES_PER_SECOND,
     NODE,
-    Arrangement,
     exposed_seconds,
     sent_in_step,
 )
@@ -86,14 +84,6 @@ class Cluster:
         world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": gpus, "LOCAL_WORLD_SIZE": local}
         os.environ |= {name: str(value) for name, value in world.items()}
 
-    def arrange(self, config: TrainConfig) -> Arrangement:
-        parallel = config.parallel
-        method = parallel.context_method
-        if method == "auto":
-            method = "all-gather" if config.model.n_heads % parallel.context else "ulysses"
-        shards, reshards = parallel.shard_size(Launch.here()), getattr(parallel, "reshard", True)
-        return Arrangement(self.gpus, self.node, shards, reshards, parallel.context, method)
-
 
 cluster = Cluster()
 
@@ -127,10 +117,10 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield f"card    {runtime.gpu.name}, {there:.1f} GiB; {runtime.precision.name}"
     yield f"model   {model.name}: {parameter_count(model).total / 1e6:,.1f}M parameters"
     micro_batches = f"{steps.accumulation} × {rows(config)}"
-    ranks, taken = cluster.arrange(config), time_of(config, runtime, work)
-    if ranks.size > 1:
-        yield f"gpus    {ranks.size} in nodes of {ranks.node}: {arrangement(config, ranks)}"
-        data_size = config.parallel.data_size(ranks.size)
+    taken = time_of(config, runtime, work)
+    if work.ranks > 1:
+        yield f"gpus    {work.ranks} in nodes of {cluster.node}: {arrangement(config, work)}"
+        data_size = config.parallel.data_size(work.ranks)
         micro_batches += f" on each of {data_size}" if data_size > 1 else ""
     yield f"step    {steps.tokens_per_step:,} tokens ({micro_batches}), {flops / 1e12:,.0f} TFLOP"
     yield f"policy  {as_typed(config.memory)}{', which memory=auto means here' if is_auto else ''}"
@@ -145,14 +135,14 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield from (f"        {size / GIB:9,.2f}  {PARTS[part]}" for part, size in peak.parts.items())
     if peak.host:
         yield f"        {peak.host / GIB:9,.2f}  beside, in pinned memory of the host"
-    if ranks.size > 1:
+    if work.ranks > 1:
         link, network = cluster.link / 1e9, cluster.network / 1e9
         yield f"sends   of a GPU and step, {link:g} GB/s in a node and {network:g} GB/s between nodes:"
-        for sent in sent_in_step(work, steps.accumulation, ranks):
+        for sent in sent_in_step(work, steps.accumulation, cluster.node):
             way = ("in a node" if sent.is_in_node else "between nodes") + (", hidden" if sent.is_hidden else "")
             yield f"        {sent.bytes / 1e9:9,.2f}  GB, {sent.collective} of {sent.what} {way}"
-    yield f"time    {time_line(taken, flops / ranks.size)}{' a GPU' if ranks.size > 1 and taken else ''}"
-    if ranks.size > 1 and taken:
+    yield f"time    {time_line(taken, flops / work.ranks)}{' a GPU' if work.ranks > 1 and taken else ''}"
+    if work.ranks > 1 and taken:
         yield f"        {steps.tokens_per_step / taken.total:,.0f} tokens/s"
 
 
@@ -170,7 +160,7 @@ def compared(composed: DictConfig) -> Iterator[str]:
             raise ValueError(
                 "the time on this card is not predicted, its peak is not known; plan for one number of GPUs"
             )
-        traffic = sent_in_step(work, config.plan.accumulation, cluster.arrange(config))
+        traffic = sent_in_step(work, config.plan.accumulation, cluster.node)
         inside, between = (sum(sent.bytes for sent in traffic if sent.is_in_node is place) for place in (True, False))
         flops = train_flops_per_token(config.model, config.seq_len / 2) * tokens / gpus
         rows_at_once = config.parallel.data_size(gpus) * config.batch_size
@@ -181,9 +171,9 @@ def compared(composed: DictConfig) -> Iterator[str]:
         )
 
 
-def arrangement(config: TrainConfig, ranks: Arrangement) -> str:
-    shards = f", {ranks.replicas} × {ranks.shards} shards" if ranks.shards > 1 else ""
-    rows_of = f", {ranks.context} share a row ({ranks.method})" if ranks.context > 1 else ""
+def arrangement(config: TrainConfig, work: Workload) -> str:
+    shards = f", {work.ranks // work.shards} × {work.shards} shards" if work.shards > 1 else ""
+    rows_of = f", {work.context} share a row ({work.context_method})" if work.context > 1 else ""
     return f"parallel={config.parallel.name}{shards}{rows_of}"
 
 
@@ -193,7 +183,7 @@ def time_of(config: TrainConfig, runtime: Runtime, work: Workload) -> StepTime |
     taken = step_time(work, micro_batches, runtime.gpu, runtime.dtype_name)
     if taken is None or cluster.gpus == 1:
         return taken
-    traffic = sent_in_step(work, micro_batches, cluster.arrange(config))
+    traffic = sent_in_step(work, micro_batches, cluster.node)
     return replace(taken, sending=exposed_seconds(traffic, taken.total, cluster.link, cluster.network))
 
 

@@ -21,7 +21,7 @@ from . import machine
 from .config import TrainConfig
 from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
 from .parallel.launch import Launch
-from .runtime import Runtime, attention_spec, inner_spec
+from .runtime import Runtime, attention_spec, inner_spec, method_of
 from .step_time import step_time
 
 SHAPE = ("n_layers", "n_heads", "head_dim", "dim", "ffn_dim", "vocab_size", "n_positions")
@@ -61,10 +61,14 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
+        ranks=Launch.here().size,
         shards=parallel.shard_size(Launch.here()),
         reshards=getattr(parallel, "reshard", True),
         state_on_host=getattr(parallel, "offload", False),
         context=parallel.context,
+        context_method=method_of(config) if parallel.context > 1 else "ulysses",
+        keeps_lse=chosen.name == "flash",
+        reduction_bytes=2 if config.precision.reduction == "bfloat16" else 4,
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
     )
 

@@ -30,6 +30,8 @@ from model.attention.context import ContextAttention
 from model.attention.context.all_gather import runs_of
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.layer_memory import Workload, exchange_bytes
+from tests.model.held import Held
 from training.parallel.context import SharedRows
 
 LLAMA = ModelConfig(name="llama", n_layers=2, n_heads=4, n_kv_heads=2, dim=32, ffn_dim=48, vocab_size=67)
@@ -154,6 +156,42 @@ def attention(groups: Groups) -> None:
     check_cases(groups, list(random_cases(1, "math", 6, "bfloat16")))
 
 
+def memory(groups: Groups) -> None:
+    """What a backward pass holds at most beside its arguments, on the rank that holds most: what the plan says is
+    exchanged, and this rank's own gradients once or twice."""
+    B, n, D, group = 2, 32, 16, groups[4]
+    for asked, (H, G), window in product(("ulysses", "all-gather"), ((4, 4), (8, 2), (4, 1)), (None, 24)):
+        spec = AttentionSpec(H, G, D, 4 * n, "float32", window=window)
+        attention = context_attention(spec, group, "math", asked)
+        inner, exchange = attention.inner, attention.exchange
+        inner.keeps_lse = True  # type: ignore[misc]
+        inner.prepare = lambda *_: None  # type: ignore[method-assign]
+        inner.backward = lambda dout, q, k, v, out, lse, mask: tuple(map(torch.zeros_like, (q, k, v)))  # type: ignore
+        tokens = torch.arange(4 * n).expand(B, -1)
+        shard = SharedRows(attention).shard(batch_of(tokens, tokens, None))
+        q, k, v, dout, out = (torch.randn(B, n, heads, D) for heads in (H, G, G, H, H))
+        lse = torch.zeros(exchange.lse_shape(q.shape))
+        with Held() as held:
+            exchange.backward(inner, dout, q, k, v, out, lse, None, shard.split)
+        own = B * n * (H + 2 * G) * D * 4
+        peak = torch.tensor(held.peak)
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+        model = replace(LLAMA, n_heads=H, n_kv_heads=G, head_dim=D, window=window)
+        work = Workload(
+            model=model,
+            memory=MemoryConfig(),
+            batch_size=B,
+            seq_len=n,
+            product_bytes=4,
+            ranks=4,
+            context=4,
+            context_method=asked,
+        )
+        planned = exchange_bytes(work)
+        least = 0.6 * planned if window else planned
+        assert least <= peak <= planned + 2 * own, f"{asked}, {H}:{G} heads, {window}: {peak / planned:.2f}"
+
+
 def flex_and_flash(groups: Groups) -> None:
     check_cases(groups, list(random_cases(0, "flex", 6, "float64")))
     for dtype in ("float32", "bfloat16"):
@@ -262,6 +300,7 @@ def main(*words: str) -> None:
     assert dist.group.WORLD is not None
     groups: Groups = {2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD}
     parts = {"attention": attention, "flex_and_flash": flex_and_flash, "models": models, "compiled": compiled}
+    parts["memory"] = memory
     for word in words:
         parts[word](groups)
     dist.destroy_process_group()

@@ -64,6 +64,19 @@ TRAFFIC = {
     "fsdp, Muon": ["parallel=fsdp", "optimizer=muon"],
     "hsdp": ["parallel=hsdp", "parallel.shards=2"],
     "hsdp, accumulated": ["parallel=hsdp", "parallel.shards=2", "tokens_per_step=512"],
+    "data, in bf16": ["parallel=data", "precision.reduction=bfloat16"],
+    "hsdp, in bf16": ["parallel=hsdp", "parallel.shards=2", "precision.reduction=bfloat16"],
+    "by heads, repeated": ["parallel=data", "parallel.context=2", "tokens_per_step=512"],
+    "by heads, recomputed": ["parallel=fsdp", "parallel.context=2", "memory=full", "memory.keep_attention=0"],
+    "by heads, in groups": [
+        *("parallel=data", "parallel.context=2", "model.n_heads=4", "model.n_kv_heads=2"),
+        *("memory=full", "memory.head_groups=2", "batch_size=2"),
+    ],
+    "by keys": ["parallel=data", "parallel.context=4", "data.document_mask=false", "tokens_per_step=512"],
+    "by keys, window": ["parallel=data", "parallel.context=4", "model.window=7", "data.document_mask=false"],
+    "by keys, recomputed": [
+        *("parallel=fsdp", "parallel.context=4", "data.document_mask=false", "memory=full", "memory.keep_attention=0")
+    ],
 }
 """Steps whose traffic is counted, of 4 ranks. Four divides all rows of these matrices."""
 

@@ -15,16 +15,17 @@ from processes import run_ranks
 from model.attention.config import context_method, context_spec
 from model.attention.spec import AttentionSpec
 from training.config import TrainConfig
-from training.parallel.context import TOLERANCE, balanced_runs, block_of, first_seen
 from training.parallel.launch import Launch
+from training.parallel.split import TOLERANCE, balanced_runs, block_of, first_seen
 from training.runtime import method_of
 
 PROGRAM = "tests/training/context_ranks.py"
 
 
 def test_attention_and_models_equal_those_of_one_process() -> None:
-    """34 random cases of attention over two ranks and four, three models over four; runs: test_parallel.py."""
-    run_ranks([PROGRAM, "attention", "models"], 4)
+    """34 random cases of attention over two ranks and four, three models over four, and what both exchanges hold; runs:
+    test_parallel.py."""
+    run_ranks([PROGRAM, "attention", "models", "memory"], 4)
 
 
 @pytest.mark.slow

@@ -85,7 +85,10 @@ class AllGather(Exchange):
             dq[:, own], dk, dv = inner.backward(
                 dout[:, own], q[:, own], k[:, seen], v[:, seen], out[:, own], lse_run, _mask(inner, run, starts)
             )
-            dkv_KBWD[seen] += torch.cat([dk, dv], dim=2).transpose(0, 1)
+            dkv_KBWD[seen, :, :G] += dk.transpose(0, 1)
+            dkv_KBWD[seen, :, G:] += dv.transpose(0, 1)
+            del dk, dv
+        del k, v  # nothing stays longer than needed: `exchange_bytes` in model/layer_memory.py counts it
         dk, dv = self._returned(plan, dkv_KBWD, q.shape[1]).transpose(0, 1).split(G, dim=2)
         return dq, dk, dv
 
@@ -97,6 +100,7 @@ class AllGather(Exchange):
         kv_NBWD = torch.cat([k, v], dim=2).transpose(0, 1)
         sent = torch.cat([kv_NBWD[piece.place :][: piece.length] for pieces in plan.sent for piece in pieces])
         received = all_to_all(sent, self.group, *plan.sizes)
+        del sent
         kv_KBWD = torch.cat([received[at:][: piece.length] for piece, at in _received_by_row(plan)])
         return list(kv_KBWD.transpose(0, 1).split(k.shape[2], dim=2))
 
@@ -109,6 +113,7 @@ class AllGather(Exchange):
         send, receive = plan.sizes
         sent = torch.cat([parts[place] for place in sorted(parts)])
         received = all_to_all(sent, self.group, receive, send)
+        del sent
         total = received.new_zeros(n, *received.shape[1:], dtype=wide(received))
         at = 0
         for pieces in plan.sent:

@@ -44,6 +44,14 @@ class Ulysses(Exchange):
         q, k, v, dout, *outs = self._by_heads(q, *self._repeated(k, v), *results)
         out = outs[0] if outs else out
         grads = inner.backward(dout, q, k, v, out, lse, inner.prepare(starts, q.shape[1]))
+        del (
+            q,
+            k,
+            v,
+            dout,
+            out,
+            outs,
+        )  # nothing stays longer than it is needed: `exchange_bytes` in model/layer_memory.py
         dq, dk, dv = self._by_tokens(*grads)
         return dq, _summed(dk, G), _summed(dv, G)
 
