@@ -83,7 +83,6 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
             main()
         finally:
             LINE.end()
-            keep_exit_code()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:
             raise
@@ -93,6 +92,8 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
         if speaks():
             say_error(str(stopped))
         jobs.failures.insert(0, stopped.code)
+    finally:
+        keep_exit_code()
     if jobs.sweep is not None:
         jobs.failures.extend(jobs.sweep.compare())
     sys.exit(jobs.failures[0] if jobs.failures else 0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from processes import LIMIT_S, run_ranks, start_ranks, wait_until
+from processes import LIMIT_S, ROOT, run_ranks, start_ranks, wait_until
 from safetensors.torch import load_file
 
 from tests.training.conftest import TINY
@@ -181,6 +181,15 @@ def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str])
     assert [rank.returncode for rank in both] == [2, 2], said
     for pattern, text in zip(says, said, strict=True):
         assert re.fullmatch(pattern, text)
+
+
+def test_a_mistake_in_the_command_is_told_once_by_torchrun_too() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    done = subprocess.run([*command, "sequence_length=3"], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1, "whatever the codes of its ranks"
+    assert re.search(r"exitcode *: 2 ", done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: sequence_length is not a setting; did you mean seq_len?"]
 
 
 @pytest.mark.slow
