@@ -21,7 +21,6 @@ from tests.training.conftest import TINY
 from training.checkpoint.folder import candidates
 from training.loggers import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 4
 # A vocabulary and a width that four shards do not divide evenly.
 SMALL = [*TINY, "model.n_layers=2", "model.vocab_size=301", "model.ffn_dim=50", "max_steps=3", "tokens_per_step=256"]
