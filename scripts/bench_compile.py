@@ -15,7 +15,6 @@ On several GPUs one unit at a time; rank 0's line counts:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os

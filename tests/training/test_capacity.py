@@ -37,10 +37,9 @@ from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
 from training.facts import memory_lines
 from training.machine import Gpu
-from training.parallel.launch import Launch
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import step_time
-from training.traffic import NETWORK_BYTES_PER_SECOND, Arrangement, exposed_seconds, sent_in_step
+from training.traffic import NETWORK_BYTES_PER_SECOND, exposed_seconds, sent_in_step
 from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -109,9 +108,7 @@ def test_a_peak_and_a_step_that_were_measured_on_several_gpus_are_predicted(
     assert -0.02 <= predict(work).total / GIB / row["peak_allocated_gib"] - 1 <= 0.05
     taken = step_time(work, 1, runtime.gpu, runtime.dtype_name)
     assert taken is not None
-    shards, context = config.parallel.shard_size(Launch.here()), config.parallel.context
-    ranks = Arrangement(row["gpus"], shards=shards, context=context, method=row["method"])
-    sending = exposed_seconds(sent_in_step(work, 1, ranks), taken.total, LINKS["h200"], NETWORK_BYTES_PER_SECOND)
+    sending = exposed_seconds(sent_in_step(work, 1), taken.total, LINKS["h200"], NETWORK_BYTES_PER_SECOND)
     if "packed" not in row["line"]:  # whose attention is not predicted
         assert taken.total + sending == pytest.approx(row["step_s"], rel=0.05)
 
