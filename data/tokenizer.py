@@ -193,7 +193,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(expand(os.fspath(path)).read_text(encoding="utf-8"))
         except Exception as error:  # the backend raises bare Exception
-            raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
+            raise ValueError(f"cannot read the tokenizer {path}: {error}; name a tokenizer.json") from error
         return cls.wrap(backend, str(path), separator)
 
     @classmethod

@@ -122,7 +122,9 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}")
         if self.position == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}; change model.head_dim")
+            raise ValueError(
+                f"model.head_dim={self.head_dim} is odd; rotary positions need an even one: change model.head_dim or model.dim"
+            )
         if self.position == "rotary" and self.rotary.scaling == "ntk" and self.head_dim < 4:
             raise ValueError(f"model.rotary.scaling=ntk needs a head_dim of 4 or more, not {self.head_dim}")
         if self.window is not None and self.window < 1:

@@ -63,7 +63,7 @@ class WSDConfig(ScheduleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must lie in (0, 1]")
+            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must lie in (0, 1]; use 0.2")
 
     def after_warmup(self, progress: float) -> float:
         remaining = min(1.0, (1 - progress) / self.decay_fraction)

@@ -280,4 +280,7 @@ def _opened(file: Path, config: ModelConfig) -> Iterator[tuple[set[str], Callabl
         with safe_open(str(file), framework="pt") as opened:
             yield set(opened.keys()), opened.get_tensor
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} cannot be read as safetensors: {why}; name a run, a checkpoint or a model.safetensors"
+        ) from error
