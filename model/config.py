@@ -123,7 +123,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(allowed)}")
         if self.position == "rotary" and self.head_dim % 2:
             raise ValueError(
-                f"model.head_dim={self.head_dim} is odd; rotary positions need an even one: change model.head_dim or model.dim"
+                f"model.head_dim={self.head_dim} is odd: rotary positions need an even one, such as {self.head_dim + 1}"
             )
         if self.position == "rotary" and self.rotary.scaling == "ntk" and self.head_dim < 4:
             raise ValueError(f"model.rotary.scaling=ntk needs a head_dim of 4 or more, not {self.head_dim}")
