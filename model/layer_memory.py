@@ -184,12 +184,14 @@ def exchange_bytes(work: Workload, groups: int = 1) -> int:
     number = model.head_dim * work.product_bytes
     if work.context_method == "ulysses":  # as they are sent, and as they are received
         return 2 * work.tokens * heads_exchanged(work, groups).backward * number
-    # Keys and values of the tokens that this rank's see, of a rank with the last of them and two runs at most; in the
-    # order in which they come, in the row's, and their gradients, or what is sent in the place of these.
+    # Keys and values of the tokens that this rank's see, of a rank with the last of them and two runs at most. While a
+    # group of heads attends there are its own, their gradients as they are summed, and those of a run; of two groups
+    # (`all_gather.GROUPS`) also what is sent and received of the other.
     seen = work.seq_len * work.context
     if model.window:
         seen = min(seen, work.seq_len + 2 * model.window)
-    return 3 * work.batch_size * seen * 2 * model.n_kv_heads // groups * number
+    heads = model.n_kv_heads // groups
+    return (5 if heads % 2 == 0 else 6) * work.batch_size * seen * heads * number
 
 
 def policy_of(policy: MemoryConfig, layer: int, n_layers: int) -> MemoryConfig:

