@@ -11,10 +11,10 @@ KINDS: dict[str, str] = {
     # The first that matches. Inductor's kernels have the names of what they fuse in theirs: they are no attention.
     "attention": r"^(forward|backward|preprocess|delta|sort|dq|dkdv)_kernel|^triton_tem_.*flex|"
     r"(?i:^(?!triton_).*(flash|fmha|attention|sdpa))",
+    "communication": r"^(nccl|gloo:|c10d::)",
     "optimizer": r"^Optimizer\.step|multi_tensor_apply|(?i:adam|muon)",
     "matrix products": r"(?i:gemm|nvjet|cutlass|cublas|splitk|matmul|triton_tem_.*mm)|"
     r"^aten::(add|b|badd)?(mm|bmm|linear)$",
-    "communication": r"(?i:nccl|gloo|^c10d::)",
     "copies": r"^Memcpy|^Memset|^aten::(copy_|_to_copy|to|clone|contiguous)$",
     "elementwise": r"",
 }
@@ -52,8 +52,8 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     """Seconds of each kind in a step that took `span` seconds, or in several.
 
     Returns:
-        seconds: of each kind, and "idle", in which nothing of them ran. Communication and copies beside other kernels
-            count in full, so the sum may be more than the span.
+        seconds: of each kind, and "idle", in which nothing of them ran; "communication" where there is any. It
+            and copies beside other kernels count in full, so the sum may be more than the span.
         exposed: seconds in which only communication ran, and only copies.
         shares: of the span, with each moment counted once (see `BESIDE`): their sum is 1.
         longest: (name, kind, seconds, calls) of the kernels that took most.
@@ -62,24 +62,26 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     by_name: dict[tuple[str, str], list[Event]] = {}
     for event in events:
         by_name.setdefault((event.name, event.part), []).append(event)
-    by_kind, longest = dict.fromkeys(KINDS, 0.0), []
+    kinds = [kind for kind in KINDS if kind != "communication" or any(event.kind == kind for event in events)]
+    by_kind, longest = dict.fromkeys(kinds, 0.0), []
     for (name, _), calls in by_name.items():
         kind, seconds = calls[0].kind, sum(call.end - call.begin for call in calls)
         by_kind[kind] += seconds
         longest.append((name, kind, seconds, sum(call.calls for call in calls)))
     longest = sorted(longest, key=lambda kernel: -kernel[2])[:LONGEST]
     idle = max(0.0, span - covered(events))
-    once, until = dict.fromkeys(KINDS, 0.0), float("-inf")
+    once, until = dict.fromkeys(kinds, 0.0), float("-inf")
     for event in events:
         if (kind := event.kind) not in BESIDE:
             once[kind] += max(0.0, event.end - max(event.begin, until))
             until = max(until, event.end)
-    for i, kind in enumerate(BESIDE):
-        once[kind] = covered(event for event in events if event.kind not in BESIDE[i + 1 :]) - sum(once.values())
+    beside = [kind for kind in BESIDE if kind in kinds]
+    for i, kind in enumerate(beside):
+        once[kind] = covered(event for event in events if event.kind not in beside[i + 1 :]) - sum(once.values())
     return {
         "span": span,
         "seconds": {**by_kind, "idle": idle},
-        "exposed": {kind: once[kind] for kind in BESIDE},
+        "exposed": {kind: once[kind] for kind in beside},
         "shares": {kind: seconds / span for kind, seconds in {**once, "idle": idle}.items()} if span else {},
         "longest": longest,
     }

@@ -279,10 +279,10 @@ def test_seconds_of_each_kind_and_what_is_left_are_counted_by_hand() -> None:
     ]
     found = summary(events, span=8.0)
     assert found["seconds"] == {
-        "attention": 3.0, "optimizer": 0.0, "matrix products": 1.5, "communication": 0.0, "copies": 2.5,
+        "attention": 3.0, "optimizer": 0.0, "matrix products": 1.5, "copies": 2.5,
         "elementwise": 0.5, "idle": 2.0,
     }  # fmt: skip
-    assert found["exposed"] == {"communication": 0.0, "copies": 1.0}
+    assert found["exposed"] == {"copies": 1.0}
     assert found["longest"][0] == ("forward_kernel", "attention", 3.0, 1)
     assert found["longest"][2] == ("nvjet_a", "matrix products", 1.5, 2)
     lines = profile_lines(found)

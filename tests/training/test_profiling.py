@@ -125,6 +125,21 @@ def test_each_moment_counts_once_and_for_a_kernel_before_a_copy() -> None:
     assert shares == pytest.approx({kind: number / 8 for kind, number in seconds.items()})
 
 
+def test_communication_costs_what_runs_beside_no_kernel() -> None:
+    events = [
+        Event("forward_kernel", 0, 3),
+        Event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 1, 5),
+        Event("Memcpy HtoD", 4, 6),
+        Event("nvjet_a", 4.5, 5),
+    ]
+    found = summary(events, span=8)
+    seconds = {"attention": 3, "communication": 1.5, "copies": 1, "matrix products": 0.5}
+    seconds |= {"elementwise": 0, "optimizer": 0, "idle": 2}
+    assert found["shares"] == pytest.approx({kind: number / 8 for kind, number in seconds.items()})
+    assert found["seconds"]["communication"] == 4
+    assert "communication" not in summary(events[::2], span=8)["shares"]
+
+
 def range_of(name: str, begin: float, end: float, category: str = "cpu_op", **more: Any) -> dict[str, Any]:
     return {"name": name, "cat": category, "tid": 1, "ts": 1e6 * begin, "dur": 1e6 * (end - begin), **more}
 
