@@ -23,7 +23,8 @@ def tanh(x):
 
 @triton.jit
 def capped(s, cap, SOFTCAP: tl.constexpr):
-    """Raw products as `weigh` and `score_gradient` take them: the tanh of a soft cap, or s as it is."""
+    """Raw products as `weigh` and `score_gradient` take them: the tanh of a soft cap, or s as it is. The Hopper kernels
+    have another form, hopper/softcap.py."""
     if SOFTCAP:
         s = tanh(s * cap)
     return s

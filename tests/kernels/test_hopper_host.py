@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import config, host, key_tiles
+from kernels.flash_attention.hopper import config, host, key_tiles, softcap
 from kernels.flash_attention.hopper.config import Kind
 from kernels.flash_attention.hopper.key_tiles import descends
 from kernels.flash_attention.hopper.scheduler import TileScheduler, is_interleaved, sort_kernel, tile_of
@@ -288,3 +288,10 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
     sorts = ["sort_kernel"] if documents and not deterministic else []
     backward = ["dkdv_kernel", "dq_kernel"] if head_dim > 128 else [*sorts, "backward_kernel"]
     assert launched == ["forward_kernel", "preprocess_kernel", *backward]
+
+
+def test_the_soft_caps_series_is_tanh_to_float32s_last_bits():
+    near, series = softcap.NEAR.value, softcap.SERIES.value
+    x = torch.linspace(1e-3, near, 10_001, dtype=torch.float64)
+    tanh = x * sum(c * x ** (2 * i) for i, c in enumerate(series))
+    assert ((tanh - x.tanh()) / x.tanh()).abs().max() < 6e-7

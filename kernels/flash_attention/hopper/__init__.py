@@ -9,6 +9,7 @@ picture of its warps. What they stand on:
     split_d.py          tiles in parts of head_dim: products and what is done to their results
     mask.py             who sees whom; ../intervals.py and ../scores.py, shared with the portable kernels
     softmax.py          the forward's softmax, which seldom looks for a maximum
+    softcap.py          the soft cap's tanh
     key_tiles.py        a work tile of the backward, and the queries that see it
     dq_accumulator.py   how dQ is summed over tiles of keys
     backward_split.py   the backward above head_dim 128

@@ -57,9 +57,10 @@ from .dq_accumulator import (
     wait_for_accumulator,
 )
 from .key_tiles import M, descends, first_query_tile, locate, needs_mask, next_query_tile
-from .mask import Mask, capped, score_gradient, sees, weigh
+from .mask import Mask, score_gradient, sees, weigh
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
+from .softcap import capped
 
 OWN_KEYS = gl.constexpr(64)  # of a tile, each consumer's
 DS_STAGES = gl.constexpr(3)  # tiles of dS: one being read, one complete, one being written

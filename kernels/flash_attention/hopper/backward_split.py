@@ -48,9 +48,10 @@ from .backward_pass import Queries, load, make_keys
 from .compiler import opaque_zero
 from .dq_accumulator import CONSUMERS
 from .key_tiles import M, locate, needs_mask, next_query_tile
-from .mask import Mask, capped, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
+from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
 from .scheduler import TileScheduler, tile_of
+from .softcap import capped
 
 OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
 REGISTERS = gl.constexpr(config.SPLIT_REGISTERS)

@@ -23,7 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from . import split_d
-from .mask import LOG2E, capped
+from .mask import LOG2E
+from .softcap import capped
 
 LIMIT = gl.constexpr(2.0**60)
 """A row whose sum comes to this is computed again: its weights may have overflown, or its outputs."""
