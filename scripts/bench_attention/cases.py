@@ -29,6 +29,7 @@ class Case:
     """Lengths of the documents that share each row; none for one document."""
     deterministic: bool = False
     """The gradients must be bitwise the same on every run."""
+    softcap: float = 0.0
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class Case:
             return f"window {self.window:,}, {shape}"
         if self.deterministic:
             return f"deterministic, {shape}"
+        if self.softcap:
+            return f"soft cap {self.softcap:g}, {shape}"
         if self.kv_heads != self.heads:
             return f"{self.heads} : {self.kv_heads} heads, {shape}"
         return f"{'causal' if self.causal else 'full'}, B {self.batch}, H {self.heads}, {shape}, {self.dtype}"
@@ -81,7 +84,8 @@ def random_lengths(seq_len: int, documents: int) -> tuple[int, ...]:
 
 
 GROUPS = (
-    "causal", "full", "head-dims", "documents", "window", "deterministic", "grouped", "short", "notes", "million"
+    "causal", "full", "head-dims", "documents", "window", "deterministic", "softcap", "grouped", "short", "notes",
+    "million",
 )  # fmt: skip
 MILLION = [Case(64, S, 1, 8, 8) for S in (2**16, 2**18, 2**20)]
 
@@ -99,6 +103,8 @@ def choose_cases(groups: Sequence[str], head_dims: Sequence[int], seq_lens: Sequ
         "documents": [*plain, *(on_grid(D, S, documents=random_lengths(S, S // 1024)) for D in common)],
         "window": [on_grid(D, S, window=1024) for D in common],
         "deterministic": [*plain, *(on_grid(D, S, deterministic=True) for D in common)],
+        # of 50, as Gemma 2 has it
+        "softcap": [*plain, *(on_grid(D, S, softcap=50.0) for D in common)],
         "grouped": [Case(D, S, 1, 32, kv_heads) for D, kv_heads in product(common, (32, 8))],
         # one row of 1k tokens: less work for the GPU than for Python
         "short": [Case(D, 1024, 1, GRID_WIDTH // D, GRID_WIDTH // D) for D in common],

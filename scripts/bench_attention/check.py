@@ -86,8 +86,9 @@ def standard(case: Case, inputs: Inputs, dout: Tensor, dtype: torch.dtype) -> Re
         keys = end if case.causal else case.seq_len
         starts = None if inputs.starts is None else inputs.starts[-1:, begin:end]
         out = reference(
-            q[:, begin:end], k[:, :keys], v[:, :keys], causal=case.causal, window=case.window, starts=starts
-        )
+            q[:, begin:end], k[:, :keys], v[:, :keys], causal=case.causal, window=case.window, starts=starts,
+            softcap=case.softcap,
+        )  # fmt: skip
         assert isinstance(out, Tensor)
         outs.append(out)
     douts = at_rows(one_group(case, dout, dout, dout)[0], rows).to(dtype)

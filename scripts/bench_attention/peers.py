@@ -41,7 +41,7 @@ def ours(implementation: str) -> Build:
         if choose_implementation("auto", device, getattr(torch, case.dtype)) == implementation:
             raise LeftOut(f"is what {OURS} runs on this GPU")
         options: dict[str, Any] = {"causal": case.causal, "window": case.window, "starts": starts}
-        options |= {"deterministic": case.deterministic, "implementation": implementation}
+        options |= {"softcap": case.softcap, "deterministic": case.deterministic, "implementation": implementation}
         return Implementation(partial(flash_attention, **options))  # type: ignore[arg-type]  # no LSE asked for
 
     return build
@@ -62,6 +62,7 @@ def backend(config: AttentionConfig) -> Build:
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
             causal=case.causal,
             window=case.window,
+            softcap=case.softcap,
             max_documents=len(case.documents) or None,
         )
         attention = build_attention(config, spec)
@@ -81,6 +82,8 @@ def package(*modules: str) -> Build:
             options["window_size"] = (case.window - 1, 0)
         if case.deterministic:
             options["deterministic"] = True
+        if case.softcap:
+            options["softcap"] = case.softcap
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return out_of(functions.flash_attn_func(q, k, v, **options))

@@ -134,7 +134,7 @@ def error_table(table: Table) -> list[str]:
 
 
 def gain_lines(table: Table) -> list[str]:
-    """What documents win and determinism costs us, against the same rows without."""
+    """What documents win, and determinism and a soft cap cost us, against the same rows without."""
     lines = []
     for case, by_peer in table.items():
         plain = table.get(on_grid(case.head_dim, case.seq_len), {})
@@ -152,6 +152,11 @@ def gain_lines(table: Table) -> list[str]:
             elif case.deterministic:
                 cost = 100 * (row["backward_ms"] / without["backward_ms"] - 1)
                 lines.append(f"- {where}: deterministic gradients take {cost:.0f} % more time.")
+            elif case.softcap:
+                speeds = pair(
+                    [without[f"{direction}_ms"] / row[f"{direction}_ms"] for direction in DIRECTIONS], "{:.2f}×"
+                )
+                lines.append(f"- {where}: {speeds} the speed with a soft cap of {case.softcap:g}.")
     return [*lines, ""] if lines else []
 
 
