@@ -24,7 +24,8 @@ def by_case(rows: Sequence[Row]) -> Table:
     fields = Case.__dataclass_fields__
     table: Table = {}
     for row in rows:
-        values = {name: row[name] for name in fields} | {"documents": tuple(row["documents"])}
+        # An older record lacks what came later, and was measured without it.
+        values = {name: row[name] for name in fields if name in row} | {"documents": tuple(row["documents"])}
         table.setdefault(Case(**values), {})[row["peer"]] = row
     return table
 
