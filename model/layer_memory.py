@@ -74,8 +74,8 @@ class Workload:
 
     @property
     def is_one_graph(self) -> bool:
-        """Whether training sees the model as one compiled graph, and not blocks one by one: `assemble.unit_of`."""
-        return self.compiled and self.ranks == 1 and not isinstance(self.memory, FullConfig) and not self.is_sharded
+        """Whether training sees the model as one compiled graph, and not blocks one by one, as `assemble` chooses."""
+        return self.compiled and not isinstance(self.memory, FullConfig) and not self.is_sharded
 
 
 def kept_bytes(work: Workload, layer: int) -> int:

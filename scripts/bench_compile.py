@@ -6,11 +6,6 @@
 Every figure comes from a fresh process that runs what `python train.py …` runs. Each unit of compilation runs twice,
 with an empty cache of compiled kernels (cold) and with the cache that the first run left (warm). A step is the median
 over windows of ten steps after warm-up. Exit code 1 if the units end at different losses: then one of them is wrong.
-
-On several GPUs one unit at a time; rank 0's line counts:
-
-    torchrun --nproc-per-node=2 -m scripts.bench_compile --unit model --run-dir runs/unit-model
-    torchrun --nproc-per-node=2 -m scripts.bench_compile --unit block --run-dir runs/unit-block
 """
 
 from __future__ import annotations
@@ -39,8 +34,8 @@ def main() -> int:
     parser = parser_of("bench_compile", __doc__)
     parser.add_argument("overrides", nargs="*", help="settings of train.py, after the defaults")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--unit", choices=UNITS, help="measure this unit, in this process")
-    parser.add_argument("--run-dir", help="of --unit's run")
+    parser.add_argument("--unit", choices=UNITS, help=argparse.SUPPRESS)  # the process that is measured
+    parser.add_argument("--run-dir", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args()
     overrides = [*DEFAULTS, *options.overrides]
     if options.unit:
@@ -96,7 +91,7 @@ def measured(unit: str, overrides: list[str]) -> dict[str, float]:
     from training.trainer import Trainer
 
     config = train_config(overrides)
-    assemble.unit_of = lambda *_: unit
+    assemble.COMPILE_UNIT = unit
     trainer = Trainer(config, lambda line: None)
     trainer.fit()
     rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if "train/loss" in row]

@@ -15,16 +15,10 @@ from model.precision_config import Float8Config, PrecisionConfig
 from .parallel.config import FsdpConfig, ParallelConfig
 from .parallel.world import World
 
-
-def unit_of(memory: MemoryConfig | None, parallel: ParallelConfig | None, world: World) -> str:
-    """What torch.compile sees at a time in training, "model" or "block".
-
-    In one process the whole model: blocks start sooner and step slower, by 4 to 13 % (docs/benchmarks/
-    compile-unit-h200.md, by `scripts.bench_compile`). But one graph gives all gradients at its end, where ranks would
-    sum them while nothing computes. As `Workload.is_one_graph`.
-    """
-    is_one_graph = world.size == 1 and not isinstance(parallel, FsdpConfig) and not isinstance(memory, FullConfig)
-    return "model" if is_one_graph else "block"
+COMPILE_UNIT = "model"
+"""What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %
+(docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`), which is more than two GPUs gain by summing the
+gradients of a block while others compute: llama-1b of 16k took 0.357 s a step as one graph and 0.365 s by block."""
 
 
 def assemble(
@@ -46,7 +40,7 @@ def assemble(
     """A model on the world's device, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
-        unit: of compilation, see `GPT.compile`; None: `unit_of`.
+        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT, or blocks where those are executed one by one.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
         parallel: how its parameters are spread over the world; None: every rank has all.
         residual_dtype: of the residual stream; None: float32.
@@ -74,7 +68,7 @@ def assemble(
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or unit_of(memory, parallel, world))
+        model.compile(unit or ("block" if sharded or isinstance(memory, FullConfig) else COMPILE_UNIT))
     # 5. Sharding, whose hooks surround what is compiled.
     if sharded:
         from .parallel import fsdp

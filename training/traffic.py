@@ -56,8 +56,9 @@ def _parameters(work: Workload, micro_batches: int, node: int) -> Iterator[Sent]
         tables += work.model.n_positions * E
     matrices = count.block_matrices + tables
     small = count.total - matrices if work.is_sharded else count.total
-    # Gradients that every rank has whole are summed once a step, beside the backward pass.
-    yield _among(work.ranks, node, "all-reduce", "gradients", work.reduction_bytes * small, 2)
+    # Gradients that every rank has whole are summed once a step, beside the backward pass where that goes by block.
+    hidden = not work.is_one_graph
+    yield _among(work.ranks, node, "all-reduce", "gradients", work.reduction_bytes * small, 2, is_hidden=hidden)
     if not work.is_sharded:
         return
     of_group, times = work.shards, 2 if work.reshards else 1

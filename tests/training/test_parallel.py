@@ -155,43 +155,6 @@ def test_after_an_evaluation_matrices_are_shards_again(results: tuple[dict[str, 
         assert four["sharded"] == ([] if is_whole else matrices)
 
 
-# ---- gradients that are summed while others are computed
-
-BEGUN = """
-import functools, torch
-import torch.distributed as dist
-from model.attention import ATTENTIONS, AttentionSpec, build_attention
-from model.config import ModelConfig
-from training.assemble import assemble
-from training.parallel.gradients import Gradients
-from training.parallel.world import World
-
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-world = World.start(torch.device("cpu"))
-config = ModelConfig(name="llama", n_layers=3, n_heads=2, n_kv_heads=1, dim=16, ffn_dim=24, vocab_size=40)
-attention = build_attention(ATTENTIONS["math"](name="math"), AttentionSpec.of(config, seq_len=8, dtype="float32"))
-model = assemble(config, attention, world, seed=0, compile=True)
-gradients = Gradients(model, world)
-tokens = torch.arange(8)[None] + world.rank
-begun = []
-for number in (1, 2):
-    gradients.begin(is_last=number == 2)
-    model(tokens, tokens).backward()
-    begun.append({parameter for each in gradients._sums for parameter in each.parameters})
-print(len(begun[0]), begun[1] == set(model.blocks.parameters()))
-mine = [2 * torch.autograd.grad(model(tokens, tokens), p)[0] for p in model.parameters()]
-gradients.add_up()
-for parameter, total in zip(model.parameters(), mine, strict=True):
-    dist.all_reduce(total)
-    torch.testing.assert_close(parameter.grad, total)
-dist.destroy_process_group()
-"""
-
-
-def test_compiled_too_gradients_of_blocks_are_on_their_way_when_the_last_backward_pass_ends() -> None:
-    assert run_ranks(["-c", BEGUN], 2) == ["0 True\n"] * 2
-
-
 # ---- ranks that fail, vanish or are asked to stop
 
 FAILS = """

@@ -29,7 +29,8 @@ class Gradients:
 
     FSDP adds up the gradients of sharded parameters itself, after each block of each micro-batch; copies of them, and
     parameters that every rank has whole, are added up once a step, in the backward pass of its last micro-batch: those
-    of a block while the blocks before it compute.
+    of a block while the blocks before it compute, where blocks are called one by one. In one compiled graph of the
+    whole model all gradients come at its end.
 
     Args:
         reduction: the dtype in which those of whole parameters are added up over ranks.
@@ -47,7 +48,7 @@ class Gradients:
             from .fsdp import sharded_modules
 
             self.modules = list(sharded_modules(model))
-        elif world.size > 1 and not model.is_one_graph:  # which gives all gradients at its end
+        elif world.size > 1 and not model.is_one_graph:
             for block in model.blocks:
                 block.register_forward_pre_hook(self._before_block)
 
