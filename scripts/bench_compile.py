@@ -10,6 +10,7 @@ over windows of ten steps after warm-up. Exit code 1 if the units end at differe
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
