@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -30,6 +31,9 @@ for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.de
         signal.signal(number, usual)
 
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Python and every run of the trainer would walk a million imported objects again and again, 0.1 s each time.
+    gc.disable()
 
 # On a busy machine an example takes as long as it takes.
 hypothesis.settings.register_profile(
@@ -48,16 +52,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if MADE_ONCE.get(item.path.name) in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))  # for --dist loadgroup
     everything = list(items)
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     yield
     config.stash[LEFT_OUT] = left_out(everything, items)
     if worker := getattr(config, "workerinput", None):
         Path(worker["left_out"]).write_text(config.stash[LEFT_OUT])
 
 
-# Files begin first that take longest: one process runs all of a file, with what its tests share.
-LONGEST = ("test_command_line.py", "test_compile_hopper.py", "test_compile_portable.py")
+# Fixtures that start many processes for all tests of a file: one process runs these tests, also of the slow ones.
+MADE_ONCE = {"test_parallel.py": "results", "test_trouble.py": "ended", "test_checkpoint_shards.py": "saved"}
+MADE_ONCE |= {"test_command_line.py": "answers"}
+# What takes longest begins first.
+LONGEST = ("test_compile_hopper.py", "test_compile_portable.py", "test_parallel.py", "test_trouble.py")
+LONGEST += ("test_command_line.py", "test_checkpoint_shards.py", "test_flash_attention.py", "test_context.py")
 LEFT_OUT = pytest.StashKey[str]()
 
 
@@ -70,6 +80,11 @@ def left_out(everything: list[pytest.Item], selected: list[pytest.Item]) -> str:
     parts += [f"{count['slow']} slow (.ci/run does, with pytest -m slow)"] if count["slow"] else []
     parts += [f"{count['other']} others (python -m pytest does)"] if count["other"] else []
     return "not tested: " + ", ".join(parts) if parts else ""
+
+
+def pytest_collection_finish() -> None:
+    if not gc.isenabled():
+        gc.freeze()  # nor does a collection that is asked for
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str:
@@ -94,6 +109,13 @@ def pytest_xdist_node_collection_finished(node: Any) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _garbage() -> Iterator[None]:
+    yield
+    if not gc.isenabled():
+        gc.collect(1)  # what is new since the last test
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # For whatever should end by itself: so long only if it hangs. No test depends on how fast the machine is.
@@ -28,15 +29,19 @@ def wait_until(event: Callable[[], bool], process: subprocess.Popen[str] | None 
         time.sleep(0.02)
 
 
-def start_ranks(command: Sequence[str], size: int) -> list[subprocess.Popen[str]]:
-    """Begin a Python command on `size` ranks of this machine; all that each says comes through one pipe."""
+def environment_of_ranks(size: int) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
     common |= {"LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
     common |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    common |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as train.py sets it before PyTorch loads
+    return common | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as train.py sets it before PyTorch loads
+
+
+def start_ranks(command: Sequence[str], size: int) -> list[subprocess.Popen[str]]:
+    """Begin a Python command on `size` ranks of this machine; all that each says comes through one pipe."""
+    common = environment_of_ranks(size)
     return [
         subprocess.Popen(
             [sys.executable, *command],
@@ -58,3 +63,13 @@ def run_ranks(command: Sequence[str], size: int) -> list[str]:
     wrong = [text for text in said if "AssertionError" in text]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(wrong or said)
     return said
+
+
+def fork_ranks(program: Sequence[str], size: int) -> None:
+    """Run a program on `size` ranks without an error. They are forks of one process, which imports for all of them."""
+    command = [sys.executable, "tests/forked.py", *program]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment_of_ranks(size), text=True, timeout=LIMIT_S, check=False, **streams
+    )
+    assert done.returncode == 0, done.stdout

@@ -138,21 +138,32 @@ MISTAKES = {
 }
 
 
+# The rest are other ways into the same refusals.
+QUICK = ("attn=math", "attention=flsh", "seq_len=long", "tokens_per_step=3000", "schedule.decay_fraction=0.1")
+QUICK += ("data=text", "tokenizer=file", "seq_len", "attention=[math,sdpa]", "lr=1e-3", "data.path=~/notes")
+QUICK += ("+logger.wandb.api_key=sesame", "--nope", "resume=nowhere", "checkpoint.evry=5", "~model")
+QUICK += (f"sample_prompt='my {SECRET}'", "model.n_layers=1e8", "device=cuda", "attention=flash")
+
+
 @pytest.fixture(scope="module")
-def answers(home: Path, no_torch: Path) -> dict[str, Done]:
-    """Every mistake made, two at a time."""
+def answers(request: pytest.FixtureRequest, home: Path, no_torch: Path) -> dict[str, Done]:
+    """Every mistake that is asked for, two at a time."""
+    asked = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    mistakes = [item.callspec.params["mistake"] for item in asked if "mistake" in item.callspec.params]
 
     def make(mistake: str) -> Done:
         no_gpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(no_torch)}
         return run(home, "device=cpu", "logger=none", mistake, **no_gpu)
 
     with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(MISTAKES, pool.map(make, MISTAKES), strict=True))
+        done = dict(zip(mistakes, pool.map(make, mistakes), strict=True))
     assert [path.name for path in home.iterdir()] == ["text"], "a command that cannot work leaves nothing behind"
     return done
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake", [pytest.param(mistake, marks=[] if mistake in QUICK else [pytest.mark.slow]) for mistake in MISTAKES]
+)
 def test_a_mistake_is_one_line_with_the_remedy_before_torch_is_loaded(answers: dict[str, Done], mistake: str) -> None:
     done = answers[mistake]
     check_refusal(done, *MISTAKES[mistake])
@@ -171,7 +182,6 @@ COMMANDS = {
     "run": ["max_steps=2"],
     # Three jobs, of which one cannot work: attention=flash has no kernel for a CPU.
     "sweep": ["attention=math,flash,sdpa", "max_steps=5", "-m"],
-    "named sweep": ["seed=1,2", "max_steps=1", "run_dir=named", "-m"],
 }
 
 
@@ -280,8 +290,9 @@ def test_a_sweep_goes_on_after_a_job_that_cannot_work(home: Path, ran: dict[str,
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_jobs_of_a_sweep_share_the_folder_that_was_named(ran: dict[str, Done]) -> None:
-    done = ran["named sweep"]
+@pytest.mark.slow
+def test_the_jobs_of_a_sweep_share_the_folder_that_was_named(home: Path) -> None:
+    done = run(home, *SMALL, "seed=1,2", "max_steps=1", "run_dir=named", "-m")
     assert (done.code, done.err) == (0, [])
     assert [line for line in done.out if line.startswith("named")] == ["named/0", "named/1"]
 
@@ -432,6 +443,7 @@ def test_a_run_that_is_asked_while_it_compiles_answers_after_its_first_step(
     assert saved in ("step-00000000", "step-00000001")
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_max_time(home: Path) -> None:
     done = run(home, *SMALL, *ENDLESS, "run_dir=timed", "max_time=0.001")
     assert done.code == 75

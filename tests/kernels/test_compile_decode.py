@@ -11,7 +11,10 @@ from compile_process import compiled
 from test_compile_portable import PRODUCTS, SHARED_MEMORY
 
 pytestmark = pytest.mark.slow
-architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
+# One process has all tests of an architecture (--dist loadgroup), and compiles its kernels once.
+architectures = pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.xdist_group(f"decode {name}")) for name in SHARED_MEMORY]
+)
 LARGEST = 116_000  # bytes: two programs on a multiprocessor of sm_90
 ALLOWED_STACK = 8  # bytes per thread: two registers
 

@@ -23,7 +23,10 @@ SLOW = 256  # accumulators of 16 × 1,024 and 16 × 512, and pointers beside two
 
 
 pytestmark = pytest.mark.slow
-architectures = pytest.mark.parametrize("architecture", SHARED_MEMORY)
+# One process has all tests of an architecture (--dist loadgroup), and compiles its kernels once.
+architectures = pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SHARED_MEMORY]
+)
 
 
 @architectures

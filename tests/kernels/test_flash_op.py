@@ -54,9 +54,15 @@ EVERYTHING = lambda: (  # noqa: E731
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param(PLAIN, marks=pytest.mark.slow), EVERYTHING], ids=["plain", "everything"]
+    ("options", "uses_lse"),
+    [
+        pytest.param(EVERYTHING, True, id="everything"),
+        pytest.param(EVERYTHING, False, id="everything, out alone", marks=pytest.mark.slow),
+        pytest.param(PLAIN, True, id="plain", marks=pytest.mark.slow),
+        pytest.param(PLAIN, False, id="plain, out alone", marks=pytest.mark.slow),
+    ],
 )
-def test_operators_pass_opcheck(options):
+def test_operators_pass_opcheck(options, uses_lse):
     """PyTorch's own test of schema, autograd registration, fake tensors and tracing with dynamic shapes."""
     arguments = options()
     for x in arguments[2:4]:
@@ -69,9 +75,9 @@ def test_operators_pass_opcheck(options):
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     q, k, v = qkv(requires_grad=False)
     out, lse = op.forward(q, k, v, *arguments)
-    for dlse in (None, torch.randn_like(lse)):
-        inputs = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments, [True, dlse is None, True, True, True])
-        torch.library.opcheck(torch.ops.flash_gpt.flash_attention_backward.default, inputs)
+    dlse = torch.randn_like(lse) if uses_lse else None
+    inputs = (torch.randn_like(out), dlse, q, k, v, out, lse, *arguments, [True, not uses_lse, True, True, True])
+    torch.library.opcheck(torch.ops.flash_gpt.flash_attention_backward.default, inputs)
 
 
 def test_shapes_are_known_without_data():

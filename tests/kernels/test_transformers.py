@@ -18,11 +18,11 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 CASES = {
     "llama-padded-left": ["llama", {}, "left"],
-    "llama-packed": ["llama", {}, "packed"],
-    "mistral-window-padded": ["mistral", {"sliding_window": 9}, "left"],
     "gemma2-softcap-window": ["gemma2", {"sliding_window": 9, "head_dim": 16, "attn_logit_softcapping": 2.0}, ""],
 }
 MORE_CASES = {
+    "llama-packed": ["llama", {}, "packed"],
+    "mistral-window-padded": ["mistral", {"sliding_window": 9}, "left"],
     "gpt-oss-sinks": ["gpt_oss", {"sliding_window": 9, "head_dim": 16, **EXPERTS}, ""],
     "llama": ["llama", {}, ""],
     "llama-padded-right": ["llama", {}, "right"],

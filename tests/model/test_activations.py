@@ -32,7 +32,13 @@ POLICIES = {
     "full, half the layers": FullConfig(layers=0.5),
     "full, without attention": FullConfig(keep_attention=0),
 }
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2, "window": replace(LLAMA, window=7, qk_norm=True)}
+FLEX_TOO = (("llama", "flex"), ("gpt2", "flex"))
+"""Which by default is tried with a window."""
 ALL = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+FEW_HEADS = replace(LLAMA, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16)
+"""For flash attention, which Triton's interpreter runs head by head."""
+SLOW = pytest.mark.slow
 Build = Callable[..., GPT]
 
 
@@ -65,9 +71,13 @@ def assert_same_bits(plain: GPT, changed: GPT, micro_batches: int = 2) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("backend", ["math", "sdpa", "flex"])
 @pytest.mark.parametrize(
-    "config", [LLAMA, GPT2, replace(LLAMA, window=7, qk_norm=True)], ids=["llama", "gpt2", "window"]
+    ("config", "backend"),
+    [
+        pytest.param(config, backend, id=f"{name}-{backend}", marks=[SLOW] if (name, backend) in FLEX_TOO else [])
+        for name, config in CONFIGS.items()
+        for backend in ("math", "sdpa", "flex")
+    ],
 )
 def test_loss_and_gradients_are_the_same_bits(
     build_lively: Build, policy: MemoryConfig, backend: str, config: ModelConfig
@@ -95,9 +105,16 @@ def test_no_policy_changes_nothing(build_lively: Build) -> None:
 # Compilation
 
 
-@pytest.mark.parametrize("policy", [SelectiveConfig(), SelectiveConfig(layers=0.5)], ids=["all", "half"])
-@pytest.mark.parametrize(("unit", "n_layers", "graphs"), [("model", 2, 1), ("block", 10, 2)])
-@pytest.mark.parametrize("backend", ["math", pytest.param("sdpa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("policy", "unit", "n_layers", "graphs"),
+    [
+        pytest.param(SelectiveConfig(), "model", 2, 1, id="all-model"),
+        pytest.param(SelectiveConfig(layers=0.5), "block", 10, 2, id="half-block"),
+        pytest.param(SelectiveConfig(), "block", 10, 2, id="all-block", marks=SLOW),
+        pytest.param(SelectiveConfig(layers=0.5), "model", 2, 1, id="half-model", marks=SLOW),
+    ],
+)
+@pytest.mark.parametrize("backend", ["math", pytest.param("sdpa", marks=SLOW)])
 def test_compiled_it_is_one_graph_or_one_for_all_blocks_that_keep_the_same(
     build_lively: Build, policy: SelectiveConfig, unit: str, n_layers: int, graphs: int, backend: str
 ) -> None:
@@ -173,17 +190,22 @@ def test_policies_hold_ever_less(build_lively: Build) -> None:
     assert numbers[2] < half < numbers[0]
 
 
-ATTENTION_RUNS = pytest.mark.parametrize(
-    ("policy", "times"), [("selective", 1), ("full", 1), ("full, without attention", 2)]
+TIMES = [("selective", 1), ("full", 1), ("full, without attention", 2)]
+"""Policy, and how often attention runs in a step."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "policy", "times"),
+    [
+        pytest.param(backend, policy, times, marks=[SLOW] if backend == "flash" and policy != "full" else [])
+        for backend in ("math", "sdpa", "flash")
+        for policy, times in TIMES
+    ],
 )
-
-
-@pytest.mark.parametrize("backend", ["math", "sdpa", "flash"])
-@ATTENTION_RUNS
 def test_attention_runs_once_where_its_output_is_kept(
     build_lively: Build, backend: str, policy: str, times: int
 ) -> None:
-    plain, model = pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=2, head_dim=16), backend)
+    plain, model = pair(build_lively, POLICIES[policy], FEW_HEADS, backend)
     assert_same_bits(plain, model, micro_batches=1)
     with Held() as counter:
         model(*batch()).backward()
@@ -201,8 +223,8 @@ def test_attention_runs_once_where_its_output_is_kept(
     ("policy", "unit", "times"),
     [
         ("selective", "model", 1),
-        pytest.param("full", "block", 1, marks=pytest.mark.slow),
-        pytest.param("full, without attention", "block", 2, marks=pytest.mark.slow),
+        pytest.param("full", "block", 1, marks=SLOW),
+        pytest.param("full, without attention", "block", 2, marks=SLOW),
     ],
 )
 def test_flash_attention_is_recognised_in_a_compiled_model(
@@ -211,7 +233,7 @@ def test_flash_attention_is_recognised_in_a_compiled_model(
     torch._dynamo.reset()
     portable = pytest.importorskip("kernels.flash_attention.portable")
     runs, kernel = [], portable.forward
-    plain, model = pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=2, head_dim=16), "flash")
+    plain, model = pair(build_lively, POLICIES[policy], FEW_HEADS, "flash")
     model.compile(unit, backend="aot_eager", fullgraph=True)
     tokens, targets, starts = batch()
     assert torch.equal(model(tokens, targets, starts), plain(tokens, targets, starts))
@@ -228,7 +250,7 @@ def test_with_math_attention_what_is_kept_is_predicted_too(build_lively: Build, 
     assert held(deep) - held(shallow) == predicted, "of 4 layers"
 
 
-@ATTENTION_RUNS
+@pytest.mark.parametrize(("policy", "times"), TIMES)
 def test_flex_attention_runs_once_where_its_output_is_kept(
     build_lively: Build, policy: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

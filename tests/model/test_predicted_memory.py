@@ -80,7 +80,8 @@ def test_a_layer_keeps_what_the_partition_of_a_compiled_model_does(
     assert kept[0] - kept[1] == kept_bytes(work, 0) + weights
 
 
-@pytest.mark.parametrize("policy", [MemoryConfig(), pytest.param(SelectiveConfig(), marks=SLOW)], ids=lambda p: p.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [MemoryConfig(), SelectiveConfig()], ids=lambda p: p.name)
 def test_a_layer_in_fp8_keeps_what_the_partition_of_a_compiled_model_does(
     build: Build, policy: MemoryConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +130,8 @@ class Peak(TorchDispatchMode):
     ("policy", "residual"),
     [
         (SelectiveConfig(), torch.float32),
-        (FullConfig(tile=64), torch.bfloat16),
-        (FullConfig(tile=64, keep_attention=0.0), torch.bfloat16),
+        pytest.param(FullConfig(tile=64), torch.bfloat16, marks=SLOW),
+        pytest.param(FullConfig(tile=64, keep_attention=0.0), torch.bfloat16, marks=SLOW),
         (FullConfig(tile=64, keep_attention=0.5, head_groups=2), torch.float32),
     ],
     ids=["selective", "full", "attention again", "half of attention again, in groups"],

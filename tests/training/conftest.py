@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import shutil
 import subprocess
@@ -73,7 +72,7 @@ def composed(composes_for_cpu: None) -> Callable[..., DictConfig]:
         is_choice = [(CONFIGS / override.partition("=")[0]).is_dir() for override in overrides]
         choices = tuple(override for override, choice in zip(overrides, is_choice, strict=True) if choice)
         settings = [override for override, choice in zip(overrides, is_choice, strict=True) if not choice]
-        return copy.deepcopy(OmegaConf.merge(compose_groups(choices), OmegaConf.from_dotlist(settings)))
+        return OmegaConf.merge(compose_groups(choices), OmegaConf.from_dotlist(settings))
 
     return compose_it
 

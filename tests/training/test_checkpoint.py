@@ -121,8 +121,23 @@ def check_stopped_and_resumed(config: MakeConfig, folder: Path, *overrides: str,
     assert last[0] == last[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("stop_at", "during"), [(5, "step"), (6, "evaluation"), (10, "evaluation")])
+def test_a_run_ends_after_max_time(config: MakeConfig) -> None:
+    with pytest.raises(Interrupted, match=r"interrupted by max_time; saved .*step-00000000$") as interrupted:
+        fit(config("max_steps=1_000_000", "max_time=0.001"))
+    assert interrupted.value.code == 75
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "during", "optimizer"),
+    [
+        (5, "step", "adamw"),
+        (6, "evaluation", "muon"),
+        pytest.param(5, "step", "muon", marks=pytest.mark.slow),
+        pytest.param(6, "evaluation", "adamw", marks=pytest.mark.slow),
+        pytest.param(10, "evaluation", "adamw", marks=pytest.mark.slow),
+        pytest.param(10, "evaluation", "muon", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_is_not(
     config: MakeConfig, tmp_path: Path, optimizer: str, stop_at: int, during: str
 ) -> None:

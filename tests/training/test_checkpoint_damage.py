@@ -34,12 +34,17 @@ def silently(line: str) -> None:
     """Instead of print."""
 
 
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("origin") / "run"
+
+
 @pytest.fixture
-def run(config: MakeConfig) -> Path:
-    """The folder of a finished run with checkpoints at steps 2 and 4."""
-    trainer = Trainer(config(*RUN), silently)
-    trainer.fit()
-    return trainer.run.folder
+def run(config: MakeConfig, origin: Path, tmp_path: Path) -> Path:
+    """The folder of a finished run with checkpoints at steps 2 and 4: a copy of one that is trained once."""
+    if not origin.exists():
+        fit(config(*RUN, f"run_dir={origin}"))
+    return shutil.copytree(origin, tmp_path / "run")
 
 
 def fit(config: TrainConfig) -> list[str]:

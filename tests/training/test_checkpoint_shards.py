@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import run_ranks
+from processes import fork_ranks
 from safetensors.torch import load_file, save_model
 from shards_ranks import build, check_read, numbers, train
 from torch.distributed.tensor import Replicate, Shard
@@ -45,6 +45,12 @@ RESUMED = {
     "one": (1, []),
 }
 """What goes on with the run that four ranks begin as fsdp."""
+QUICK = ("four as hsdp", "one", "from one", "data", "fsdp, accumulated", "hsdp")
+"""What is tried where no slow test is asked for; two ranks begin only for one that is."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
 
 
 def run_words(folder: Path, text: Path, name: str, more: list[str]) -> list[str]:
@@ -81,24 +87,31 @@ TRAFFIC = {
 """Steps whose traffic is counted, of 4 ranks. Four divides all rows of these matrices."""
 
 
-def write_runs(folder: Path, text: Path) -> None:
+def write_runs(folder: Path, text: Path, slow: bool) -> None:
     """What four ranks train, and what two go on with. "from one" is a run of one process that was stopped."""
 
     def run(name: str, more: list[str], stop_at: int = 0, copies: list[str] | None = None) -> dict[str, Any]:
         return {"words": run_words(folder, text, name, more), "stop_at": stop_at, "copies": copies or []}
 
-    going_on = {size: [run(name, more) for name, (by, more) in RESUMED.items() if by == size] for size in (2, 4)}
+    going_on = {
+        size: [run(name, more) for name, (by, more) in RESUMED.items() if by == size and (slow or name in QUICK)]
+        for size in (2, 4)
+    }
     begun = run("four", ["parallel=fsdp"], HALF, list(RESUMED))
     (folder / "runs-4.json").write_text(json.dumps([begun, *going_on[4], run("from one", ["parallel=fsdp"])]))
     (folder / "runs-2.json").write_text(json.dumps(going_on[2]))
-    traffic = {name: run("traffic", ["model.vocab_size=304", *more])["words"] for name, more in TRAFFIC.items()}
+    traffic = {
+        name: run("traffic", ["model.vocab_size=304", *more])["words"]
+        for name, more in TRAFFIC.items()
+        if slow or name in QUICK
+    }
     (folder / "traffic-4.json").write_text(json.dumps(traffic))
     train(**run("from one", [], HALF), ranks=ALONE)
     train(**run("undisturbed", []), ranks=ALONE)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
     """Runs of a small model, each with a checkpoint of 4 ranks: held whole, in shards, and in two copies of two shards;
     and one of a process alone. The ranks check what they read on the way, and what a save that fails leaves behind."""
     folder = tmp_path_factory.mktemp("shards")
@@ -107,14 +120,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
     _, parts = build(None, seed=4)
     torch.manual_seed(4000)
     Saver(folder / "alone", CheckpointConfig(), print).save(state.written(parts, {}), facts, wait=True)
-    write_runs(folder, text_folder)
-    for size in (4, 2):
-        run_ranks(["tests/training/shards_ranks.py", str(folder)], size)
+    asked = (item for item in request.session.items if item.path == request.path)
+    slow = any(item.get_closest_marker("slow") for item in asked)
+    write_runs(folder, text_folder, slow)
+    for size in (4, 2) if slow else (4,):
+        fork_ranks(["tests/training/shards_ranks.py", str(folder)], size)
     train(run_words(folder, text_folder, "one", []), stop_at=0, copies=[], ranks=ALONE)
     return folder
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "from one"])
+@pytest.mark.parametrize("name", each([*RESUMED, "from one"]))
 def test_a_run_goes_on_with_another_number_of_ranks_as_if_nothing_had_been(saved: Path, name: str) -> None:
     records = [
         [{key: value for key, value in line.items() if key in EXACT} for line in read_metrics(run / "metrics.jsonl")]
@@ -143,7 +158,7 @@ def test_whoever_uses_a_model_takes_it_from_shards(saved: Path, text_folder: Pat
     assert all(torch.allclose(begun[name], tensor) for name, tensor in weights.items())
 
 
-@pytest.mark.parametrize("name", TRAFFIC)
+@pytest.mark.parametrize("name", each(TRAFFIC))
 def test_a_step_sends_what_the_plan_says(saved: Path, name: str) -> None:
     found = json.loads((saved / "traffic.json").read_text())[name]
     assert found["counted"] == pytest.approx(found["planned"], rel=1e-9)
@@ -152,12 +167,21 @@ def test_a_step_sends_what_the_plan_says(saved: Path, name: str) -> None:
 def test_any_number_of_ranks_reads_what_four_wrote(saved: Path) -> None:
     for step, how in enumerate((*HOW, "alone"), 1):
         assert check_read(saved / how, None, step, 0, ALONE) > 0
-    read = {size: json.loads((saved / f"read-by-{size}.json").read_text()) for size in (2, 4)}
-    biases = 7 * 4
+    read = json.loads((saved / "read-by-4.json").read_text())
     for how in HOW:  # rank 0 of 4 has 2, 1 and 3 of 7, 2 and 10 rows of 3, 7 and 3 numbers
-        assert read[4][f"{how} as whole"] == 4 * (7 * 3 + 2 * 7 + 10 * 3) + biases
-        assert read[4][f"{how} as shards"] == 4 * (2 * 3 + 1 * 7 + 3 * 3) + biases
-        assert read[4][f"{how} as copies"] == read[2][f"{how} as shards"] == 4 * (4 * 3 + 1 * 7 + 5 * 3) + biases
+        assert read[f"{how} as whole"] == 4 * (7 * 3 + 2 * 7 + 10 * 3) + BIASES
+        assert read[f"{how} as shards"] == 4 * (2 * 3 + 1 * 7 + 3 * 3) + BIASES
+        assert read[f"{how} as copies"] == 4 * (4 * 3 + 1 * 7 + 5 * 3) + BIASES
+
+
+@pytest.mark.slow
+def test_two_ranks_read_halves_of_what_four_wrote(saved: Path) -> None:
+    read = json.loads((saved / "read-by-2.json").read_text())
+    assert {read[f"{how} as shards"] for how in HOW} == {4 * (4 * 3 + 1 * 7 + 5 * 3) + BIASES}
+
+
+BIASES = 7 * 4
+"""Bytes, which every rank reads."""
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import run_ranks
+from processes import fork_ranks
 
 from model.attention.config import context_method, context_spec
 from model.attention.spec import AttentionSpec
@@ -23,14 +23,15 @@ PROGRAM = "tests/training/context_ranks.py"
 
 
 def test_attention_and_models_equal_those_of_one_process() -> None:
-    """34 random cases of attention over two ranks and four, three models over four, and what both exchanges hold; runs:
+    """12 random cases of attention over two ranks and four, a model over four, and what both exchanges hold; runs:
     test_parallel.py."""
-    run_ranks([PROGRAM, "attention", "models", "memory"], 4)
+    fork_ranks([PROGRAM, "some_attention", "a_model", "memory"], 4)
 
 
 @pytest.mark.slow
-def test_with_flex_and_flash_and_compiled() -> None:
-    run_ranks([PROGRAM, "flex_and_flash", "compiled"], 4)
+def test_more_attention_and_models_with_flex_and_flash_and_compiled() -> None:
+    """34 random cases, and three models."""
+    fork_ranks([PROGRAM, "attention", "models", "flex_and_flash", "compiled"], 4)
 
 
 # ---- how rows are split

@@ -37,7 +37,9 @@ def trained(folder: Path) -> tuple[bytes, list[float]]:
     return (folder / "model.safetensors").read_bytes(), losses
 
 
-@pytest.mark.parametrize("attention", ["math", "sdpa", "flex"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("math", "flex"))]
+)
 def test_a_run_under_any_policy_ends_with_the_same_bits(config: MakeConfig, tmp_path: Path, attention: str) -> None:
     """Documents, a window, accumulation and deterministic algorithms included."""
     results = []
@@ -49,7 +51,9 @@ def test_a_run_under_any_policy_ends_with_the_same_bits(config: MakeConfig, tmp_
     assert len(results[0][1]) > 4
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(0, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 1), (1, 0)))]
+)
 def test_a_run_may_go_on_under_another_policy(config: MakeConfig, tmp_path: Path, before: int, after: int) -> None:
     options = [*OPTIONS, "max_steps=6", "checkpoint.every=2", "checkpoint.keep_last=9"]
     whole, branch = tmp_path / "whole", tmp_path / "branch"

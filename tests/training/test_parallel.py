@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from processes import LIMIT_S, ROOT, run_ranks, start_ranks, wait_until
+from processes import LIMIT_S, ROOT, fork_ranks, run_ranks, start_ranks, wait_until
 from safetensors.torch import load_file
 
 from tests.training.conftest import TINY
@@ -53,17 +53,22 @@ WHOLE_ONLY = "fp8"
 
 
 QUICK = "documents, accumulated"
-"""The case of the tests that are not slow."""
+QUICK_WAYS = ("data", "context, fsdp")
+"""The case of the tests that are not slow, and its arrangements: hsdp, too, is trained in test_checkpoint_shards.py."""
 
 
 def arrangements(case: str) -> list[str]:
     return ["data"] if case == WHOLE_ONLY else list(PARALLEL)
 
 
+def is_quick(case: str, parallel: str) -> bool:
+    return case == QUICK and parallel in QUICK_WAYS
+
+
 def trained_by_ranks(cases: dict[str, dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
     """Name → what `ranks.trained` returned on rank 0 of `size`."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    run_ranks(["tests/training/ranks.py", str(folder / "cases.json"), str(folder / "out.pt")], size)
+    fork_ranks(["tests/training/ranks.py", str(folder / "cases.json"), str(folder / "out.pt")], size)
     results: dict[str, Any] = torch.load(folder / "out.pt")
     return results
 
@@ -74,11 +79,11 @@ def results(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """By case, of one process; and by "case/parallel", of four ranks. Of all cases where a slow test asks for them."""
     asked = (item for item in request.session.items if item.path == request.path)
-    names = list(CASES) if any(item.get_closest_marker("slow") for item in asked) else [QUICK]
+    slow = any(item.get_closest_marker("slow") for item in asked)
     folder = tmp_path_factory.mktemp("parallel")
     text = ["data=text", f"data.path={text_folder}", f"data.cache_dir={folder / 'cache'}", "data.val_fraction=0.3"]
     cases = {}
-    for name in names:
+    for name in CASES if slow else [QUICK]:
         words = CASES[name]
         own = ["data.documents=120", f"data.cache_dir={folder / 'cache'}"] if "data=synthetic" in words else text
         case: dict[str, Any] = {"words": [*SMALL, *own, f"run_dir={folder / 'run'}", *words]}
@@ -88,7 +93,7 @@ def results(
         f"{name}/{parallel}": case | {"words": [*case["words"], "batch_size=1", *more]}
         for name, case in cases.items()
         for parallel, more in PARALLEL.items()
-        if parallel in arrangements(name)
+        if parallel in arrangements(name) and (slow or is_quick(name, parallel))
     }
     return alone, trained_by_ranks(spread, SIZE, folder)
 
@@ -96,7 +101,7 @@ def results(
 @pytest.mark.parametrize(
     ("case", "parallel"),
     [
-        pytest.param(case, way, marks=[] if case == QUICK else [pytest.mark.slow])
+        pytest.param(case, way, marks=[] if is_quick(case, way) else [pytest.mark.slow])
         for case in CASES
         for way in arrangements(case)
     ],

@@ -149,6 +149,7 @@ def losses(config: MakeConfig, folder: Path, *options: str) -> list[float]:
     return [record["train/loss"] for record in read_metrics(folder / "metrics.jsonl") if "train/loss" in record]
 
 
+@pytest.mark.slow
 def test_bf16_in_the_residual_stream_or_in_the_moments_costs_no_more_than_twice_what_bf16_products_do(
     config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -247,6 +248,7 @@ def test_layers_that_fp8_leaves_alone_are_named_and_a_model_without_others_is_re
         config("precision=fp8", "model.dim=36", "model.ffn_dim=72")
 
 
+@pytest.mark.slow
 def test_fp8_over_100_steps_costs_little_more_than_bf16(config: MakeConfig, tmp_path: Path) -> None:
     exact = losses(config, tmp_path / "fp32")
     distances = [

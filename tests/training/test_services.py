@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -95,6 +95,19 @@ def test_the_first_step_says_where_the_time_went(config: MakeConfig, tmp_path: P
     assert sum(seconds.values()) == pytest.approx(float(line.split()[2]), abs=0.4), "nothing is left out"
 
 
+@pytest.fixture
+def _collecting() -> Iterator[None]:
+    """As in any process; tests otherwise run without it (tests/conftest.py)."""
+    was_on = gc.isenabled()
+    gc.unfreeze()
+    gc.enable()
+    yield
+    if not was_on:
+        gc.freeze()
+        gc.disable()
+
+
+@pytest.mark.usefixtures("_collecting")
 @pytest.mark.parametrize("fails", [False, True])
 def test_garbage_is_collected_at_log_lines_and_by_python_itself_after_the_run(config: MakeConfig, fails: bool) -> None:
     class Cycle:

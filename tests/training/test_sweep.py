@@ -216,6 +216,7 @@ def test_a_sweep_started_again_in_another_order_swaps_no_results(home: Path) -> 
     assert not (home / "runs").exists(), "all of the sweep is in the folder that was named"
 
 
+@pytest.mark.slow
 def test_a_job_that_this_machine_cannot_do_is_refused_before_another_trains(home: Path) -> None:
     done = sweep(home, "hydra.sweep.dir=moved", "attention=math,flash", "max_steps=1")
     assert done.returncode == 2
