@@ -106,6 +106,7 @@ def test_forward_mode_and_second_derivatives_are_refused_in_words():
 # Sizes that are not known when a graph is traced
 
 
+@pytest.mark.slow
 def test_a_compiled_window_does_not_tie_the_graph_to_lengths_above_or_below_it():
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -135,6 +136,7 @@ def test_an_exported_model_serves_all_lengths(strict):
         assert torch.equal(exported(*inputs), Model()(*inputs))
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_lengths_that_only_the_data_know_are_traced():
     """Indexing with a mask inside a compiled function: rows for packed attention, and keys of another length."""

@@ -108,7 +108,7 @@ def test_no_policy_changes_nothing(build_lively: Build) -> None:
 @pytest.mark.parametrize(
     ("policy", "unit", "n_layers", "graphs"),
     [
-        pytest.param(SelectiveConfig(), "model", 2, 1, id="all-model"),
+        pytest.param(SelectiveConfig(), "model", 2, 1, id="all-model", marks=SLOW),
         pytest.param(SelectiveConfig(layers=0.5), "block", 10, 2, id="half-block"),
         pytest.param(SelectiveConfig(), "block", 10, 2, id="all-block", marks=SLOW),
         pytest.param(SelectiveConfig(layers=0.5), "model", 2, 1, id="half-model", marks=SLOW),

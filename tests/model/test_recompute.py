@@ -358,6 +358,7 @@ def test_a_ticket_gives_back_what_it_got_once() -> None:
 # Compilation
 
 
+@pytest.mark.slow
 def test_pieces_are_compiled_once_for_all_layers_and_lengths(build_lively: Build) -> None:
     torch._dynamo.reset()
     plain = build_lively(replace(LLAMA, n_layers=6), "sdpa", seq_len=S, documents=True)

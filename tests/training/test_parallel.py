@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from processes import LIMIT_S, ROOT, fork_ranks, run_ranks, start_ranks, wait_until
+from processes import LIMIT_S, ROOT, fork_ranks, start_ranks, wait_until
 from safetensors.torch import load_file
 
 from tests.training.conftest import TINY
