@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from processes import ROOT, run_ranks
 
@@ -15,6 +16,7 @@ from scripts import bench_context
 from scripts.bench_context import CHECKED, batch_of, packed_starts, table
 
 
+@pytest.mark.slow
 def test_two_ranks_write_a_record(tmp_path: Path) -> None:
     shape = ["--device=cpu", "--attention=math", "--heads=4:2", "--head-dim=16"]
     words = [*shape, "--tokens=64", "--documents=30", "--repeat=1"]

@@ -49,6 +49,7 @@ print(json.dumps([len(compiled), found["stores"]]))
 """
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_compiled_again_and_nothing_else_is(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     folders = (str(tmp_path), str(ROOT))

@@ -187,6 +187,7 @@ def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str])
         assert re.fullmatch(pattern, text)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_command_is_told_once_by_torchrun_too() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     done = subprocess.run([*command, "sequence_length=3"], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
@@ -227,6 +228,7 @@ def test_a_lost_rank_ends_the_run_which_goes_on_with_other_ranks(text_folder: Pa
     assert steps == sorted(set(steps)), "one log, each step once"
 
 
+@pytest.mark.slow
 def test_one_process_writes_the_weights_of_which_it_has_the_only_shard(text_folder: Path, tmp_path: Path) -> None:
     words = [*SMALL, "data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "max_steps=1"]
     for parallel in ("data", "fsdp"):

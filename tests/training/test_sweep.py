@@ -202,6 +202,7 @@ def sweep(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=home, env=environment, text=True, timeout=110, **streams)
 
 
+@pytest.mark.slow
 def test_a_sweep_started_again_in_another_order_swaps_no_results(home: Path) -> None:
     first = sweep(home, "run_dir=sw", "learning_rate=1e-3,3e-3", "max_steps=2")
     assert first.returncode == 0, first.stdout
