@@ -92,9 +92,8 @@ def kept_bytes(work: Workload, layer: int) -> int:
     kept += sizes.attended + sizes.up + sizes.active
     if config.mlp == "swiglu" and not work.compiled:
         kept += sizes.active  # silu(gate), which a compiler computes again
-    if work.input_bytes is not None:  # a compiler makes those of norms and of the activation again from what made them
-        kept += sizes.output_input if work.compiled else sizes.inputs
-        kept -= 2 * sizes.product + sizes.active
+    if work.input_bytes is not None:  # 8-bit copies in place of the inputs of linear layers
+        kept += sizes.inputs - 2 * sizes.product - sizes.active
     scores = score_bytes(config, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
     return work.tokens * kept + (scores if work.writes_scores else 0)
 
@@ -234,8 +233,6 @@ class _Sizes:
     """The result of its activation function."""
     statistics: int
     """Of a norm."""
-    output_input: int
-    """The 8-bit copy of attention's output."""
     inputs: int
     """The 8-bit inputs of all linear layers, where those are kept instead of the inputs themselves; otherwise 0."""
 
@@ -256,6 +253,5 @@ class _Sizes:
             up=c * F * (2 if config.mlp == "swiglu" else 1),
             active=c * F,
             statistics=FLOAT32,
-            output_input=(work.input_bytes or 0) * H * D,
             inputs=(work.input_bytes or 0) * (2 * E + H * D + F),
         )
