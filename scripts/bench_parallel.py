@@ -13,7 +13,6 @@ three steps on N GPUs must be those of one GPU with as many tokens a step.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_training.ladder import CHECKED, MOST_CHECKED, TOLERANCES, complaint, profile_lines, reason, run
+from scripts.parser import parser_of
 from scripts.record import Panel, collect_facts, heading, line_chart, need_cuda, write, write_json
 
 Row = dict[str, Any]
@@ -75,11 +75,7 @@ LINES: dict[str, Line] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench_parallel", __doc__)
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], help="numbers of GPUs (default 1 2)")
     parser.add_argument("--lines", nargs="+", choices=LINES, metavar="NAME", default=list(LINES), help="default: all")
     parser.add_argument("--profile", action="store_true", help="where a step spends its time, after the figures")
