@@ -380,7 +380,9 @@ def ask_to_stop(home: Path, moment: Callable[[], bool], *arguments: str) -> tupl
     finally:
         process.kill()
     assert process.returncode == 75, err
-    (line,) = (line for line in err if line.startswith("error: "))
+    told = [line for line in err if line.startswith("error: ")]
+    assert len(told) == 1, err
+    (line,) = told
     assert line.startswith("error: interrupted by SIGTERM; saved ")
     saved = Path(line.rpartition(" ")[2].strip())
     assert (home / saved / "manifest.json").exists()

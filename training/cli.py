@@ -89,6 +89,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
         tell(explain(error))
         jobs.failures.append(2)
     except Interrupted as stopped:
+        keep_exit_code()  # signals come again, to all processes of a group: the line is said once
         if speaks():
             say_error(str(stopped))
         jobs.failures.insert(0, stopped.code)

@@ -205,7 +205,7 @@ def test_compiled_for_a_cpu_with_pytorchs_own_product_the_numbers_are_nearly_tho
     model.compile("model", fullgraph=True)
     found = losses_and_gradients(model)
     for key, true in expected.items():
-        assert (found[key] - true).norm() < 0.1 * true.norm(), key
+        assert (found[key] - true).norm() < 0.15 * true.norm(), key
 
 
 def test_only_what_divides_inside_of_blocks_is_converted() -> None:
