@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
                     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
                 except SystemExit as ended:
                     code = int(ended.code or 0)
+                except BaseException:
+                    traceback.print_exc()  # as Python would say, and then end with 1
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

@@ -1,7 +1,8 @@
 """Ranks that fail or vanish: one line says which it was, and no other rank waits for it.
 
 Each rank counts up a number in the store that all ranks share, and looks at that of the rank after it. Whoever sees
-that one stand still, or fails itself, writes a verdict there, once; the others read it and end, wherever they wait.
+that one stand still, or fails itself, writes a verdict there, once; the others read it and end, wherever they wait. A
+rank whose connection breaks says so there, too, and then all look closer.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 30.0
 """Without a beat, after which a rank is lost. Nothing that it computes keeps its thread from beating."""
 SUSPECT_SECONDS = 5.0
-"""The same once a connection to some rank has broken."""
+"""The same once a connection of some rank has broken."""
 GRACE_SECONDS = 10.0
 """That a rank has, after the verdict about another one, to end by itself."""
 READING_SECONDS = 5.0
 """For which rank 0, before it ends, waits at most until the others have read the verdict."""
 CODES: dict[type[BaseException], int] = {ValueError: 2, OutOfMemory: 3, NonFiniteError: 4, SaveFailed: 5}
 DONE = 1 << 40
-VERDICT = "verdict"
+VERDICT, SUSPICION = "verdict", "suspicion"
 STORE_GONE = (RuntimeError, OSError)
 """What the store raises when the process that holds it, that of rank 0 or of its launcher, is gone."""
 
@@ -113,8 +114,9 @@ class Watch:
 
     def wait_for_verdict(self) -> tuple[str, int] | None:
         """After a connection broke: somebody is lost, or has failed and says so."""
-        self.is_suspicious = True
-        deadline = time.monotonic() + LOST_SECONDS
+        with suppress(*STORE_GONE), self._lock:
+            self.store.set(SUSPICION, "")
+        deadline = time.monotonic() + LOST_SECONDS + GRACE_SECONDS
         while time.monotonic() < deadline and self._thread.is_alive():
             if (verdict := self.verdict()) is not None:
                 return verdict
@@ -128,6 +130,7 @@ class Watch:
                 with self._lock:
                     self.store.add(f"beat/{self.rank}", 1)
                     count = self.store.add(f"beat/{self.next}", 0)
+                    self.is_suspicious = self.is_suspicious or self.store.check([SUSPICION])
                 if (verdict := self.verdict()) is not None:
                     self._leave(*verdict, is_ours=False)
                 now = time.monotonic()
