@@ -118,13 +118,13 @@ def difference(line: Line, gpus: int) -> str | None:
     tokens = seq_len * (1 if line.method else gpus)
     small = [*CHECKED, f"seq_len={seq_len}", f"tokens_per_step={tokens}"]
     with ThreadPoolExecutor() as pool:  # not timed, so both at once
-        ours = pool.submit(run, [*_without(line.words(gpus), "seq_len="), *small], gpus=gpus)
-        theirs = pool.submit(run, [*_without(line.words(1), "seq_len="), *small])
+        ours = pool.submit(run, [*_without_length(line.words(gpus)), *small], gpus=gpus)
+        theirs = pool.submit(run, [*_without_length(line.words(1)), *small])
         return complaint(ours.result(), theirs.result(), TOLERANCES)
 
 
-def _without(words: Sequence[str], *beginnings: str) -> Iterator[str]:
-    return (word for word in words if not word.startswith(beginnings))
+def _without_length(words: Sequence[str]) -> Iterator[str]:
+    return (word for word in words if not word.startswith("seq_len="))
 
 
 def command(line: Line, gpus: int) -> str:

@@ -17,8 +17,8 @@ from .parallel.world import World
 
 COMPILE_UNIT = "model"
 """What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %
-(docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`), which is more than two GPUs gain by summing the
-gradients of a block while others compute: llama-1b of 16k took 0.357 s a step as one graph and 0.365 s by block."""
+(docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`). With parallel=data, gradients of one block are sent
+while others compute. On two GPUs that gains less: llama-1b at 16k took 0.357 s a step as one graph, 0.365 by block."""
 
 
 def assemble(

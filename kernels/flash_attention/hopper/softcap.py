@@ -1,9 +1,9 @@
 """The soft cap's tanh, for few of the special function unit's instructions (MUFU).
 
-A softmax has one of them for each score, exp2, and they come close to being what limits the forward. tanh x = 1 − 2 /
-(1 + e^2x) has two more. So where |x| < NEAR, tanh is x · SERIES(x²), which has none, with the same error as the other
-form: 7e-7 of tanh. A warp whose scores are all near computes that alone, and otherwise takes for each score the form
-that is its own. So a score gives the same tanh whatever is beside it, and forward and backward agree (L22).
+The softmax takes one MUFU instruction per score, exp2, and these nearly limit the forward. tanh x = 1 − 2 / (1 + e^2x)
+takes two more. For |x| < NEAR, x · SERIES(x²) takes none and has the same relative error, 7e-7. A warp whose scores are
+all near computes the series alone. Any other warp computes both forms and selects for each score. So a score has the
+same tanh in every warp, and forward and backward agree (L22).
 """
 
 from __future__ import annotations
