@@ -119,6 +119,7 @@ def png(svg: str) -> bytes:
     """
     import resvg_py
 
+    svg = svg.replace(f"<style>{STYLE}</style>", "")  # its variables would be black on black: resvg knows none
     word = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20"><text y="15">{}</text></svg>'
     if resvg_py.svg_to_bytes(svg_string=word.format("M")) == resvg_py.svg_to_bytes(svg_string=word.format("")):
         raise ValueError("this machine has no font")

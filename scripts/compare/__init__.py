@@ -7,8 +7,8 @@
 
 Every setting of train.py may have several values. Each combination runs in a process of its own, with the same seed and
 text. One that does not fit into memory, or is refused, is a result, too. The folder of --out then holds report.html,
-report.json, report.svg, report.png, and runs.html with the learning curves. Started again, the command runs what is
-missing.
+report.md, report.json, report.svg, report.png, and runs.html with the learning curves. Started again, the command runs
+what is missing.
 
 Exit codes: 0; 1 if losses that must be equal differ, or a combination failed; 2 if the command cannot work.
 """

@@ -22,7 +22,7 @@ from training.report import RunReader, write_page
 
 from . import __doc__ as usage
 from .jobs import Row, Settings, combinations, run_job
-from .report import chart, headlines, html, loss_lines, name_of, shown
+from .report import chart, headlines, html, loss_lines, markdown, name_of, shown
 
 DEFAULTS = {
     "gpu": {"attention": "math,sdpa,flex,flash", "seq_len": "1024,4096,16384,65536", "model": "gpt2-124m"},
@@ -176,8 +176,11 @@ def write_report(rows: list[Row], swept: Mapping[str, Sequence[str]], out: Path,
     else:
         machine, checks = "nothing ran to its end", []
     write_json(out / "report", facts, rows)
-    title = f"{' and '.join(key for key in axes if key != 'seq_len') or 'Attention'} against context length"
-    write(out / "report.html", html(rows, axes, {"title": title, "machine": machine, "command": command}, checks))
+    title = " and ".join(key for key in axes if key != "seq_len") or "attention"
+    title = f"{title[0].upper()}{title[1:]} against context length"
+    heads = {"title": title, "machine": machine, "command": command}
+    write(out / "report.html", html(rows, axes, heads, checks))
+    write(out / "report.md", markdown(rows, axes, heads, checks))
     if picture := chart(rows, axes):
         write(out / "report.svg", picture)
         try:

@@ -24,8 +24,11 @@ Settings = dict[str, str]
 QUIET = ["logger=none", "sample_tokens=0", "eval_every=0", "checkpoint.every=0"]
 OUT_OF_MEMORY = 3  # train.py's exit code
 KILLED = -9  # by the system, which is out of memory itself
-LAST = {"done", "refused", "out of memory"}
+TOO_LARGE = {"out of memory", "does not fit"}
+"""Tried, and predicted by train.py, which then does not try."""
+LAST = {"done", "refused", *TOO_LARGE}
 """Outcomes that stand; a job with another one is run again."""
+PREDICTED = " GiB (predicted, in "  # so train.py's refusal says
 
 
 def combinations(swept: Mapping[str, Sequence[str]]) -> list[Settings]:
@@ -100,7 +103,8 @@ def _outcome(code: int | None, folder: Path) -> Row:
     why = (errors or lines or ["it said nothing"])[-1]
     if code == KILLED:
         return {"outcome": "out of memory", "why": "the system killed it, most likely for want of memory"}
-    outcome = {2: "refused", OUT_OF_MEMORY: "out of memory"}.get(code, "failed") if errors else "failed"
+    refused = "does not fit" if PREDICTED in why else "refused"
+    outcome = {2: refused, OUT_OF_MEMORY: "out of memory"}.get(code, "failed") if errors else "failed"
     return {"outcome": outcome, "why": why, "code": code}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.record import Panel, line_chart
 
-from .jobs import Row, Settings, length
+from .jobs import TOO_LARGE, Row, Settings, length
 
 SAME_LOSS = ("attention", "memory", "compile", "precision", "deterministic", "device")
 """Settings (and what is below them) that change how a step is computed, not what: losses agree whatever they are."""
@@ -96,8 +96,9 @@ def headlines(rows: Sequence[Row], swept: Sequence[str]) -> list[str]:
             parts.append(f"{best} is fastest, {done[best]['tokens_per_second']:,.0f} tokens/s")
         for other in order[1:]:
             speed = done[order[0]]["tokens_per_second"] / done[other]["tokens_per_second"]
-            memory = done[order[0]]["peak_gib"] / done[other]["peak_gib"]
-            parts.append(f"{speed:.2f} × as fast as {other} with {memory:.2f} × its memory")
+            memory = f"{done[order[0]]['peak_gib'] / done[other]['peak_gib']:.2f}"
+            held = "the same memory" if memory == "1.00" else f"{memory} × its memory"
+            parts.append(f"{speed:.2f} × as fast as {other} with {held}")
         parts += [f"{name}: {row['outcome']}" for name, row in by_name.items() if row["outcome"] != "done"]
         lines.append(f"{seq_len:,} tokens: {'; '.join(parts)}")
     return lines
@@ -119,15 +120,15 @@ def chart(rows: Sequence[Row], swept: Sequence[str]) -> str:
     """The SVG; "" where nothing was measured. The fastest at the longest rows is named first and drawn thickest."""
     table = by_length(rows, swept)
     speeds: dict[str, tuple[int, float]] = {}
-    too_large: dict[str, int] = {}
+    too_large: dict[str, str] = {}
     for seq_len, by_name in table.items():
         for name, row in by_name.items():
             if row["outcome"] == "done":
                 speeds[name] = (seq_len, row["tokens_per_second"] or 0.0)
-            elif row["outcome"] == "out of memory":
-                too_large.setdefault(name, seq_len)
+            elif row["outcome"] in TOO_LARGE:
+                too_large.setdefault(name, f"{name} ({row['outcome']} at {seq_len:,})")
     order = sorted(speeds, key=lambda name: speeds[name], reverse=True)
-    labels = {name: f"{name} (out of memory at {too_large[name]:,})" if name in too_large else name for name in order}
+    labels = {name: too_large.get(name, name) for name in order}
     panels = []
     for figure, (key, _) in FIGURES.items():
         series: dict[str, list[tuple[float, float]]] = {}
@@ -173,6 +174,25 @@ def html(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, Any], check
     for name, value in parts.items():
         text = text.replace("{{" + name + "}}", value)
     return text
+
+
+def markdown(rows: Sequence[Row], swept: Sequence[str], facts: dict[str, str], checks: list[str]) -> str:
+    """The page as text, for a record or an issue; the picture is beside it."""
+    names = names_of(rows, swept)
+    lines = [f"# {facts['title']}", "", facts["machine"], "", f"    {facts['command']}", ""]
+    lines += [*(f"- {line}" for line in [*headlines(rows, swept), *checks]), ""]
+    if chart(rows, swept):
+        lines += ["![report.svg](report.svg)", ""]
+    for figure, (key, _) in (FIGURES | LOSSES).items():
+        if any(row["outcome"] == "done" and row[key] is not None for row in rows):
+            lines += [f"## {figure[0].upper()}{figure[1:]} ({UNITS[figure]})", ""]
+            lines += [f"| tokens per row | {' | '.join(names)} |", "|---:" * (len(names) + 1) + "|"]
+            for seq_len, by_name in by_length(rows, swept).items():
+                lines.append(f"| {seq_len:,} | {' | '.join(cell(by_name.get(name), figure) for name in names)} |")
+            lines.append("")
+    for title, said in {"What did not run": reasons(rows, swept), "Kernels": kernels(rows, swept)}.items():
+        lines += [f"## {title}", "", *(f"- {line}" for line in said), ""] if said else []
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def listed(title: str, lines: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ import pytest
 from scripts.compare import jobs
 from scripts.compare.command import main, split
 from scripts.compare.jobs import combinations
+from scripts.record import STYLE, png
 
 Compare = Callable[..., int]
 
@@ -29,6 +30,9 @@ if attention == "math" and seq_len >= 4096:
     sys.exit(sys.stderr.write("error: out of GPU memory: 1 GiB wanted. What helps: less\\n") and 3)
 if attention == "flash":
     sys.exit(sys.stderr.write("error: attention=flash needs an NVIDIA GPU; use sdpa\\n") and 2)
+if seq_len >= 8192:
+    needs = "tiny needs 223 GiB (predicted, in the loss); a card has 139.8 GiB of memory; use a smaller one"
+    sys.exit(sys.stderr.write(f"error: {needs}\\n") and 2)
 if attention == os.environ.get("BREAKS"):
     raise RuntimeError("a bug")
 if attention == os.environ.get("HANGS"):
@@ -83,7 +87,7 @@ def test_out_of_memory_and_a_refusal_are_results_with_their_line(
     assert found["math", "4096"]["why"] == "out of GPU memory: 1 GiB wanted. What helps: less"
     assert found["flash", "1024"]["outcome"] == "refused"
     said = capsys.readouterr().out
-    assert "1,024 tokens: sdpa is fastest, 195 tokens/s; 1.33 × as fast as flex with 1.00 × its memory; 2.00 ×" in said
+    assert "1,024 tokens: sdpa is fastest, 195 tokens/s; 1.33 × as fast as flex with the same memory; 2.00 ×" in said
     assert "8/8   attention=flash seq_len=4096   refused: attention=flash needs an NVIDIA GPU; use sdpa" in said
     assert calls.read_text().splitlines()[0] == "math 1024", "the shortest rows come first"
     assert not list(out.rglob("checkpoints"))
@@ -110,6 +114,21 @@ def test_the_page_and_the_picture_hold_a_line_for_each_value(calls: Path, out: P
     assert "losses agree, 0.5% is allowed" in html
     assert "prefers-color-scheme: dark" in html
     assert "flex 4096" in (out / "runs.html").read_text()
+
+
+def test_what_is_predicted_not_to_fit_is_named_in_the_picture(calls: Path, out: Path) -> None:
+    assert main(["attention=sdpa,flex", "seq_len=1024,8192", "--out", str(out)]) == 0
+    assert results(out)["flex", "8192"]["outcome"] == "does not fit"
+    assert "flex (does not fit at 8,192)" in (out / "report.svg").read_text()
+    page = (out / "report.md").read_text()
+    assert "| 8,192 | does not fit | does not fit |" in page
+    assert "- attention=sdpa seq_len=8192, attention=flex seq_len=8192: does not fit. tiny needs 223 GiB" in page
+
+
+def test_a_png_is_drawn_on_white() -> None:
+    word = '<svg class="chart" viewBox="0 0 40 20" xmlns="http://www.w3.org/2000/svg" width="40" height="20">{}</svg>'
+    drawn = png(word.format(f'<style>{STYLE}</style><rect class="ground" width="40" height="20" fill="white"/>'))
+    assert drawn == png(word.format("")), "white, as without a ground"
 
 
 def test_started_again_it_runs_what_is_missing(
