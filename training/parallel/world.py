@@ -56,8 +56,8 @@ class World:
         is_sharded = isinstance(parallel, FsdpConfig)
         if launch.size == 1 and not is_sharded:
             return cls(device)
-        if device.index is not None:
-            torch.cuda.set_device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # a mesh warns where none is chosen yet
         if not dist.is_initialized():
             # Small numbers that the hosts agree on go through gloo, so that they need not wait for the devices.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
