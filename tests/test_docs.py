@@ -291,11 +291,12 @@ def test_both_readmes_say_the_same():
 
 
 def test_the_picture_of_the_readme_shows_the_record():
-    from scripts.bench_attention.report import charts
+    from scripts.compare.command import many
+    from scripts.compare.report import chart
 
-    rows = json.loads((DOCS / "benchmarks" / "hopper-h200.json").read_text("utf-8"))["rows"]
-    picture = DOCS / "benchmarks" / "hopper-h200-causal.svg"
-    assert picture.read_text("utf-8") == charts(rows)["-causal.svg"]
+    record = json.loads((DOCS / "benchmarks" / "compare-h200.json").read_text("utf-8"))
+    picture = DOCS / "benchmarks" / "compare-h200.svg"
+    assert picture.read_text("utf-8") == chart(record["rows"], list(many(record["facts"]["swept"])))
 
 
 # ---- the habits of the project
