@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import batching
@@ -128,7 +129,13 @@ def _backward_fake(
     )
 
 
-class _FlashAttention(torch.autograd.Function):
+class _OneLevel(_SingleLevelFunction):
+    """A function of one level of torch.func's transforms, which `torch.autograd.Function` would take apart itself."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _FlashAttention(_OneLevel):
     """Applied below the dispatcher, which has taken torch.func's transforms apart: of each it sees one level alone."""
 
     @staticmethod
@@ -186,7 +193,7 @@ def _below_autograd(operator: Any, *inputs: Any) -> Any:
             return operator(*inputs)
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
+class _DifferentiatedOnce(_OneLevel):
     """Backward where its own gradient may be asked for (create_graph=True), to refuse that in words."""
 
     @staticmethod
@@ -203,15 +210,13 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 
 def _differentiable(function: Any) -> Any:
-    """An operator's kernel of the Autograd key: `function.apply` of one level of torch.func's transforms, for which
-    PyTorch wants to be told so, and without the Python in which Function.apply takes transforms apart."""
-    apply_level = super(torch.autograd.Function, function).apply
+    """An operator's kernel of the Autograd key: `function.apply`, which under transforms wants PyTorch to be told."""
 
     def apply(*inputs: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return apply_level(*inputs)
-        return apply_level(*inputs)
+                return function.apply(*inputs)
+        return function.apply(*inputs)
 
     return apply
 
