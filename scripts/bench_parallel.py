@@ -161,7 +161,7 @@ class Record:
 
     def markdown(self, rows: Sequence[Row], plot: str | None) -> str:
         lines = [*heading("One GPU and several", self.facts), EXPLANATION, ""]
-        several = (row for row in rows if row["gpus"] > 1 and not reason(row) and not row["checked"])
+        several = (row for row in rows if row["gpus"] > 1 and not reason(row) and not row.get("checked"))
         if unchecked := ", ".join(f"{row['line']} on {row['gpus']}" for row in several):
             lines += [f"Not compared: {unchecked}.", ""]
         if plot:
