@@ -13,7 +13,7 @@ picture of its warps. What they stand on:
     key_tiles.py        a work tile of the backward, and the queries that see it
     dq_accumulator.py   how dQ is summed over tiles of keys
     backward_split.py   the backward above head_dim 128
-    preprocess.py       row row_stats and cleared memory, before the backward
+    preprocess.py       row statistics and cleared memory, before the backward
     compiler.py         what the code does for the compiler's sake
     host.py             descriptors and launches
 """
@@ -150,7 +150,7 @@ def _fused(
     counters = added, cleared, semaphores
     ends = _preprocess(config, problem, dout, outputs, S_k, row_stats, accum, counters, n_accumulators, B * G)
     sorted_tiles = None
-    if ends is not None and not config.deterministic:  # where the order of the sum is that of the keys
+    if ends is not None and not config.deterministic:  # there dQ is summed in the order of the keys
         sorted_tiles = torch.empty(B, n_tiles, dtype=torch.int32, device=q.device)
         launch(
             sort_kernel, B * cdiv(n_tiles, SORT_CHUNK),

@@ -263,7 +263,7 @@ def step_of_queries(
     dp = warpgroup_mma_wait(0, deps=[dp])
     ds = score_gradient(p, dp, gl.expand_dims(delta, 0), s, CONFIG.softcap).to(dtype)
 
-    if not FIRST:  # dS of the step before is there, so that of the step before the last, which this replaces, was used
+    if not FIRST:  # all have written dS of step − 1, and so have read that of step − 3, which this one replaces
         wait_for_ds(step, exchange)
     exchange.tiles.index(step % DS_STAGES).slice(c * OWN_KEYS, OWN_KEYS, 0).store(ds)
     mbarrier.arrive(exchange.full.index(0), count=1)

@@ -21,8 +21,8 @@ Code elsewhere that must stay where it is, or as it is:
 - Backward, masks compare positions (`sees`): the ends of intervals cost 208 bytes of stack (L3).
 - Backward, the semaphore is polled by a volatile load: an atomic's result is awaited where it is asked for (L4).
 - `previous = tile - 1` in `add`, not `tile`: of two names for one value Gluon would make one loop variable.
-- PTX in softmax.py and split_d.py: Gluon's branches are a warp group's, these are a warp's (L10, L11, L14), and a mask
-  takes 161 instructions instead of 453 (L7).
+- PTX in softmax.py, softcap.py and split_d.py: Gluon's branches are a warp group's, these are a warp's (L10, L11,
+  L14), and a mask takes 161 instructions instead of 453 (L7).
 - Products in parts of head_dim (split_d.py): a product has a power of two of columns (L2, L3).
 """
 

@@ -4,16 +4,17 @@ Every tile of keys adds to the dQ of the queries that see it, by TMA's reduction
 `count` key heads have an accumulator at a time, that of head % count. Later work tiles convert an earlier head's
 complete sums to dQ and clear its accumulator (`finish_partition`). Two counters for each key head order this:
 
-    added_ptr     + 1 when a work tile has added all it has to; at n_tiles the head's sums are complete
-    cleared_ptr   + 1 when a work tile has converted its share; at n_tiles the accumulator is free for head + count
+    added_ptr     counts work tiles that have added all they have to; at n_tiles the head's sums are complete
+    cleared_ptr   counts work tiles that have converted their share; at n_tiles the accumulator is free for head + count
 
 A work tile waits only for earlier ones, and programs start in the order of their numbers, so nothing can deadlock
 (L12).
 
 The order of the sum. In the default mode tiles are added as they come, and the last bits of dQ differ between runs. In
 deterministic mode `semaphore_ptr` counts the key tiles that have been added to each tile of queries, and a tile waits
-until all before it have: from the last keys that the queries see down to the first, or upwards where `descends` holds
-(`additions_before`). Each addition itself is that of one tile of 64 queries and all of its columns.
+until all before it have: from the last keys that the queries see down to the first, or from the first up where
+`descends` says that queries are taken from the last down (`additions_before`). An addition is two of TMA's, each of 64
+queries and one consumer's columns.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def finish_partition(
 
 @gluon.jit
 def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
-    """A work tile's share of the head `lag` before its own: some tiles of queries, in chunks of 16 columns, from the
-    order of `send_dq`. Returns the chunks read so far."""
+    """A work tile's share of the head issued `lag` heads before: some tiles of queries, in chunks of 16 columns, from
+    the order of `send_dq`. Returns the chunks read so far."""
     accum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask = args
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     ROWS: gl.constexpr = chunk_rows.block_shape[0]

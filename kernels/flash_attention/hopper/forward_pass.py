@@ -270,7 +270,7 @@ def store(
     work_tile, b, h, m0 = where
     row: gl.constexpr = row_max.type.layout
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
-        # NaN, and so is all that the work tile leaves behind until it is repeated.
+        # NaN in rows that overflew, and so are their out and LSE until the work tile is repeated.
         row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.overflown(outs, row_sum))
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
     excess = gl.convert_layout(gl.sum(excess, 1), row, assert_trivial=True)

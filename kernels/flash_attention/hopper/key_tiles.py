@@ -30,8 +30,8 @@ def locate(work_tile, scheduler, mask, CONFIG: gl.constexpr):
     """The tile of keys that a work tile is.
 
     Key tiles are issued in ascending order (under a causal mask the first keys have the most queries); in deterministic
-    mode in descending order, except where `descends`. With documents only the interleaved heads are sorted, longest
-    first; sorting all heads was slower (L9).
+    mode in descending order, except where queries are taken in descending order (`descends`). With documents only the
+    interleaved heads are sorted, longest first; sorting all heads was slower (L9).
     """
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     head, tile = tile_of(work_tile, scheduler, 1, CONFIG)

@@ -60,8 +60,7 @@ def _async_add(descriptor, coordinates, tile, _semantic=None):
     )
 
 
-# Named as in Triton 3.8 and later. Older ones have other names for three of them, and only the
-# instruction for the fourth.
+# Named as in Triton 3.8 and later. Older ones have other names, and for `async_add` the instruction alone.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 async_add = getattr(tma, "async_atomic_add", None) or _async_add
@@ -121,7 +120,7 @@ class NamedBarrierChannel:
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     read: gl.constexpr
-    """The first of STAGES named barriers."""
+    """The first of STAGES named barriers; such a barrier is the stage's `empty`."""
     threads: gl.constexpr
     """Of all consumers and the producer: a stage is free once all have come to its barrier."""
 

@@ -122,8 +122,8 @@ def outweighs(block, row_sum):
 
 @gluon.jit
 def rounding_excess(p, block, wanted):
-    """[64, 4]: by how much a block's weights, rounded as in `p`, sum to more than themselves, `block`, in each row; a
-    quarter of it for each thread. 0 where `wanted` is 0, which all threads of a warp agree on.
+    """[64, 4]: by how much a block's weights, rounded as in `p`, sum to more than themselves, `block`. A row's excess
+    is the sum over its four threads. 0 where `wanted` is 0, which all threads of a warp agree on.
 
     In PTX, since Gluon branches for a whole warp group and synchronises it first.
     """
@@ -164,7 +164,7 @@ def excess_of_rounding(n, is_bfloat16):
 def overflown(outs, row_sum):
     """[64, 4]: NaN where a thread holds an output of the row that is not finite, and 0 elsewhere.
 
-    Nearly no warp has to look: while a thread's sum is below 2^8, no output below 2^118 was ever beyond float32.
+    Nearly no warp has to look: while its four sums are below 2^8, values below 2^118 add up to less than float32 holds.
     """
     found = overflown_part(outs[0], row_sum)
     for i in gl.static_range(1, len(outs)):
