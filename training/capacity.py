@@ -14,7 +14,7 @@ from model.arithmetic import parameter_count
 from model.attention import choose_attention
 from model.attention.config import has_hopper_kernels
 from model.layer_memory import Workload
-from model.memory import GIB, predict, state_bytes
+from model.memory import GIB, MemoryPlan, moments, predict, state_bytes
 from model.precision_config import Float8Config
 
 from . import machine
@@ -35,6 +35,9 @@ REFUSED_ABOVE = 1.02
 """Fraction of a card from which on a run is refused: the prediction may be so much too high."""
 HOST_FILLS = 0.8
 """Fraction of the host's memory that may be pinned."""
+CPU_FILLS = 0.6
+"""Fraction of a CPU's memory that what is offered instead fills by prediction, which is a GPU's: steps on a CPU took up
+to 1.6 times as much."""
 ROW_STEP = 1024
 """Tokens in steps of which the longest row is looked for."""
 
@@ -143,7 +146,7 @@ def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfi
         taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
         return None if taken is None else taken.total
 
-    policies = candidates(work.model.n_kv_heads)
+    policies = on_device(work) if runtime.gpu is None else candidates(work.model.n_kv_heads)
     return cheapest(policies, lambda policy: fits(replace(work, memory=policy), limit), seconds)
 
 
@@ -207,8 +210,8 @@ def one_row(work: Workload, seq_len: int) -> Workload:
 def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
     """Refuse a run that will not fit; `check_memory=false` does not ask.
 
-    On a GPU the predicted peak of a step counts, on a CPU, whose kernels are not predicted, what is held from step to
-    step.
+    On a GPU the predicted peak of a step counts, on a CPU, whose kernels are not predicted, what is held while they
+    compute. Of the host's memory, what is kept there counts, and what checkpoints are copied to.
 
     Raises:
         ValueError: names what is needed, what there is, and what would fit.
@@ -219,29 +222,57 @@ def check_capacity(config: TrainConfig, runtime: Runtime) -> None:
     there = host_memory() if gpu is None else gpu.memory
     place = f"{'this machine' if gpu is None else gpu.name} has {(there or 0) / GIB:,.1f} GiB of memory"
     work = workload(config, runtime)
-    weights, gradients, moments = state_bytes(work)
+    weights, gradients, optimizer = state_bytes(work)
+    state = weights + gradients + optimizer
     is_here = gpu is None or not work.state_on_host
     # What could be halved is left to `remedy`, on a GPU.
-    least = weights + gradients + (moments if gpu is None else moments // 2)
-    least *= Launch.here().local_size if gpu is None else 1
+    least = cpu_bytes(config, work, state) if gpu is None else state - optimizer + optimizer // 2
     if is_here and there is not None and least > there and not (gpu and fits_in_shards(work, there)):
+        copied = "" if gpu else f", with the memory that checkpoints are copied to {least / GIB:,.0f} GiB"
         shape = ", ".join(f"model.{name}={getattr(config.model, name)}" for name in SHAPE)
         raise ValueError(
             f"model.name={config.model.name} ({shape}) has {parameter_count(config.model).total:.3g} parameters, whose "
-            f"weights, gradients and optimizer alone take {(weights + gradients + moments) / GIB:,.0f} GiB; {place}; "
+            f"weights, gradients and optimizer alone take {state / GIB:,.0f} GiB{copied}; {place}; "
             f"use a smaller one, such as model=tiny"
         )
     config = resolve_memory(config, runtime)
     work = workload(config, runtime)
     check_host(work, runtime)
-    if gpu is None or there is None or (needed := predict(work)).total <= REFUSED_ABOVE * there:
+    if there is None:
         return
+    if gpu is None:
+        needed = max(moments(work), key=held)
+        size, limit = cpu_bytes(config, work, held(needed)), CPU_FILLS * (there - snapshot_bytes(work))
+        if size <= there:
+            return
+        how, limit = "held, with the memory that checkpoints are copied to", limit / Launch.here().local_size
+    else:
+        needed = predict(work)
+        size, how, limit = needed.total, "predicted", AUTO_FILLS * there
+        if size <= REFUSED_ABOVE * there:
+            return
     raise ValueError(
-        f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {needed.total / GIB:,.0f} GiB "
-        f"(predicted, in {needed.moment}); {place}; use "
-        f"{'parallel=fsdp, ' if fits_in_shards(work, there) else ''}{remedy(config, runtime, AUTO_FILLS * there)}, "
+        f"{config.model.name} with {rows(config)} and {as_typed(config.memory)} needs {size / GIB:,.0f} GiB "
+        f"({how}, in {needed.moment}); {place}; use "
+        f"{'parallel=fsdp, ' if gpu and fits_in_shards(work, there) else ''}{remedy(config, runtime, limit)}, "
         f"or check_memory=false to try it all the same"
     )
+
+
+def held(plan: MemoryPlan) -> int:
+    """Bytes that are there at a moment of a step whatever computes it: all but what exists while a kernel runs."""
+    return plan.total - plan.layer - plan.loss
+
+
+def cpu_bytes(config: TrainConfig, work: Workload, of_step: int) -> int:
+    """Bytes that a CPU's processes come to hold, each of them so many in a step.
+
+    The memory that a checkpoint was copied to stays; when the last one is, the gradients are gone.
+    """
+    weights, _, optimizer = state_bytes(work)
+    local, saved = Launch.here().local_size, snapshot_bytes(work)
+    saves_before_the_end = 0 < config.checkpoint.every < config.plan.max_steps
+    return max(local * of_step + saved * saves_before_the_end, local * (weights + optimizer) + saved)
 
 
 def fits_in_shards(work: Workload, limit: float) -> bool:
@@ -250,35 +281,49 @@ def fits_in_shards(work: Workload, limit: float) -> bool:
     return work.shards < shards and not work.in_fp8 and predict(replace(work, shards=shards)).total <= limit
 
 
+def snapshot_bytes(work: Workload) -> int:
+    """Bytes of this node's host memory that a checkpoint is copied to: each rank writes its share of it."""
+    weights, _, optimizer = state_bytes(work)
+    return Launch.here().local_size * work.shards * (weights + optimizer) // work.ranks
+
+
 def host_bytes(work: Workload) -> tuple[int, int]:
-    """Bytes of the host's memory that layers keep their tensors in, and that a checkpoint is copied to."""
-    weights, _, moments = state_bytes(work)
-    return predict(work).host, weights + moments
+    """Bytes of this node's host memory that layers keep their tensors in, and that a checkpoint is copied to."""
+    return Launch.here().local_size * predict(work).host, snapshot_bytes(work)
 
 
 def check_host(work: Workload, runtime: Runtime) -> None:
-    """Refuse memory=offload where there is no GPU, and where the host's memory is too small for it.
+    """Refuse memory=offload where there is no GPU, and what the memory of a GPU's host is too small for.
 
     Raises:
         ValueError: names what is needed, what there is, and what to do instead.
     """
-    if not isinstance(work.memory, OffloadConfig):
-        return
+    offloads = isinstance(work.memory, OffloadConfig)
     if runtime.gpu is None:
-        raise ValueError(
-            "memory=offload moves tensors from a GPU to the host, and this run has no GPU; use memory=full"
-        )
+        if offloads:
+            raise ValueError(
+                "memory=offload moves tensors from a GPU to the host, and this run has no GPU; use memory=full"
+            )
+        return
     there, (pinned, saved) = host_memory(), host_bytes(work)
     if there is None or pinned + saved <= there:
         return
-    L = work.model.n_layers
-    fewer = (math.floor(100 * n / work.memory.of(L)) / 100 for n in range(work.memory.on_host(L) - 1, 0, -1))
-    policies = [replace(work.memory, host=fraction) for fraction in fewer if fraction > 0]
-    fits = [policy for policy in policies if sum(host_bytes(replace(work, memory=policy))) <= there]
+    copied = f"checkpoints are copied to {saved / GIB:,.1f} GiB of"
+    if isinstance(work.memory, OffloadConfig):
+        L = work.model.n_layers
+        fewer = (math.floor(100 * n / work.memory.of(L)) / 100 for n in range(work.memory.on_host(L) - 1, 0, -1))
+        policies = [replace(work.memory, host=fraction) for fraction in fewer if fraction > 0]
+        fits = [policy for policy in policies if sum(host_bytes(replace(work, memory=policy))) <= there]
+        who = f"memory=offload with memory.host={work.memory.host:g}"
+        instead = f"memory.host={fits[0].host:g}" if fits else "memory=full"
+    else:
+        who, instead = "parallel.offload=true", "parallel.offload=false"
+    if pinned:
+        needs = f"{who} keeps {pinned / GIB:,.1f} GiB in the host's memory, and {copied} it"
+    else:
+        needs, instead = f"{copied} the host's memory", "a smaller model="
     raise ValueError(
-        f"memory=offload with memory.host={work.memory.host:g} keeps {pinned / GIB:,.1f} GiB in the host's memory, and "
-        f"checkpoints are copied to {saved / GIB:,.1f} GiB of it; there are {there / GIB:,.1f} GiB; use "
-        f"{f'memory.host={fits[0].host:g}' if fits else 'memory=full'}, or check_memory=false to try it anyway"
+        f"{needs}; there are {there / GIB:,.1f} GiB; use {instead}, or check_memory=false to try it anyway"
     )
 
 

@@ -250,7 +250,7 @@ def test_what_will_not_fit_is_refused_with_what_does(
 
 
 def test_before_rows_are_shortened_numbers_are(on_card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "host_memory", lambda: 2**30)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 100 * GIB)  # for checkpoints, not for what layers keep
     long = ["model=llama-8b", "seq_len=131072", "memory=full", "check_memory=true"]
     for gib, words in ((139.8, ["precision=bf16-residual"]), (118, ["precision=bf16-residual", MOMENTS])):
         line = refused(*on_card(*long, gib=gib))
@@ -281,20 +281,42 @@ def test_a_model_that_no_machine_holds_is_refused_with_the_machines_memory(confi
     assert re.search(r"model\.dim=.* GiB; this machine has [\d.,]+ GiB of memory; use a smaller", line)
 
 
-def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state(
+def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state_and_of_what_checkpoints_are_copied_to(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adamw, muon = config(), config("optimizer=muon")
     matrices = 32 * 64 + 32 * 32 + 3 * 32 * 64  # of the layer: of these Muon keeps one moment, not two
     parameters = 2 * 300 * 32 + matrices + 3 * 32  # embeddings and head, one layer, norms
-    for chosen, needed in ((adamw, 16 * parameters), (muon, 16 * parameters - 4 * matrices)):
-        monkeypatch.setattr(capacity, "host_memory", lambda needed=needed: needed)
-        check_capacity(chosen, CPU)
+    adamw, muon = 12 * parameters, 12 * parameters - 4 * matrices
+    often, once = "checkpoint.every=1", "checkpoint.every=0"
+    for needed, *words in (
+        (4 * parameters + 2 * adamw, often),
+        (4 * parameters + 2 * muon, often, "optimizer=muon"),
+        (2 * adamw, once),  # by then the gradients are gone
+    ):
+        mine = config(*words, "max_steps=9", "seq_len=1", "batch_size=1")
         monkeypatch.setattr(capacity, "host_memory", lambda needed=needed: needed - 1)
-        assert "this machine has" in refused(chosen, CPU)
+        assert "alone take" in refused(mine, CPU)
+        monkeypatch.setattr(capacity, "host_memory", lambda needed=needed: 2 * needed)
+        check_capacity(mine, CPU)
 
 
-def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig) -> None:
+def test_on_a_cpu_rows_are_refused_whose_layers_keep_more_than_there_is(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = config("seq_len=65536", "batch_size=2", "attention=sdpa")
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2**28)
+    line = refused(long, CPU)
+    assert "2 rows of 65,536 tokens" in line
+    assert "this machine has 0.2 GiB" in line
+    words = line.partition("; use ")[2].partition(" (")[0].split()
+    assert not any("offload" in word for word in words), "there is no GPU"
+    check_capacity(config("seq_len=65536", "attention=sdpa", *words), CPU)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2**40)
+    check_capacity(long, CPU)
+
+
+def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "host_memory", lambda: None)
     check_capacity(config("model.dim=65536"), Runtime(Gpu("a card", (9, 0)), precision_named("bf16"), True))
 
 

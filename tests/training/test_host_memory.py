@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.activations_config import OffloadConfig
+from model.activations_config import FullConfig, OffloadConfig
 from model.memory import Workload
 from model.precision_config import precision_named
 from training import capacity
@@ -56,6 +56,33 @@ def test_the_fraction_that_is_offered_fits(work: Workload, monkeypatch: pytest.M
         check_host(work, H200)
     offered = float(str(raised.value).split("use memory.host=")[1].split(",")[0])
     check_host(replace(work, memory=OffloadConfig(host=offered)), H200)
+
+
+def test_each_process_of_a_node_pins_its_own_and_copies_its_share(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pinned, saved), two = host_bytes(work), replace(work, ranks=2)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert host_bytes(two) == (2 * pinned, saved)
+    monkeypatch.setattr(capacity, "host_memory", lambda: 2 * pinned + saved - 1)
+    with pytest.raises(ValueError, match=r"use memory\.host=0\.75"):
+        check_host(two, H200)
+
+
+def test_what_a_state_on_the_host_and_checkpoints_take_is_refused_too(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned, saved = host_bytes(offloaded := replace(work, memory=FullConfig(), state_on_host=True))
+    for there, mine, match in (
+        (pinned + saved, offloaded, r"parallel\.offload=true keeps .* use parallel\.offload=false"),
+        (saved, replace(work, memory=FullConfig()), r"checkpoints are copied to .* use a smaller model="),
+    ):
+        monkeypatch.setattr(capacity, "host_memory", lambda there=there: there)
+        check_host(mine, H200)
+        monkeypatch.setattr(capacity, "host_memory", lambda there=there: there - 1)
+        with pytest.raises(ValueError, match=match):
+            check_host(mine, H200)
 
 
 def test_without_a_gpu_it_is_refused_with_what_to_use(work: Workload) -> None:
