@@ -116,8 +116,9 @@ def _check_fits(config: TrainConfig, resume: str | None) -> None:
     goes_on = [*own, *(_checkpoints_at(resume) if resume else [])]
     begins_anew = _checkpoints_at(config.init_from) if config.init_from and not goes_on else []
     check_fits = fits.check_resume if goes_on else fits.check_init
-    if config.init_from and not goes_on and not begins_anew and fits.holds_weights(Path(config.init_from)):
-        fits.check_weights(Path(config.init_from), config)
+    if config.init_from and not goes_on and not begins_anew:
+        weights = Path(config.init_from)
+        (fits.check_file if weights.is_file() else fits.check_weights)(weights, config)
     for path in goes_on or begins_anew:
         with suppress(DamagedCheckpoint):
             check_fits(path, checkpoints.verify(path, only=[checkpoints.CONFIG, checkpoints.STATE]), config)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -31,6 +33,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not (values := read_json(folder / "config.json")):
         raise ValueError(f"{folder} has no config.json: name a folder that transformers' save_pretrained wrote")
     return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files with the weights: one, or those that an index names.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    places = read_json(folder / INDEX).get("weight_map")
+    files = [folder / name for name in (sorted(set(places.values())) if isinstance(places, dict) else [WEIGHTS])]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}: weights are read as safetensors only")
+    return files
 
 
 def read_separator(folder: Path) -> str | None:

@@ -10,9 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .folder import read_json, write_json
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+from .folder import INDEX, WEIGHTS, weight_files, write_json
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shard_bytes: int) -> int:
@@ -53,14 +51,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    places = read_json(folder / INDEX).get("weight_map")
-    files = sorted(set(places.values())) if isinstance(places, dict) else [WEIGHTS]
-    for name in files:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: weights are read as safetensors only")
+    for file in weight_files(folder):
         try:
-            with safe_open(str(folder / name), framework="pt") as opened:
+            with safe_open(str(file), framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     yield key, opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error

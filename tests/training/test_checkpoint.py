@@ -598,8 +598,29 @@ def test_a_new_run_begins_with_the_weights_of_another(
         assert trainer.run.progress.step == 0
         assert all(map(torch.equal, trainer.run.model.parameters(), old.run.model.parameters()))
         assert not trainer.run.optimizer.adamws[0].state
-    with pytest.raises(ValueError, match=r"does not fit: .* is \(300, 32\), not \(300, 64\)"):
-        fit(config("model.dim=64", f"init_from={origin / 'model.safetensors'}", f"run_dir={tmp_path / 'wide'}"))
+
+
+def test_weights_that_cannot_be_read_or_are_of_another_size_are_refused_before_anything_slow(
+    config: MakeConfig, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    origin, text, folder, missing = run(), tmp_path / "notes.txt", tmp_path / "folder", tmp_path / "missing"
+    for place in (folder, missing):
+        place.mkdir()
+        shutil.copy(origin / "config.yaml", place)
+    text.write_text("no weights")
+    (folder / "model.safetensors").write_text("no weights")
+    (missing / "config.json").write_text('{"model_type": "gpt2"}')
+    shutil.copy(origin / "model.safetensors", tmp_path / "weights")
+    for source, words, said in (
+        (text, [], "notes.txt cannot be read as safetensors: .*; name a run, a checkpoint or a model.safetensors"),
+        (folder, [], "folder/model.safetensors cannot be read as safetensors"),
+        (missing, [], "missing"),
+        (tmp_path / "weights", ["model.dim=64"], r"does not fit: it holds [\d,]+ parameters, and model.name=.* has"),
+    ):
+        with pytest.raises(ValueError, match=said) as refused:
+            check_run_folder(config(*words, f"init_from={source}", f"run_dir={tmp_path / 'new'}"))
+        assert "\n" not in str(refused.value)
+    check_run_folder(config(f"init_from={tmp_path / 'weights'}", f"run_dir={tmp_path / 'new'}"))
 
 
 @pytest.mark.parametrize(

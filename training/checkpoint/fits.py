@@ -5,13 +5,17 @@ Needs no torch, so that the answer comes before anything slow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from data.config import FileTokenizer
-from model.huggingface.folder import is_huggingface, read_settings
+from model.arithmetic import parameter_count
+from model.huggingface.folder import is_huggingface, read_settings, weight_files
 from model.huggingface.settings import understand
 from training.config import TrainConfig
 from training.config.saved import saved_settings, upgraded
@@ -98,12 +102,14 @@ def check_weights(path: Path, config: TrainConfig) -> list[str]:
     """`check_init` for a folder that `holds_weights`.
 
     Raises:
-        ValueError: also where this model cannot be what transformers describes.
+        ValueError: also where this model cannot be what transformers describes, and where weights cannot be read.
     """
     if is_huggingface(path):
         model: Any = asdict(understand(read_settings(path), str(path / "config.json")))
     else:
         model = (saved_settings(path) or {}).get("model")
+    for file in weight_files(path):
+        count_in(file)
     if not isinstance(model, dict):
         raise ValueError(f"{path / 'config.yaml'} does not say what model it is of; name another folder")
     before, changes = dict(flat(model, "model.")), []
@@ -114,6 +120,36 @@ def check_weights(path: Path, config: TrainConfig) -> list[str]:
         if old != new and key not in (*MAY_DIFFER, "model.name"):
             changes.append(f"{key} {old} → {new}")
     return changes
+
+
+def check_file(file: Path, config: TrainConfig) -> None:
+    """`check_init` for a safetensors file, which says how many parameters its model has, and no more.
+
+    Raises:
+        ValueError: also where it is none.
+    """
+    found, ours = count_in(file), parameter_count(config.model).total
+    if found != ours:
+        raise ValueError(
+            f"{file} does not fit: it holds {found:,} parameters, and model.name={config.model.name} has {ours:,}; "
+            f"choose the model that it is of"
+        )
+
+
+def count_in(file: Path) -> int:
+    """The numbers in a safetensors file, by its header.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"init_from: {file} cannot be read as safetensors: {why}; name a run, a checkpoint or a model.safetensors"
+        ) from error
 
 
 def differences(path: Path, config: TrainConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -29,11 +29,7 @@ def load_initial(weights: Weights, config: TrainConfig, tokenizer_sha256: str, n
     assert config.init_from is not None
     value, path = config.init_from, Path(config.init_from)
     if path.is_file():
-        try:
-            tensors = state.read_tensors(path)
-        except ValueError as error:
-            raise ValueError(f"init_from: {error}; name a run, a checkpoint or a model.safetensors") from error
-        _load(weights, tensors, path)
+        _load(weights, state.read_tensors(path), path)
         notify(f"init       weights of {path}; a file does not say whether its tokenizer is this run's")
         return
     if not is_checkpoint(path) and not candidates(path) and fits.holds_weights(path):
