@@ -43,23 +43,32 @@ def settings_of_job(composed: DictConfig, notify: Callable[[str], None] = lambda
 
     `python train.py run_dir=runs/x` goes on with what runs/x/config.yaml holds, `resume=runs/x` branches off with it;
     what is typed beside it is a change.
+
+    Raises:
+        ValueError: two lengths of the run were typed.
     """
     keys = typed_keys()
+    # An experiment's max_tokens is a default beside a max_steps that is typed.
+    if composed.get("max_steps") is not None and any(word.lstrip("+").startswith("max_tokens=") for word in typed()):
+        raise ValueError(
+            f"max_steps={composed.max_steps} and max_tokens={composed.max_tokens} are two lengths of one run; "
+            f"use max_steps=null, or leave out max_tokens"
+        )
     if not keys & {"run_dir", "resume"}:
         return composed
     composed = composed.copy()
-    typed = resolved(composed)
+    values = resolved(composed)
     saved, source = None, ""
     if "run_dir" in keys:
-        run_dir = expand_path(str(typed["run_dir"] or ""), "run_dir")
+        run_dir = expand_path(str(values["run_dir"] or ""), "run_dir")
         number = job_number()
         if sweep and number is not None and "run_dir" not in sweep.swept:
             composed.run_dir = run_dir
             run_dir = sweep.folder_for(number, run_dir, load_config(composed))
         composed.run_dir = run_dir
         saved, source = saved_settings(Path(run_dir)), run_dir
-    if saved is None and typed["resume"] not in ("auto", "none"):
-        source = expand_path(str(typed["resume"] or ""), "resume")
+    if saved is None and values["resume"] not in ("auto", "none"):
+        source = expand_path(str(values["resume"] or ""), "resume")
         saved = saved_settings(Path(source))
     if saved is None:
         return composed

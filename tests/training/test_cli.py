@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import train
-from training import cli, mistakes
+from training import cli, jobs, mistakes
 from training.config import Plan, load_config
 from training.facts import epochs
 from training.loggers import tensorboard
@@ -85,6 +85,28 @@ def test_overfit_reads_our_own_files_from_any_folder(composed: Composed, monkeyp
     monkeypatch.chdir("/")
     config = load_config(composed("experiment=overfit"))
     assert (Path(config.data.path) / "gpt.py").exists()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["max_steps=7", "experiment=overfit"])  # which has a max_steps
+def test_two_lengths_of_one_run_are_refused(composed: Composed, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    monkeypatch.setattr(jobs, "typed", lambda: [first, "max_tokens=1M"])
+    with pytest.raises(ValueError, match=r"max_steps=\d+ and max_tokens=1M are two lengths .* leave out max_tokens"):
+        jobs.settings_of_job(composed(*jobs.typed()))
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["max_steps=null", "max_tokens=1M"], None),
+        (["experiment=recall", "max_steps=7"], 7),  # whose max_tokens is a default
+        (["experiment=overfit", "max_tokens=1M", "max_steps=null"], None),
+    ],
+)
+def test_one_length_may_be_typed_over_another(
+    composed: Composed, monkeypatch: pytest.MonkeyPatch, words: list[str], steps: int | None
+) -> None:
+    monkeypatch.setattr(jobs, "typed", lambda: words)
+    assert jobs.settings_of_job(composed(*words)).max_steps == steps
 
 
 @pytest.mark.parametrize(("variable", "project"), [(None, "flash-gpt"), ("theirs", "theirs")])
