@@ -250,7 +250,7 @@ def markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any], args: argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = parser_of("bench_context", __doc__)
+    parser = parser_of("bench_context", __doc__, of_ranks=True)
     parser.add_argument("--methods", nargs="+", choices=CONTEXT_METHODS, default=CONTEXT_METHODS, help="default both")
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 131072], help="of each GPU")
     parser.add_argument("--heads", default="64:8", help="query:key/value heads")

@@ -11,6 +11,7 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
+from scripts.parser import refuse_ranks
 from training import cli
 from training.config import load_config
 
@@ -74,4 +75,5 @@ def histogram(lengths: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
+    refuse_ranks("inspect_data")
     cli.run(main)

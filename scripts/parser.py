@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from training.terminal import say_error
+from training.parallel.launch import Launch
+from training.terminal import tell
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,16 +16,31 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line, which says what to do instead."""
-        say_error(message)
+        tell(message)
         raise SystemExit(2)
 
 
-def parser_of(name: str, usage: str | None) -> Parser:
+def parser_of(name: str, usage: str | None, *, of_ranks: bool = False) -> Parser:
     """The parser of `python -m scripts.NAME`.
 
     Args:
         usage: its docstring.
+        of_ranks: whether several processes run the command together; otherwise they are refused.
     """
+    if not of_ranks:
+        refuse_ranks(name)
     return Parser(
         prog=f"python -m scripts.{name}", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def refuse_ranks(name: str) -> None:
+    """End with exit code 2 and one line where a launcher has started several processes of `scripts.NAME`."""
+    try:
+        size = Launch.here().size
+    except ValueError as error:
+        tell(str(error))
+        raise SystemExit(2) from error
+    if size > 1:
+        tell(f"scripts.{name} runs in one process, not in {size}; use python -m scripts.{name}, without torchrun")
+        raise SystemExit(2)

@@ -24,6 +24,7 @@ from model.activations_config import AutoConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.layer_memory import Workload
 from model.memory import GIB, predict
+from scripts.parser import refuse_ranks
 from training import cli, machine
 from training.capacity import (
     AUTO_FILLS,
@@ -257,5 +258,6 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    refuse_ranks("plan")
     take_cluster(sys.argv)
     cli.run(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from scripts.parser import refuse_ranks
 from training import cli
 from training.config import load_config
 
@@ -32,4 +33,5 @@ def prepare(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    refuse_ranks("prepare_data")
     cli.run(main)

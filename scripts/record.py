@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 
 from data import disk
 from training.hardware import describe_device, git_commit, versions
+from training.terminal import tell
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def stop(reason: str) -> NoReturn:
     """End with one line and exit code 2: this machine cannot run what was asked for."""
-    print(f"error: {reason}", file=sys.stderr)
+    tell(reason)
     raise SystemExit(2)
 
 

@@ -13,9 +13,7 @@ import gc
 import math
 import os
 import re
-import socket
 import sys
-import time
 from collections.abc import Callable
 from time import strftime
 from typing import Any, NoReturn
@@ -37,15 +35,13 @@ from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
 from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
 from .parallel.launch import speaks
-from .terminal import say, say_error
+from .terminal import say, say_error, tell
 from .usage import usage
 
 __all__ = ["CONFIGS", "job", "register_resolvers", "run", "say"]
 
 # A person who sets this wants tracebacks. It is set below in any case: otherwise Hydra prints errors itself.
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-LAUNCHER_SECONDS = 4.0
-"""In which torchrun or Slurm ends all processes of which one has failed."""
 FLAGS_WITH_VALUES: tuple[str, ...] = ("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name")
 FLAGS_WITH_VALUES += ("-cd", "--config-dir", "-i", "--info", "--experimental-rerun")
 
@@ -129,14 +125,6 @@ def job(task: Callable[[DictConfig], dict[str, float] | None], composed: DictCon
     if jobs.sweep and number is not None:
         jobs.sweep.record(number, jobs.typed(), code, summary)
     return (summary or {}).get(composed.get("optimized_metric") or "", math.inf)
-
-
-def tell(message: str) -> None:
-    """One line for an error. What is wrong on every rank the first one says: the launcher ends the others meanwhile."""
-    if not speaks():
-        time.sleep(LAUNCHER_SECONDS)
-        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
-    say_error(message)
 
 
 def register_resolvers() -> None:

@@ -6,12 +6,17 @@ import codecs
 import io
 import os
 import select
+import socket
 import sys
 import textwrap
+import time
 
 from data.live import LINE, columns_of
 
 from .parallel.launch import speaks
+
+LAUNCHER_SECONDS = 4.0
+"""In which torchrun or Slurm ends all processes of which one has failed."""
 
 # For streams that are not UTF-8: what our own lines have beyond ASCII, as it is typed.
 TYPED = {
@@ -116,3 +121,11 @@ def say_error(message: str) -> None:
     """One line on standard error."""
     line = f"error: {plain(' '.join(message.split()))}"
     print(folded(line, columns_of(sys.stderr)) if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def tell(message: str) -> None:
+    """One line for an error. What is wrong on every rank the first one says: the launcher ends the others meanwhile."""
+    if not speaks():
+        time.sleep(LAUNCHER_SECONDS)
+        message = f"rank {os.environ['RANK']} on {socket.gethostname()}: {message}"
+    say_error(message)

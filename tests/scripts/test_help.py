@@ -11,6 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from processes import LIMIT_S
 
+from scripts import parser
+from training import terminal
 from training.mistakes import CONFIGS, options
 from training.usage import usage
 
@@ -75,3 +77,33 @@ def test_an_option_that_a_script_does_not_have_is_refused_in_one_line(name: str)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"error: .+; python -m scripts\.{name}.* --help shows what there is\n", done.stderr)
+
+
+# ---- under a launcher of several processes
+
+
+@pytest.mark.parametrize(("rank", "before"), [(0, "error: "), (1, "error: rank 1 on ")])
+def test_a_script_of_one_process_is_refused_under_a_launcher_by_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, before: str
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(terminal.time, "sleep", waited.append)
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as ended:
+        parser.parser_of("report", "")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(before)
+    assert said.endswith(
+        "scripts.report runs in one process, not in 2; use python -m scripts.report, without torchrun\n"
+    )
+    assert len(waited) == rank, "by then the launcher has ended it"
+    parser.parser_of("bench_context", "", of_ranks=True)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_script_says_whether_it_is_one_of_several_processes(name: str) -> None:
+    files = [SCRIPTS / f"{name}.py", *(SCRIPTS / name).glob("*.py")]
+    text = "".join(file.read_text("utf-8") for file in files if file.exists())
+    assert re.search(rf'(parser_of|refuse_ranks)\("{name}', text)
