@@ -13,7 +13,6 @@ three steps on N GPUs must be those of one GPU with as many tokens a step.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,8 @@ from typing import Any
 
 from scripts.bench_training.ladder import CHECKED, MOST_CHECKED, TOLERANCES, complaint, profile_lines, reason, run
 from scripts.parser import parser_of
-from scripts.record import Panel, collect_facts, heading, line_chart, need_cuda, write, write_json
+from scripts.record import Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
 
-Row = dict[str, Any]
 BASE = "attention=flash tokenizer=bytes batch_size=1"
 LLAMA_1B = "model=llama-1b"
 WHOLE, PACKED = f"{LLAMA_1B} data.document_mask=false", f"{LLAMA_1B} data.document_mask=true"
@@ -88,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(f"{name:<28} {command(LINES[name], gpus)}" for gpus in args.gpus))
         return 0
     words = sys.argv[1:] if argv is None else argv
-    record = Record(args.out, collect_facts("bench_parallel", words, need_cuda("bench_parallel")))
+    record = record_at(args.out, collect_facts("bench_parallel", words, need_cuda("bench_parallel")))
     code = 0
     for name in args.lines:
         for gpus in args.gpus:
-            if gpus == 1 and record.alone(LINES[name]):
+            if gpus == 1 and alone(record.rows, LINES[name]):
                 continue  # another line's, too
             found = measure(LINES[name], gpus, checks=not args.no_check, profiles=args.profile and gpus > 1)
-            row = record.add({"line": name, **found})
-            print(cells(row, record.alone(LINES[name])), flush=True)
+            row = {"line": name, **found, "commit": record.facts["commit"]}
+            record.put(row)
+            print(cells(row, alone(record.rows, LINES[name])), flush=True)
             if "profile" in found:
                 print("\n".join(["", *profile_lines(found["profile"]), ""]), flush=True)
             code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
@@ -132,60 +131,43 @@ def command(line: Line, gpus: int) -> str:
     return shlex.join([*launcher, "train.py", *line.words(gpus)])
 
 
-class Record:
-    """What was measured so far; on disk after each run."""
+def record_at(out: Path | None, facts: dict[str, Any]) -> Record:
+    return Record(out, facts, ("line", "gpus"), list(LINES), markdown, chart)
 
-    def __init__(self, out: Path | None, facts: dict[str, Any]) -> None:
-        self.out, self.facts = out, facts
-        self.rows: dict[tuple[str, int], Row] = {}
-        if out is not None and (file := out.with_name(out.name + ".json")).exists():
-            self.rows = {(row["line"], row["gpus"]): row for row in json.loads(file.read_text("utf-8"))["rows"]}
 
-    def add(self, row: Row) -> Row:
-        row |= {"commit": self.facts["commit"]}
-        self.rows[row["line"], row["gpus"]] = row
-        if self.out is not None:
-            order = list(LINES)
-            rows = sorted(self.rows.values(), key=lambda row: (order.index(row["line"]), row["gpus"]))
-            write_json(self.out, self.facts, rows)
-            plot = f"{self.out.name}.svg"
-            if drawn := self.chart():
-                write(self.out.with_name(plot), drawn)
-            write(self.out.with_name(f"{self.out.name}.md"), self.markdown(rows, plot if drawn else None))
-        return row
+def alone(rows: Sequence[Row], line: Line) -> Row | None:
+    """What the line's command reached on one GPU, whichever line it was run for."""
+    return next((row for row in rows if row["command"] == command(line, 1) and not reason(row)), None)
 
-    def alone(self, line: Line) -> Row | None:
-        """What the line's command reached on one GPU, whichever line it was run for."""
-        rows = (row for row in self.rows.values() if row["command"] == command(line, 1) and not reason(row))
-        return next(rows, None)
 
-    def markdown(self, rows: Sequence[Row], plot: str | None) -> str:
-        lines = [*heading("One GPU and several", self.facts), EXPLANATION, ""]
-        several = (row for row in rows if row["gpus"] > 1 and not reason(row) and not row.get("checked"))
-        if unchecked := ", ".join(f"{row['line']} on {row['gpus']}" for row in several):
-            lines += [f"Not compared: {unchecked}.", ""]
-        if plot:
-            lines += [f"![{plot}]({plot})", ""]
-        lines += [HEAD, *(cells(row, self.alone(LINES[row["line"]])) for row in rows), "", "## Commands", ""]
-        lines += [f"- {row['line']}, commit {row['commit']}: `{row['command']}`" for row in rows]
-        for row in rows:
-            if found := row.get("profile"):
-                where = f"{row['line']}, rank 0 of {row['gpus']}"
-                lines += ["", f"## Where a step's time goes: {where}", "", *profile_lines(found)]
-        return "\n".join(lines) + "\n"
+def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None) -> str:
+    lines = [*heading("One GPU and several", facts), EXPLANATION, ""]
+    several = (row for row in rows if row["gpus"] > 1 and not reason(row) and not row.get("checked"))
+    if unchecked := ", ".join(f"{row['line']} on {row['gpus']}" for row in several):
+        lines += [f"Not compared: {unchecked}.", ""]
+    if plot:
+        lines += [f"![{plot}]({plot})", ""]
+    lines += [HEAD, *(cells(row, alone(rows, LINES[row["line"]])) for row in rows), "", "## Commands", ""]
+    lines += [f"- {row['line']}, commit {row['commit']}: `{row['command']}`" for row in rows]
+    for row in rows:
+        if found := row.get("profile"):
+            where = f"{row['line']}, rank 0 of {row['gpus']}"
+            lines += ["", f"## Where a step's time goes: {where}", "", *profile_lines(found)]
+    return "\n".join(lines) + "\n"
 
-    def chart(self) -> str | None:
-        """Of each line TFLOP/s of a GPU against the number of GPUs."""
-        series: dict[str, list[tuple[float, float]]] = {}
-        for name, line in LINES.items():
-            several = [row for row in self.rows.values() if row["line"] == name and row["gpus"] > 1]
-            points = [(row["gpus"], per_gpu(row)) for row in several if not reason(row)]
-            if points and (one := self.alone(line)):
-                series[name] = [(1, per_gpu(one)), *sorted(points)]
-        if not series:
-            return None
-        panel = Panel("of a GPU, by the number of GPUs", series)
-        return line_chart("One GPU and several", "TFLOP/s", [[panel]], list(series))
+
+def chart(rows: Sequence[Row]) -> str | None:
+    """Of each line TFLOP/s of a GPU against the number of GPUs."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name, line in LINES.items():
+        several = [row for row in rows if row["line"] == name and row["gpus"] > 1]
+        points = [(row["gpus"], per_gpu(row)) for row in several if not reason(row)]
+        if points and (one := alone(rows, line)):
+            series[name] = [(1, per_gpu(one)), *sorted(points)]
+    if not series:
+        return None
+    panel = Panel("of a GPU, by the number of GPUs", series)
+    return line_chart("One GPU and several", "TFLOP/s", [[panel]], list(series))
 
 
 def per_gpu(row: Row) -> float:
@@ -206,11 +188,11 @@ gradient norms of the first three steps of four layers were compared with those 
 "beside one GPU": TFLOP/s a GPU, divided by those of one GPU that trains its share of the tokens alone."""
 
 
-def cells(row: Row, alone: Row | None) -> str:
-    """A row of the table; `alone`: its line's on one GPU."""
+def cells(row: Row, one: Row | None) -> str:
+    """A row of the table; `one`: its line's on one GPU."""
     if why := reason(row):
         return f"| {row['line']} | {row['gpus']} | {why.replace('|', '/')} |{' |' * 6}"
-    beside = f"{100 * per_gpu(row) / per_gpu(alone):.1f} %" if alone and row["gpus"] > 1 else "–"
+    beside = f"{100 * per_gpu(row) / per_gpu(one):.1f} %" if one and row["gpus"] > 1 else "–"
     return (
         f"| {row['line']} | {row['gpus']} | {row['seq_len']:,} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} "
         f"| {per_gpu(row):.0f} | {beside} | {row['peak_allocated_gib']:.1f} | {row['predicted_gib']:.1f} |"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -62,6 +62,64 @@ def write(out: Path, text: str) -> None:
 
 def write_json(out: Path, facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     write(out.with_name(out.name + ".json"), json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+
+
+Row = dict[str, Any]
+
+
+class Record:
+    """Rows that are measured in several calls, on one kind of device; on disk after each.
+
+    Args:
+        out: for OUT.md, OUT.json and OUT.svg, whose rows are kept; None: nothing is read or written.
+        key: the entries of a row that name it; the first is one of `names`, in whose order rows are written.
+        page: rows, facts and the chart's file name, or None without one → OUT.md.
+        chart: rows → OUT.svg, or None where there is nothing to draw.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        facts: dict[str, Any],
+        key: tuple[str, ...],
+        names: Sequence[str],
+        page: Callable[[Sequence[Row], dict[str, Any], str | None], str],
+        chart: Callable[[Sequence[Row]], str | None],
+    ) -> None:
+        self.out, self.facts, self.key, self.names, self.page, self.chart = out, facts, key, list(names), page, chart
+        self._rows: dict[tuple[Any, ...], Row] = {}
+        if out is not None and (file := out.with_name(out.name + ".json")).exists():
+            before = json.loads(file.read_text("utf-8"))
+            if before["facts"]["device"]["name"] != facts["device"]["name"]:
+                stop(f"{file} is of another device, {before['facts']['device']['name']}; choose another --out")
+            self._rows = {self._key(row): row for row in before["rows"]}
+
+    def _key(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.key)
+
+    @property
+    def rows(self) -> list[Row]:
+        """In the order of their names; those that have none any more come first."""
+
+        def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self.names.index(key[0]) if key[0] in self.names else -1, *key[1:])
+
+        return [self._rows[key] for key in sorted(self._rows, key=place)]
+
+    def row(self, *key: Any) -> Row:
+        """The row of this key; an empty one where there is none."""
+        return self._rows.get(key, {})
+
+    def put(self, row: Row) -> None:
+        """In the place of the row with its key."""
+        self._rows[self._key(row)] = row
+        if self.out is None:
+            return
+        rows, plot = self.rows, f"{self.out.name}.svg"
+        write_json(self.out, self.facts, rows)
+        if drawn := self.chart(rows):
+            write(self.out.with_name(plot), drawn)
+        write(self.out.with_name(f"{self.out.name}.md"), self.page(rows, self.facts, plot if drawn else None))
 
 
 class Panel(NamedTuple):

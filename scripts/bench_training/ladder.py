@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.parser import parser_of
-from scripts.record import ROOT, Panel, collect_facts, heading, line_chart, need_cuda, stop, write, write_json
+from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
 from training.config.numbers import whole_number
 
 from .rungs import RUNGS, Rung
 
-Row = dict[str, Any]
 MOST_CHECKED = 16384
 CHECKED = ["model.n_layers=4", "max_steps=3", "log_every=1", "learning_rate=1e-4"]  # at which no loss jumps
 CHECKED_AT_ONCE = 6
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
 
 def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Namespace) -> int:
     """Measure these rungs; exit code 1 where one is wrong or failed."""
-    record = Record(args.out, facts)
+    record = Record(args.out, facts, ("rung",), list(RUNGS), markdown, chart)
     settings = {name: [*rung.words, *args.set] for name, rung in chosen.items()}
     complaints = {} if args.no_check else complaints_about(settings)
     code = 0
@@ -80,9 +79,10 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
         found |= {"command": command(rung, args.set), "checked": name in complaints}
         if "profile" in found:
             print("\n".join([name, "", *profile_lines(found["profile"])]), flush=True)
-            record.add_profile(name, found["profile"])
+            record.put({"rung": name, **record.row(name), "profile": {**found["profile"], **stamp(facts)}})
         else:
-            record.add(name, found)
+            before = {key: value for key, value in record.row(name).items() if key == "profile"}
+            record.put({"rung": name, **before, **found, **stamp(facts)})
             print(cells({"rung": name, **found}), flush=True)
         code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
     return code
@@ -161,42 +161,8 @@ def reason(row: Row) -> str | None:
     return next((f"{kind.replace('_', ' ')}: {row[kind]}" for kind in kinds if kind in row), None)
 
 
-class Record:
-    """The rungs measured so far, on one kind of GPU; on disk after each."""
-
-    def __init__(self, out: Path | None, facts: dict[str, Any]) -> None:
-        self.out, self.facts = out, facts
-        self.rows: dict[str, Row] = {}
-        if out is not None and (file := out.with_name(out.name + ".json")).exists():
-            before = json.loads(file.read_text("utf-8"))
-            if before["facts"]["device"]["name"] != facts["device"]["name"]:
-                stop(f"{file} is of another device, {before['facts']['device']['name']}; choose another --out")
-            self.rows = {row["rung"]: row for row in before["rows"]}
-
-    def add(self, name: str, found: Row) -> None:
-        """In place of what the rung has, but for its profile."""
-        profile = {"profile": self.rows[name]["profile"]} if "profile" in self.rows.get(name, {}) else {}
-        self.rows[name] = {"rung": name, **profile, **found, **self._stamp()}
-        self._write()
-
-    def add_profile(self, name: str, profile: dict[str, Any]) -> None:
-        """Beside the figures that the rung has."""
-        self.rows[name] = {"rung": name, **self.rows.get(name, {}), "profile": {**profile, **self._stamp()}}
-        self._write()
-
-    def _stamp(self) -> dict[str, Any]:
-        return {"commit": self.facts["commit"], "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
-
-    def _write(self) -> None:
-        if self.out is None:
-            return
-        order = list(RUNGS)
-        rows = sorted(self.rows.values(), key=lambda row: order.index(row["rung"]) if row["rung"] in order else -1)
-        write_json(self.out, self.facts, rows)
-        plot = f"{self.out.name}.svg"
-        if drawn := chart(rows):
-            write(self.out.with_name(plot), drawn)
-        write(self.out.with_name(f"{self.out.name}.md"), markdown(rows, self.facts, plot if drawn else None))
+def stamp(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"commit": facts["commit"], "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
 
 
 EXPLANATION = """\

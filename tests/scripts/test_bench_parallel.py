@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from scripts import bench_parallel
-from scripts.bench_parallel import LINES, Line, Record, cells, command, difference, main
+from scripts.bench_parallel import LINES, Line, cells, command, difference, main, record_at
 from scripts.settings import train_config
 
 FACTS = {"device": {"name": "CARD"}, "versions": {"torch": "2.13"}, "commit": "abc", "command": "run"}
@@ -27,22 +27,22 @@ def test_every_line_is_a_run_on_one_gpu_and_on_several(name: str, monkeypatch: p
 
 def measured(line: str, gpus: int, tflops: float) -> dict[str, Any]:
     return {
-        "line": line, "gpus": gpus, "command": command(LINES[line], gpus), "seq_len": 16384, "tokens_per_second": 1e5,
-        "step_s": 0.5, "attended_tflops": tflops, "peak_allocated_gib": 30.0, "predicted_gib": 31.0,
+        "line": line, "gpus": gpus, "commit": "abc", "command": command(LINES[line], gpus), "seq_len": 16384,
+        "tokens_per_second": 1e5, "step_s": 0.5, "attended_tflops": tflops, "peak_allocated_gib": 30.0, "predicted_gib": 31.0,
     }  # fmt: skip
 
 
 def test_a_line_is_held_against_one_gpu_whichever_line_that_ran_for(tmp_path: Path) -> None:
-    record = Record(tmp_path / "out", FACTS)
-    record.add(measured("data", 1, 500.0))
-    record.add(measured("fsdp", 2, 960.0))  # of two GPUs, whose one is the same command
-    record.add({"line": "data", "gpus": 4, "command": "c", "failed": "a rank | died"})
+    record = record_at(tmp_path / "out", FACTS)
+    record.put(measured("data", 1, 500.0))
+    record.put(measured("fsdp", 2, 960.0))  # of two GPUs, whose one is the same command
+    record.put({"commit": "abc", "line": "data", "gpus": 4, "command": "c", "failed": "a rank | died"})
     text = (tmp_path / "out.md").read_text()
     assert "| fsdp | 2 | 16,384 | 100,000 | 0.500 | 480 | 96.0 % | 30.0 | 31.0 |" in text
     assert "| data | 4 | failed: a rank / died |" in text
     assert "CARD" in text
     assert (tmp_path / "out.svg").exists()
-    again = Record(tmp_path / "out", FACTS)
+    again = record_at(tmp_path / "out", FACTS)
     assert again.rows == record.rows
     assert [row["line"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["data", "data", "fsdp"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -70,3 +71,35 @@ def test_the_y_axis_has_round_steps_and_not_too_many(highest: float, labels: lis
     shown = [text.text for text in root.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
     assert [shown[0], shown[1], shown[-1]] == labels
     assert len(shown) <= record.MOST_STEPS + 1
+
+
+def test_a_record_keeps_what_it_has_in_the_order_of_the_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, out = {"device": {"name": "CARD"}}, tmp_path / "out"
+
+    def opened(facts: dict[str, Any], out: Path | None = out) -> record.Record:
+        page, chart = (
+            (lambda rows, facts, plot: f"{len(rows)} rows, {plot}\n"),
+            (lambda rows: "<svg/>" if rows[1:] else None),
+        )
+        return record.Record(out, facts, ("line", "gpus"), ["first", "second"], page, chart)
+
+    first = opened(facts)
+    first.put({"line": "second", "gpus": 2, "s": 1.0})
+    assert (out.with_suffix(".md").read_text(), out.with_suffix(".svg").exists()) == ("1 rows, None\n", False)
+    again = opened(facts)
+    for row in (("gone", 1), ("second", 1), ("first", 2), ("second", 2)):
+        again.put({"line": row[0], "gpus": row[1], "s": 2.0})
+    assert [(row["line"], row["gpus"]) for row in again.rows] == [
+        ("gone", 1), ("first", 2), ("second", 1), ("second", 2)
+    ]  # fmt: skip
+    assert again.row("second", 2)["s"] == 2.0, "in the place of the first"
+    assert again.row("second", 3) == {}
+    assert out.with_suffix(".md").read_text() == "4 rows, out.svg\n"
+    assert opened(facts).rows == again.rows
+    with pytest.raises(SystemExit):
+        opened({"device": {"name": "OTHER"}})
+    assert "is of another device, CARD; choose another --out" in capsys.readouterr().err
+    opened(facts, None).put({"line": "first", "gpus": 1})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.json", "out.md", "out.svg"]
