@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from .arithmetic import score_bytes
+from .compile_unit import compile_unit
 from .config import ModelConfig
 
 FLOAT32 = 4
@@ -74,8 +75,8 @@ class Workload:
 
     @property
     def is_one_graph(self) -> bool:
-        """Whether training sees the model as one compiled graph, and not blocks one by one, as `assemble` chooses."""
-        return self.compiled and not isinstance(self.memory, FullConfig) and not self.is_sharded
+        """Whether training sees the model as one compiled graph, and not blocks one by one."""
+        return self.compiled and compile_unit(self.memory, self.is_sharded) == "model"
 
 
 def kept_bytes(work: Workload, layer: int) -> int:

@@ -86,13 +86,13 @@ def in_a_process(unit: str, run_dir: str, cache: str, overrides: list[str]) -> d
 
 def measured(unit: str, overrides: list[str]) -> dict[str, float]:
     """One run in this process."""
-    from training import assemble
+    from model import compile_unit
     from training.loggers.jsonl import read_metrics
     from training.services.first_step import compile_seconds
     from training.trainer import Trainer
 
     config = train_config(overrides)
-    assemble.COMPILE_UNIT = unit
+    compile_unit.COMPILE_UNIT = unit
     trainer = Trainer(config, lambda line: None)
     trainer.fit()
     rows = [row for row in read_metrics(trainer.run.folder / "metrics.jsonl") if "train/loss" in row]

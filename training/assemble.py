@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from model import activations, float8
-from model.activations_config import FullConfig, MemoryConfig
+from model.activations_config import MemoryConfig
 from model.attention.base import AttentionBackend
+from model.compile_unit import compile_unit
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.linear import keep_working_copies, refresh
@@ -14,11 +15,6 @@ from model.precision_config import Float8Config, PrecisionConfig
 
 from .parallel.config import FsdpConfig, ParallelConfig
 from .parallel.world import World
-
-COMPILE_UNIT = "model"
-"""What torch.compile sees at a time, "model" or "block". Blocks start sooner and step slower, by 4 to 13 %
-(docs/benchmarks/compile-unit-h200.md, by `scripts.bench_compile`). With parallel=data, gradients of one block are sent
-while others compute. On two GPUs that gains less: llama-1b at 16k took 0.357 s a step as one graph, 0.365 by block."""
 
 
 def assemble(
@@ -40,7 +36,7 @@ def assemble(
     """A model on the world's device, with the weights of a seed; a checkpoint's weights are loaded over them.
 
     Args:
-        unit: of compilation, see `GPT.compile`; None: COMPILE_UNIT, or blocks where those are executed one by one.
+        unit: of compilation, see `GPT.compile`; None: `compile_unit`.
         memory: what blocks keep for the backward pass, see `model.activations`; None: everything.
         parallel: how its parameters are spread over the world; None: every rank has all.
         residual_dtype: of the residual stream; None: float32.
@@ -62,13 +58,14 @@ def assemble(
     if isinstance(precision, Float8Config):
         float8.convert(model, precision, compile)
     # 3. What blocks keep for the backward pass.
-    activations.apply(model, memory or MemoryConfig())
+    memory = memory or MemoryConfig()
+    activations.apply(model, memory)
     # 4. Compilation.
     if compile:
         # What earlier jobs of a sweep compiled would count against the limit on versions of one function, and the fifth
         # job would run uncompiled.
         torch.compiler.reset()
-        model.compile(unit or ("block" if sharded or isinstance(memory, FullConfig) else COMPILE_UNIT))
+        model.compile(unit or compile_unit(memory, is_sharded=sharded is not None))
     # 5. Sharding, whose hooks surround what is compiled.
     if sharded:
         from .parallel import fsdp

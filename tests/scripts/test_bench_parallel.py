@@ -28,7 +28,8 @@ def test_every_line_is_a_run_on_one_gpu_and_on_several(name: str, monkeypatch: p
 def measured(line: str, gpus: int, tflops: float) -> dict[str, Any]:
     return {
         "line": line, "gpus": gpus, "commit": "abc", "command": command(LINES[line], gpus), "seq_len": 16384,
-        "tokens_per_second": 1e5, "step_s": 0.5, "attended_tflops": tflops, "peak_allocated_gib": 30.0, "predicted_gib": 31.0,
+        "tokens_per_second": 1e5, "step_s": 0.5, "attended_tflops": tflops,
+        "peak_allocated_gib": 30.0, "predicted_gib": 31.0,
     }  # fmt: skip
 
 

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from data import disk
+from model import compile_unit
+from model.activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.layer_memory import Workload
 from training.assemble import assemble
 from training.checkpoint import folder as checkpoints
 from training.checkpoint import state
@@ -196,6 +199,18 @@ def test_each_job_of_a_long_sweep_is_compiled(monkeypatch: pytest.MonkeyPatch, u
         assembled = assemble(model, attention, World(torch.device("cpu")), seed=0, compile=True, unit=unit)
         assembled(tokens, tokens).backward()
     assert [counter.frame_count for counter in counters] == [1 if unit == "model" else 2] * 10
+
+
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_the_plan_counts_with_the_unit_that_is_compiled(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    monkeypatch.setattr(compile_unit, "COMPILE_UNIT", unit)
+    compiled: list[str] = []
+    monkeypatch.setattr(GPT, "compile", lambda model, unit: compiled.append(unit))
+    attention = build_attention(AttentionConfig("math"), AttentionSpec(4, 2, 8, 16, "float32"))
+    for memory in (MemoryConfig(), SelectiveConfig(), FullConfig()):
+        assemble(MODELS[0], attention, World(torch.device("cpu")), seed=0, compile=True, memory=memory)
+        assert Workload(MODELS[0], memory, 1, 16).is_one_graph == (compiled[-1] == "model")
+    assert compiled == [unit, unit, "block"]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
