@@ -54,7 +54,6 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     Returns:
         seconds: of each kind, and "idle", in which nothing of them ran; "communication" where there is any. It
             and copies beside other kernels count in full, so the sum may be more than the span.
-        exposed: seconds in which only communication ran, and only copies.
         shares: of the span, with each moment counted once (see `BESIDE`): their sum is 1.
         longest: (name, kind, seconds, calls) of the kernels that took most.
     """
@@ -81,10 +80,14 @@ def summary(events: Iterable[Event], span: float) -> dict[str, Any]:
     return {
         "span": span,
         "seconds": {**by_kind, "idle": idle},
-        "exposed": {kind: once[kind] for kind in beside},
         "shares": {kind: seconds / span for kind, seconds in {**once, "idle": idle}.items()} if span else {},
         "longest": longest,
     }
+
+
+def exposed(found: Mapping[str, Any]) -> dict[str, float]:
+    """Of a summary the seconds in which only communication ran, and only copies."""
+    return {kind: found["shares"][kind] * found["span"] for kind in BESIDE if kind in found["shares"]}
 
 
 def covered(events: Iterable[Event]) -> float:

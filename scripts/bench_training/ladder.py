@@ -30,6 +30,7 @@ from typing import Any
 from scripts.parser import parser_of
 from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
 from training.config.numbers import whole_number
+from training.profiled import exposed
 
 from .rungs import RUNGS, Rung
 
@@ -231,7 +232,7 @@ def profile_lines(found: Mapping[str, Any]) -> list[str]:
     for kind, seconds in found["seconds"].items():
         if seconds:
             lines.append(f"| {kind} | {seconds:.3f} | {100 * seconds / found['span']:.1f} % |")
-    alone = [f"for {seconds:.3f} s nothing but {kind}" for kind, seconds in found["exposed"].items() if seconds]
+    alone = [f"for {seconds:.3f} s nothing but {kind}" for kind, seconds in exposed(found).items() if seconds]
     lines += ["", "; ".join([f"The step takes {found['span']:.3f} s", *alone]) + ".", ""]
     for name, kind, seconds, calls in found["longest"]:
         lines.append(f"- {seconds:.3f} s, {calls:,} calls, {kind}: `{name}`")
