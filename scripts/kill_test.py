@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from scripts.parser import parser_of
 from scripts.record import ROOT, collect_facts
 from training.checkpoint import folder as checkpoints
 from training.loggers.jsonl import read_metrics
+from training.parallel.launch import local_launch
 
 SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
 SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
@@ -123,18 +123,9 @@ def start(run: Path, settings: list[str], ranks: int) -> list[subprocess.Popen[b
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"run_dir={run}"]
     if ranks == 1:
         return [subprocess.Popen(command, stdout=subprocess.DEVNULL)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    world |= {"OMP_NUM_THREADS": "1"}
     return [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(ranks)
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **world})
+        for world in local_launch(ranks)
     ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from training.parallel.launch import local_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 # For whatever should end by itself: so long only if it hangs. No test depends on how fast the machine is.
@@ -29,29 +30,25 @@ def wait_until(event: Callable[[], bool], process: subprocess.Popen[str] | None 
         time.sleep(0.02)
 
 
-def environment_of_ranks(size: int) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
-    common |= {"LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    return common | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as train.py sets it before PyTorch loads
+def environments(size: int) -> list[dict[str, str]]:
+    """Of the ranks of a run on this machine."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    more = {"PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as train.py sets it before PyTorch loads
+    return [{**os.environ, **world, **more} for world in local_launch(size)]
 
 
 def start_ranks(command: Sequence[str], size: int) -> list[subprocess.Popen[str]]:
     """Begin a Python command on `size` ranks of this machine; all that each says comes through one pipe."""
-    common = environment_of_ranks(size)
     return [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(size)
+        for environment in environments(size)
     ]
 
 
@@ -70,6 +67,6 @@ def fork_ranks(program: Sequence[str], size: int) -> None:
     command = [sys.executable, "tests/forked.py", *program]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment_of_ranks(size), text=True, timeout=LIMIT_S, check=False, **streams
+        command, cwd=ROOT, env=environments(size)[0], text=True, timeout=LIMIT_S, check=False, **streams
     )
     assert done.returncode == 0, done.stdout

@@ -12,6 +12,7 @@ from model.precision_config import Float8Config, precision_named
 from training import runtime as runtime_module
 from training.config import TrainConfig
 from training.machine import Gpu
+from training.parallel.launch import Launch, local_launch
 from training.runtime import Runtime, attention_for, attention_spec, resolve_runtime
 
 CPU = Runtime(None, precision_named("fp32"), False)
@@ -116,6 +117,15 @@ def test_more_processes_than_gpus_are_refused(config: MakeConfig, monkeypatch: p
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"4 processes want a GPU each .* offers 2; use torchrun --nproc-per-node=2"):
         resolve_runtime(config("device=cuda"))
+
+
+def test_what_is_set_for_ranks_of_this_machine_is_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = local_launch(3)
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 1
+    for rank, environment in enumerate(environments):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert Launch.here() == Launch(rank, 3, rank, 3, is_launched=True)
 
 
 def test_autocast_is_on_for_bf16_alone() -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -74,18 +73,16 @@ def make_trouble(what: str, phase: str, at: int) -> None:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": SIZE, "LOCAL_WORLD_SIZE": SIZE, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    from training.parallel.launch import local_launch
+
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
         ranks = []
-        for rank in range(SIZE):
+        for rank, world in enumerate(local_launch(SIZE)):
             if (process := os.fork()) == 0:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
-                os.environ |= {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                os.environ |= world
                 code = 1
                 try:
                     if rank == case["rank"]:

@@ -4,6 +4,7 @@ environment. No torch here."""
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 
@@ -41,6 +42,19 @@ class Launch:
 def speaks() -> bool:
     """Whether this process is the one of several that says what all know."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def local_launch(size: int) -> list[dict[str, str]]:
+    """What a launcher would add to the environment of each of `size` processes on this machine, by rank.
+
+    They meet at a port that is free now, and each has one thread, as torchrun gives it.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def _number(name: str, default: int) -> int:
