@@ -33,6 +33,16 @@ def _program(n_tiles, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _queries(S, H: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr):
+    """Of a program that has M queries of one head: the head among all, its batch and number there, the first query and
+    all M; see `_program`."""
+    tile, head = _program(tl.cdiv(S, M), WIDTH)
+    b, h = head // H, head % H
+    m0 = tile * M
+    return head, b, h, m0, m0 + tl.arange(0, M)
+
+
+@triton.jit
 def _load(x, b, h, row, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, kept=None):
     """[ROWS, D]: rows from `row` on of head h of batch b; 0 past the last row and past HEAD_DIM.
 
@@ -143,10 +153,7 @@ def forward_kernel(
     SINKS: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of M queries of one head."""
-    tile, head = _program(tl.cdiv(S, M), GROUP)
-    b, h = head // H, head % H
-    m0 = tile * M
-    m = m0 + tl.arange(0, M)
+    head, b, h, m0, m = _queries(S, H, M, GROUP)
     first, end, some_from, some_to, full_from, full_to = _keys_of_tile(
         starts_ptr, ends_ptr, b, m0, S, S_k, window, M, CAUSAL, WINDOW, STARTS, ENDS
     )
@@ -200,10 +207,7 @@ def delta_kernel(
     H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, DLSE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """delta = Σ out · dout − dlse of M queries of one head: what p · (dp − delta) needs of a row's other keys."""
-    tile, head = _program(tl.cdiv(S, M), 1)
-    b, h = head // H, head % H
-    m0 = tile * M
-    m = m0 + tl.arange(0, M)
+    head, b, h, m0, m = _queries(S, H, M, 1)
     out = _load(out_rows, b, h, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
     dout = _load(dout_rows, b, h, m0, M, D, HEAD_DIM, TMA).to(tl.float32)
     delta = tl.sum(out * dout, 1)
@@ -223,10 +227,7 @@ def dq_kernel(
     ALIBI: tl.constexpr, DSLOPES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ of M queries of one head; with DSLOPES also each query's part of the gradient of the head's slope."""
-    tile, head = _program(tl.cdiv(S, M), GROUP)
-    b, h = head // H, head % H
-    m0 = tile * M
-    m = m0 + tl.arange(0, M)
+    head, b, h, m0, m = _queries(S, H, M, GROUP)
     first, end, some_from, some_to, full_from, full_to = _keys_of_tile(
         starts_ptr, ends_ptr, b, m0, S, S_k, window, M, CAUSAL, WINDOW, STARTS, ENDS
     )
