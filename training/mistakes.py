@@ -49,6 +49,8 @@ def explain(error: Exception) -> str:
     for word in sys.argv[1:]:
         if re.match(r"[+~]*(=|$)", word):
             return f"cannot read the command: {word} names nothing; write key=value"
+        if "=" not in word and not word.startswith("-") and Path(word).exists():
+            return f"cannot read the command: {word} is no setting; run_dir={word} goes on with a run"
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
         return f"{several[1]} is several values; add -m to run each in turn (a list: [a,b]; one text: \"'a,b'\")"
@@ -70,7 +72,8 @@ def explain(error: Exception) -> str:
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, OverrideParseException):
         first = first.removeprefix("LexerNoViableAltException: ")
-        return f"cannot read the command: {first}; write key=value, and special characters in two quotes: \"key='a b'\""
+        where = "the command" if error.override is None or error.override in first else error.override
+        return f"cannot read {where}: {first}; write key=value, and special characters in two quotes: \"key='a b'\""
     return first
 
 

@@ -62,6 +62,8 @@ def test_words_are_made_what_hydras_grammar_takes(monkeypatch: pytest.MonkeyPatc
         ("attention=flsh", "did you mean flash?"),
         ("model='${x}'", "model='${x}' is not possible; use gpt2-1.5b"),
         ("hidden_size=64", "hidden_size is not a setting; did you mean model.dim?"),
+        ("/dev/null", "/dev/null is no setting; run_dir=/dev/null goes on with a run"),
+        ("run_dir=a=b", "cannot read run_dir=a=b: mismatched input"),
         ("epochs=3", "epochs is not a setting; use max_steps or max_tokens"),
         ("data.block_size=3", "data.block_size is not a setting; did you mean seq_len?"),
     ],
