@@ -628,6 +628,7 @@ def test_weights_that_cannot_be_read_or_are_of_another_size_are_refused_before_a
     [
         (["model.dim=64"], "model.dim=64 does not fit .*, which was trained with model.dim=32"),
         (["model.vocab_size=310"], "model.vocab_size=310 does not fit"),
+        (["model.dim=64", "model.vocab_size=310"], r"; use (?=.*model\.dim=32)(?=.*model\.vocab_size=300)"),
         # The same shapes: only the configuration tells 4 heads of 8 from 2 of 16.
         (["model.n_heads=4", "model.n_kv_heads=2"], "model.head_dim=8 does not fit"),
     ],

@@ -87,9 +87,7 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
 def check_init(path: Path, manifest: Manifest, config: TrainConfig) -> list[str]:
     """The same for a new run that begins with the weights: returns how the model differs, raises where it must not."""
     differing = [difference for difference in differences(path, config) if difference[0].startswith("model.")]
-    for key, old, new in differing:
-        if key in ARCHITECTURE:
-            raise ValueError(_does_not_fit(path, key, old, new))
+    _check_architecture(path, differing)
     return [f"{key} {old} → {new}" for key, old, new in differing if key not in (*MAY_DIFFER, "model.name")]
 
 
@@ -112,14 +110,10 @@ def check_weights(path: Path, config: TrainConfig) -> list[str]:
         count_in(file)
     if not isinstance(model, dict):
         raise ValueError(f"{path / 'config.yaml'} does not say what model it is of; name another folder")
-    before, changes = dict(flat(model, "model.")), []
-    for key, new in flat(asdict(config.model), "model."):
-        old = before.get(key, new)
-        if old != new and key in ARCHITECTURE:
-            raise ValueError(_does_not_fit(path, key, old, new))
-        if old != new and key not in (*MAY_DIFFER, "model.name"):
-            changes.append(f"{key} {old} → {new}")
-    return changes
+    before, now = dict(flat(model, "model.")), flat(asdict(config.model), "model.")
+    differing = [(key, before[key], new) for key, new in now if key in before and before[key] != new]
+    _check_architecture(path, differing)
+    return [f"{key} {old} → {new}" for key, old, new in differing if key not in (*MAY_DIFFER, "model.name")]
 
 
 def check_file(file: Path, config: TrainConfig) -> None:
@@ -228,6 +222,16 @@ def check_tokenizer(path: Path, config: TrainConfig, saved: Any, ours: str) -> N
 
 def _among(key: str, fields: tuple[str, ...]) -> bool:
     return any(key == field or key.startswith(f"{field}.") for field in fields)
+
+
+def _check_architecture(path: Path, differing: list[tuple[str, Any, Any]]) -> None:
+    """Raises ValueError with the first setting of the architecture that differs, and all that are to be typed."""
+    found = [difference for difference in differing if difference[0] in ARCHITECTURE]
+    if found:
+        typed = {None: "null", True: "true", False: "false"}
+        words = [f"{key}={typed[old] if old is None or isinstance(old, bool) else old}" for key, old, _ in found]
+        instead = "that" if len(words) == 1 else " ".join(words)
+        raise ValueError(_does_not_fit(path, *found[0]).removesuffix("that") + instead)
 
 
 def _does_not_fit(path: Path, key: str, old: Any, new: Any) -> str:
