@@ -31,6 +31,8 @@ from training.capacity import (
     as_typed,
     candidates,
     choose_policy,
+    host_bytes,
+    host_memory,
     longest_row,
     resolve_memory,
     rows,
@@ -98,6 +100,8 @@ def plan(composed: DictConfig) -> None:
         cluster.plan_for(cluster.several[0])
     config = load_config(composed)
     runtime = resolve_runtime(config)
+    if machine.supposed is not None and config.device == "cpu":
+        raise ValueError("device=cpu has no GPU to plan for; leave it out")
     if runtime.gpu is None or runtime.gpu.memory is None:
         raise ValueError(f"there is no GPU here to plan for; name one: gpu={', '.join(CARDS)}")
     resolved = resolve_memory(config, runtime)
@@ -135,7 +139,10 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
     yield f"peak    {peak.total / GIB:,.1f} GiB, in {peak.moment}: {verdict}"
     yield from (f"        {size / GIB:9,.2f}  {PARTS[part]}" for part, size in peak.parts.items())
     if peak.host:
-        yield f"        {peak.host / GIB:9,.2f}  beside, in pinned memory of the host"
+        needed, host, short = sum(host_bytes(work)), host_memory(), ""
+        if host is not None and needed > host:
+            short = f", which has {host / GIB:,.1f} GiB and with checkpoints needs {needed / GIB:,.1f}: does not fit"
+        yield f"        {peak.host / GIB:9,.2f}  beside, in pinned memory of the host{short}"
     if work.ranks > 1:
         link, network = cluster.link / 1e9, cluster.network / 1e9
         yield f"sends   of a GPU and step, {link:g} GB/s in a node and {network:g} GB/s between nodes:"
@@ -235,7 +242,7 @@ def take_cluster(words: list[str]) -> None:
         if is_setting and name in ("gpu", "gpus", "node", "link", "network"):
             words.remove(word)
             typed[name] = value
-    card = typed.pop("gpu", None)
+    card = typed.pop("gpu", "").lower() or None
     if card is not None and card not in CARDS:
         _refuse(f"gpu={card} is unknown; use {', '.join(CARDS)}")
     counts = typed.pop("gpus", "")

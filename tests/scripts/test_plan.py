@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts.plan import described
+from scripts.settings import train_config
+from training import runtime
 from training.cards import CARDS
+from training.runtime import resolve_runtime
 
 ROOT = Path(__file__).parents[2]
 SCALE = ROOT / "docs" / "scale.md"
@@ -27,8 +31,9 @@ def plan(*settings: str) -> subprocess.CompletedProcess[str]:
 
 def plans(commands: list[str]) -> list[str]:
     """What each prints, of one process."""
-    code = "import sys, runpy\n"
+    code = "import os, sys, runpy\nalone = dict(os.environ)\n"
     code += "for words in sys.argv[1:]:\n"
+    code += "    os.environ.clear(); os.environ.update(alone)\n"  # without the ranks of the one before
     code += "    sys.argv = ['plan', *words.split()]\n"
     code += "    try: runpy.run_module('scripts.plan', run_name='__main__')\n"
     code += "    except SystemExit as ended: assert not ended.code\n"
@@ -119,3 +124,18 @@ def test_without_a_gpu_one_must_be_named() -> None:
     done = plan("device=cpu")
     assert done.returncode == 2
     assert done.stderr == f"error: there is no GPU here to plan for; name one: gpu={', '.join(CARDS)}\n"
+
+
+def test_a_card_may_be_written_in_capitals_and_a_cpu_is_none() -> None:
+    done = plan("gpu=RTX-4090", "device=cpu")
+    assert (done.returncode, done.stderr) == (2, "error: device=cpu has no GPU to plan for; leave it out\n")
+
+
+def test_a_host_that_is_too_small_for_what_layers_keep_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "find_gpu", lambda: CARDS["h200"])
+    config = train_config(["model=llama-1b", "seq_len=131072", "batch_size=1", "memory=offload", "device=cuda"])
+    mine = resolve_runtime(config)
+    for gib, short in ((None, False), (1000, False), (16, True)):
+        monkeypatch.setattr("scripts.plan.host_memory", lambda gib=gib: gib and gib * 2**30)
+        (line,) = (line for line in described(config, mine, is_auto=False) if "memory of the host" in line)
+        assert line.endswith("does not fit") == short
