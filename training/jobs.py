@@ -26,7 +26,7 @@ from .config.paths import expand_path
 from .config.saved import saved_settings, with_saved
 from .config.secrets import refuse_secrets
 from .mistakes import explain, set_by_experiment
-from .run_folder import make_new
+from .run_folder import make_new, run_nearby
 from .sweep import Sweep
 from .terminal import say_error
 
@@ -71,6 +71,8 @@ def settings_of_job(composed: DictConfig, notify: Callable[[str], None] = lambda
         source = expand_path(str(values["resume"] or ""), "resume")
         saved = saved_settings(Path(source))
     if saved is None:
+        if keys == {"run_dir"} and not Path(source).exists() and (near := run_nearby(Path(source))):
+            notify(f"run_dir    {source} begins a new run; {near} is one that is there")
         return composed
     notify(f"settings   those of {source}, changed by what is typed")
     return with_saved(composed, saved, keys)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -44,7 +45,11 @@ def check(config: TrainConfig) -> None:
     except OSError as error:  # a file, a name that is too long, a folder that may not be read
         raise ValueError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another") from error
     if holds_something and not holds_a_run:
-        raise ValueError(f"run_dir={config.run_dir} already holds something, and no run to resume; choose another")
+        near = run_nearby(run)
+        raise ValueError(
+            f"run_dir={config.run_dir} already holds something, and no run to resume; choose another"
+            f"{f', or run_dir={near} to go on with that' if near else ''}"
+        )
     if holds_something and config.resume == "none":
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another, or resume=auto to continue it")
     try:
@@ -68,6 +73,18 @@ def check(config: TrainConfig) -> None:
         if not is_weights and not _checkpoints_at(value):
             raise ValueError(f"{name}={value} holds no checkpoint; name {NAMED[name]}")
     _check_fits(config, resume)
+
+
+def run_nearby(path: Path) -> Path | None:
+    """The run folder that a path may have meant which is none: the one that it lies in, the newest that lies in it, or
+    one beside it with almost its name."""
+    for around in (path.parent, path.parent.parent):
+        if (around / LOCK).is_file():
+            return around
+    with suppress(OSError, ValueError):  # of no runs there is no newest
+        return max(path.glob(f"*/{LOCK}"), key=lambda lock: lock.stat().st_mtime).parent
+    beside = [] if path.exists() else [lock.parent.name for lock in path.parent.glob(f"*/{LOCK}")]
+    return next((path.with_name(name) for name in get_close_matches(path.name, beside, n=1, cutoff=0.8)), None)
 
 
 @contextmanager

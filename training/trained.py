@@ -24,6 +24,7 @@ from model.huggingface.settings import understand
 from .checkpoint import folder as checkpoints
 from .checkpoint.folder import DamagedCheckpoint
 from .config.saved import saved_settings
+from .run_folder import run_nearby
 from .runtime import resolve_device
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("auto", "bf16", "tf32", "fp32")
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+NAMED = "a run folder, a checkpoint in one, or a folder of transformers"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
     """
     place = Path(path)
     if not os.path.isdir(place):
-        raise ValueError(f"{path} is no folder; name a run folder, a checkpoint in one, or a folder of transformers")
+        raise ValueError(f"{path} is no folder; name {NAMED}{_such_as(place)}")
     if checkpoints.is_checkpoint(place):
         return _checkpoint(place)
     for candidate in checkpoints.candidates(place):
@@ -79,10 +81,13 @@ def find(path: str, notify: Callable[[str], None]) -> Found:
         return _huggingface(place)
     settings = saved_settings(place)
     if settings is None or not (place / WEIGHTS).is_file():
-        raise ValueError(
-            f"{path} holds no trained model; name a run folder, a checkpoint in one, or a folder of transformers"
-        )
+        raise ValueError(f"{path} holds no trained model; name {NAMED}{_such_as(place)}")
     return Found(place / WEIGHTS, settings, place / TOKENIZER, str(place / WEIGHTS))
+
+
+def _such_as(place: Path) -> str:
+    near = run_nearby(place)
+    return f", such as {near}" if near else ""
 
 
 def _checkpoint(place: Path) -> Found:

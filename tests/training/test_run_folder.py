@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
-from training import run_folder
+from training import jobs, run_folder
 from training.config import TrainConfig
-from training.run_folder import claimed, make_new
+from training.run_folder import claimed, make_new, run_nearby
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeConfig = Callable[..., TrainConfig]
@@ -78,3 +79,34 @@ def test_what_this_process_prints_into_may_have_any_name(config: MakeConfig, tmp
         finally:
             os.dup2(stdout, 1)
             os.close(stdout)
+
+
+def test_a_path_that_is_no_run_may_have_meant_one(config: MakeConfig, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for number, name in enumerate(("notes", "other")):
+        (runs / name / "checkpoints" / "step-00000006").mkdir(parents=True)
+        (runs / name / "run.lock").touch()
+        os.utime(runs / name / "run.lock", (number, number))
+    checkpoints = runs / "notes" / "checkpoints"
+    for path in (checkpoints, checkpoints / "step-00000006", runs / "notes" / "model.safetensors", runs / "note"):
+        assert run_nearby(path) == runs / "notes"
+    assert run_nearby(runs) == runs / "other", "the newest"
+    assert run_nearby(tmp_path) is None
+    assert run_nearby(runs / "something-else") is None
+    with pytest.raises(ValueError, match=rf"choose another, or run_dir={runs / 'notes'} to go on with that"):
+        run_folder.check(config(f"run_dir={checkpoints}"))
+
+
+def test_a_folder_with_almost_the_name_of_a_run_is_said_to_be_a_new_one(
+    composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "run.lock").touch()
+    lines: list[str] = []
+    for more, said in (([], 1), (["max_steps=3"], 0)):
+        words = [f"run_dir={tmp_path / 'nots'}", *more]
+        monkeypatch.setattr(jobs, "typed", lambda words=words: words)
+        lines.clear()
+        jobs.settings_of_job(composed(*words), lines.append)
+        assert len(lines) == said
+        assert all(line.endswith(f"nots begins a new run; {tmp_path / 'notes'} is one that is there") for line in lines)
