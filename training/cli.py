@@ -15,6 +15,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from time import strftime
 from typing import Any, NoReturn
 
@@ -29,6 +31,9 @@ from data.live import LINE
 from . import jobs, terminal
 from .config import TrainConfig
 from .config.numbers import whole_number
+from .config.paths import expand_path
+from .config.saved import saved_settings
+from .config.schema import CHOICES
 from .config.secrets import refuse_secrets
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
@@ -68,7 +73,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where a rank is lost, a line of ours says so; PyTorch's warnings would be a page for each of the others.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    sys.argv[1:] = settings_first(map(_for_hydra, sys.argv[1:]))
+    sys.argv[1:] = with_saved_options(settings_first(map(_for_hydra, sys.argv[1:])))
     register_resolvers()
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
@@ -181,6 +186,24 @@ def settings_first(words: Any) -> list[str]:
         (flags if is_flag else settings).append(word)
         awaits_value = word in FLAGS_WITH_VALUES
     return [*settings, *flags]
+
+
+def with_saved_options(words: list[str]) -> list[str]:
+    """The words with a ++ before each setting of an option that the run which goes on has: `run_dir=runs/x data.path=…`
+    names no data, and Hydra would ask the default for the setting."""
+    typed = dict(word.partition("=")[::2] for word in words)
+    saved: dict[str, Any] | None = None
+    for key in ("run_dir", "resume"):
+        if saved is None and (folder := typed.get(key, "").strip("'\"")):
+            with suppress(ValueError, OSError):  # it is refused where it is used
+                saved = saved_settings(Path(expand_path(folder, key)))
+
+    def is_saved(word: str) -> bool:
+        group, dot, name = word.partition("=")[0].partition(".")
+        options = (saved or {}).get(group)
+        return bool(dot) and group in CHOICES and group not in typed and isinstance(options, dict) and name in options
+
+    return [f"++{word}" if is_saved(word) else word for word in words]
 
 
 def _for_hydra(word: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 from collections.abc import Callable
@@ -87,6 +88,25 @@ def test_overfit_reads_our_own_files_from_any_folder(composed: Composed, monkeyp
     monkeypatch.chdir("/")
     config = load_config(composed("experiment=overfit"))
     assert (Path(config.data.path) / "gpt.py").exists()  # type: ignore[attr-defined]
+
+
+def test_settings_of_a_choice_that_a_run_has_need_no_choice_beside_them(
+    composes_for_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, schedule = {"name": "text", "path": "a", "val_fraction": 0.3}, {"name": "wsd", "decay_fraction": 0.1}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data, "schedule": schedule}))
+    for first in (f"run_dir={tmp_path}", f"resume='{tmp_path}'"):
+        words = [first, "data.path=b", "seq_len=64", "schedule.decay_fraction=0.3"]
+        changed = cli.with_saved_options(words)
+        assert changed == [first, "++data.path=b", "seq_len=64", "++schedule.decay_fraction=0.3"]
+        monkeypatch.setattr(jobs, "typed", lambda changed=changed: changed)
+        with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+            goes_on = jobs.settings_of_job(compose("train", changed))
+        assert goes_on.data == data | {"path": "b"}
+        assert goes_on.schedule == schedule | {"decay_fraction": 0.3}
+    there = f"run_dir={tmp_path}"
+    for words in (["data.path=b"], [there, "data=text", "data.path=b"], [there, "data.typo=1"], ["run_dir=none/a"]):
+        assert cli.with_saved_options(words) == words
 
 
 @pytest.mark.parametrize("first", ["max_steps=7", "experiment=overfit"])  # which has a max_steps
