@@ -29,7 +29,7 @@ from data.loader import Loader
 from data.packing import pack
 from data.prepare import Progressed
 from data.prepared import FILES
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import collect_facts, heading, write, write_json
 
 BATCHES = [(1, 16384), (1, 131072), (16, 1024)]
@@ -187,7 +187,7 @@ def markdown(facts: dict[str, Any], made: dict[str, Any], opened: dict[str, Any]
 
 def main() -> None:
     parser = parser_of("bench_data", __doc__)
-    parser.add_argument("--megabytes", type=int, default=150, help="of text at most (default 150)")
+    parser.add_argument("--megabytes", type=positive, default=150, help="of text at most (default 150)")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
     if args.megabytes < 1:

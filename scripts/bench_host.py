@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels import flash_attention
 from kernels.flash_attention import op
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("bench_host", __doc__)
     parser.add_argument("--no-launch", action="store_true", help="leave out the launches, and need no GPU")
     parser.add_argument("--profile", action="store_true", help="print the functions that take the most time")
-    parser.add_argument("--calls", type=int, default=200, help="of which a median is taken (default 200)")
-    parser.add_argument("--rounds", type=int, default=7, help="medians, of which the least is printed (default 7)")
+    parser.add_argument("--calls", type=positive, default=200, help="of which a median is taken (default 200)")
+    parser.add_argument("--rounds", type=positive, default=7, help="medians, of which the least is printed (default 7)")
     args = parser.parse_args(argv)
     if not args.no_launch and not torch.cuda.is_available():
         parser.refuse("no CUDA GPU here; pass --no-launch")

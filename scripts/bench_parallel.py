@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_training.ladder import CHECKED, MOST_CHECKED, TOLERANCES, complaint, profile_lines, reason, run
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
 
 BASE = "attention=flash tokenizer=bytes batch_size=1"
@@ -74,7 +74,7 @@ LINES: dict[str, Line] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench_parallel", __doc__)
-    parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2], help="numbers of GPUs (default 1 2)")
+    parser.add_argument("--gpus", nargs="+", type=positive, default=[1, 2], help="numbers of GPUs (default 1 2)")
     parser.add_argument("--lines", nargs="+", choices=LINES, metavar="NAME", default=list(LINES), help="default: all")
     parser.add_argument("--profile", action="store_true", help="where a step spends its time, after the figures")
     parser.add_argument("--no-check", action="store_true", help="the numbers were checked in another call")

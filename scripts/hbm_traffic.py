@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention, flash_attention
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import ROOT, collect_facts, heading, need_cuda, stop, write, write_json
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -261,10 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_of("hbm_traffic", __doc__)
     parser.add_argument(
-        "--seq-len", nargs="+", type=int, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
+        "--seq-len", nargs="+", type=positive, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
     )
-    parser.add_argument("--heads", type=int, default=8, help="default 8")
-    parser.add_argument("--head-dim", type=int, default=64, help="default 64")
+    parser.add_argument("--heads", type=positive, default=8, help="default 8")
+    parser.add_argument("--head-dim", type=positive, default=64, help="default 64")
     parser.add_argument("--ncu", default="ncu", help="where Nsight Compute is, if not on the PATH")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and, kernel by kernel, OUT.csv")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # the process that ncu watches

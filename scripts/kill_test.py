@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import ROOT, collect_facts
 from training.checkpoint import folder as checkpoints
 from training.loggers.jsonl import read_metrics
@@ -49,8 +49,8 @@ def write_small_text(folder: Path) -> None:
 
 def main() -> None:
     parser = parser_of("kill_test", __doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how often (default 200)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default 1)")
+    parser.add_argument("--kills", type=positive, default=200, help="how often (default 200)")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes of a run (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()

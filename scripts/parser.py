@@ -20,6 +20,13 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def positive(text: str) -> int:
+    """The type of an option: how many of something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; use a whole number from 1")
+    return int(text)
+
+
 def parser_of(name: str, usage: str | None, *, of_ranks: bool = False) -> Parser:
     """The parser of `python -m scripts.NAME`.
 

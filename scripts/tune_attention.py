@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
 from kernels.flash_attention.testing import random_starts
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import need_cuda
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
@@ -37,14 +37,14 @@ Run = Callable[[Tiles], tuple[Any, ...]]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("tune_attention", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128, 256], help="default 64 128 256")
+    parser.add_argument("--head-dim", nargs="+", type=positive, default=[64, 128, 256], help="default 64 128 256")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"], help="default causal full")
-    parser.add_argument("--seq-len", type=int, default=16384, help="default 16384")
+    parser.add_argument("--seq-len", type=positive, default=16384, help="default 16384")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default bfloat16"
     )
     parser.add_argument("--out", type=Path, help="folder for tuning.json with every figure")
-    parser.add_argument("--workers", type=int, default=12, help="processes that compile (default 12)")
+    parser.add_argument("--workers", type=positive, default=12, help="processes that compile (default 12)")
     args = parser.parse_args(argv)
     need_cuda("tune_attention")
     dtype = getattr(torch, args.dtype)

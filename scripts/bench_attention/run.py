@@ -15,7 +15,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from scripts.parser import parser_of
+from scripts.parser import parser_of, positive
 from scripts.record import collect_facts, need_cuda, write, write_json
 
 from . import __doc__ as usage
@@ -110,8 +110,10 @@ def one_line(error: Exception) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("bench_attention", usage)
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="groups of cases (default: all)")
-    parser.add_argument("--head-dim", nargs="+", type=int, help="default 64 128 256")
-    parser.add_argument("--seq-len", nargs="+", type=int, help="of the causal and full grids; default 1024 … 65536")
+    parser.add_argument("--head-dim", nargs="+", type=positive, help="default 64 128 256")
+    parser.add_argument(
+        "--seq-len", nargs="+", type=positive, help="of the causal and full grids; default 1024 … 65536"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="implementations; default all")
     parser.add_argument("--quick", action="store_true", help="causal, documents, D 64 128, S 4096 16384; short timings")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json, OUT.svg, OUT-ratio.svg, after every case")

@@ -79,6 +79,17 @@ def test_an_option_that_a_script_does_not_have_is_refused_in_one_line(name: str)
     assert re.fullmatch(rf"error: .+; python -m scripts\.{name}.* --help shows what there is\n", done.stderr)
 
 
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many"])
+def test_how_many_is_a_whole_number_from_1(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parsing = parser.parser_of("bench_x", "")
+    parsing.add_argument("--repeat", nargs="+", type=parser.positive)
+    assert parsing.parse_args(["--repeat", "3", "12"]).repeat == [3, 12]
+    with pytest.raises(SystemExit) as ended:
+        parsing.parse_args([f"--repeat={text}"])
+    assert ended.value.code == 2
+    assert f"argument --repeat: {text} is not possible; use a whole number from 1" in capsys.readouterr().err
+
+
 # ---- under a launcher of several processes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from training.checkpoint import folder as checkpoints
 from training.config.saved import saved_settings
 from training.history import FACTS
-from training.run_folder import LOCK
+from training.run_folder import LOCK, run_nearby
 
 from .series import Point, Series
 
@@ -36,7 +36,8 @@ def runs_at(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         what = "is no folder" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; name a run folder, such as runs/2026-11-22_10-18-00_gpt2-124m_sdpa_16384")
+        near = run_nearby(path) or "runs/2026-11-22_10-18-00_gpt2-124m_sdpa_16384"
+        raise ValueError(f"{path} {what}; name a run folder, such as {near}")
     if (path / METRICS).is_file():
         return [path]
     jobs = sorted((job for job in path.iterdir() if (job / METRICS).is_file()), key=lambda job: (len(job.name), job))
