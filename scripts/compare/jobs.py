@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ TOO_LARGE = {"out of memory", "does not fit"}
 """Tried, and predicted by train.py, which then does not try."""
 LAST = {"done", "refused", *TOO_LARGE}
 """Outcomes that stand; a job with another one is run again."""
-PREDICTED = " GiB (predicted, in "  # so train.py's refusal says
+NEEDS = re.compile(r" needs [\d,]+ GiB \(")  # so train.py refuses what will not fit
 
 
 def combinations(swept: Mapping[str, Sequence[str]]) -> list[Settings]:
@@ -103,7 +104,7 @@ def _outcome(code: int | None, folder: Path) -> Row:
     why = (errors or lines or ["it said nothing"])[-1]
     if code == KILLED:
         return {"outcome": "out of memory", "why": "the system killed it, most likely for want of memory"}
-    refused = "does not fit" if PREDICTED in why else "refused"
+    refused = "does not fit" if NEEDS.search(why) else "refused"
     outcome = {2: refused, OUT_OF_MEMORY: "out of memory"}.get(code, "failed") if errors else "failed"
     return {"outcome": outcome, "why": why, "code": code}
 

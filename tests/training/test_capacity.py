@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from model.activations_config import FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.memory import GIB, predict, state_bytes
 from model.precision_config import precision_named
-from scripts.compare.jobs import PREDICTED
+from scripts.compare.jobs import NEEDS
 from training import capacity, cli, machine
 from training import runtime as runtime_module
 from training.capacity import (
@@ -243,7 +243,7 @@ def test_what_will_not_fit_is_refused_with_what_does(
 ) -> None:
     line = refused(*on_card(LLAMA_1B, *settings, gib=gib))
     assert re.search(rf"NVIDIA H200 has {gib:.1f} GiB of memory; use .*{re.escape(advised)}", line)
-    assert PREDICTED in line, "by which scripts.compare knows it"
+    assert NEEDS.search(line), "by which scripts.compare knows it"
     remedy = re.findall(r"[a-z_.]+=[\w.-]+", line.partition("; use ")[2].partition(", or check_memory")[0])
     changed = [setting for setting in settings if setting.split("=")[0] not in {word.split("=")[0] for word in remedy}]
     check_capacity(*on_card(LLAMA_1B, *changed, *remedy, gib=gib))
@@ -307,6 +307,7 @@ def test_on_a_cpu_rows_are_refused_whose_layers_keep_more_than_there_is(
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**28)
     line = refused(long, CPU)
     assert "2 rows of 65,536 tokens" in line
+    assert NEEDS.search(line)
     assert "this machine has 0.2 GiB" in line
     words = line.partition("; use ")[2].partition(" (")[0].split()
     assert not any("offload" in word for word in words), "there is no GPU"
