@@ -83,7 +83,8 @@ class _FlexOnCPU(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, spec: AttentionSpec) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.spec = mask, spec
-        with warnings.catch_warnings():
+        # PyTorch 2.15 takes a second soft cap for a variable, which its FlexAttention does not.
+        with warnings.catch_warnings(), torch._dynamo.config.patch(specialize_float=True):
             warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
             return _flex(flex_attention, q.detach(), k.detach(), v.detach(), mask, spec).contiguous()
 
