@@ -213,6 +213,7 @@ def ask(tmp_path):
     return ask
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_one_line(ask):
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
         Thread(target=server.serve_forever, daemon=True).start()

@@ -53,6 +53,7 @@ def test_packed_rows_are_documents() -> None:
     assert CHECKED >= 128
 
 
+@pytest.mark.slow
 def test_it_needs_several_processes() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "scripts.bench_context", "--device=cpu"], cwd=ROOT, capture_output=True, text=True

@@ -99,6 +99,7 @@ def test_gpus_that_are_impossible_are_refused_in_one_line(word: str) -> None:
     assert done.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_the_page_on_scale_is_what_the_command_prints() -> None:
     blocks: dict[str, list[str]] = {}
     lines: list[str] = []

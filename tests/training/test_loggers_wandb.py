@@ -199,7 +199,7 @@ def silent_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize("server", ["refuses", "silent"])
+@pytest.mark.parametrize("server", ["refuses", pytest.param("silent", marks=pytest.mark.slow)])
 def test_without_a_network_the_run_is_offline_within_seconds_and_the_key_is_nowhere(
     server: str, silent_port: int, tmp_path: Path
 ) -> None:
