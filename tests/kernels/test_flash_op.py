@@ -56,7 +56,7 @@ EVERYTHING = lambda: (  # noqa: E731
 @pytest.mark.parametrize(
     ("options", "uses_lse"),
     [
-        pytest.param(EVERYTHING, True, id="everything"),
+        pytest.param(EVERYTHING, True, id="everything", marks=pytest.mark.slow),
         pytest.param(EVERYTHING, False, id="everything, out alone", marks=pytest.mark.slow),
         pytest.param(PLAIN, True, id="plain", marks=pytest.mark.slow),
         pytest.param(PLAIN, False, id="plain, out alone", marks=pytest.mark.slow),

@@ -197,7 +197,7 @@ TIMES = [("selective", 1), ("full", 1), ("full, without attention", 2)]
 @pytest.mark.parametrize(
     ("backend", "policy", "times"),
     [
-        pytest.param(backend, policy, times, marks=[SLOW] if backend == "flash" and policy != "full" else [])
+        pytest.param(backend, policy, times, marks=[SLOW] if backend == "flash" else [])
         for backend in ("math", "sdpa", "flash")
         for policy, times in TIMES
     ],

@@ -45,7 +45,7 @@ RESUMED = {
     "one": (1, []),
 }
 """What goes on with the run that four ranks begin as fsdp."""
-QUICK = ("four as hsdp", "one", "from one", "data", "fsdp, accumulated", "hsdp")
+QUICK = ("four as hsdp", "one", "from one", "fsdp, accumulated")
 """What is tried where no slow test is asked for; two ranks begin only for one that is."""
 
 

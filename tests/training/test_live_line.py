@@ -150,6 +150,7 @@ def test_however_it_ends_the_terminal_stays_whole(how: str, code: int) -> None:
         assert lines[-1] == ""
 
 
+@pytest.mark.slow
 def test_a_forked_process_neither_draws_nor_waits() -> None:
     code = """
 import threading

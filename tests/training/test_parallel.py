@@ -177,7 +177,10 @@ with watched(world):
 
 @pytest.mark.parametrize(
     ("failing", "says"),
-    [("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]), ("01", [r"error: no room on this disk\n", r""])],
+    [
+        ("1", [r"", r"error: rank 1 on \S+: no room on this disk\n"]),
+        pytest.param("01", [r"error: no room on this disk\n", r""], marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_is_told_once_and_ends_all_ranks(failing: str, says: list[str]) -> None:
     both = start_ranks(["-c", FAILS, failing], 2)

@@ -20,7 +20,7 @@ from training.loggers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("prepare", "data", "step", "evaluation", "save")
-QUICK = ("kill step 1", "time step 2")
+QUICK = ("kill step 1",)
 GRID = [f"{act} {phase} {rank}" for act in ("kill", "stop", "starve", "time") for rank, phase in enumerate(PHASES[1:])]
 GRID += ["kill step 0", "kill prepare 2", "stop prepare 1", "starve prepare 3", "time prepare 0", "freeze step 2"]
 A_MINUTE = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from processes import run_ranks
 
@@ -54,5 +55,6 @@ def test_two_ranks_agree() -> None:
     assert run_ranks(["-c", TWO_RANKS], 2) == [f"0 2 True {agreed}", f"1 2 False {agreed}"]
 
 
+@pytest.mark.slow
 def test_a_shard_in_the_memory_of_the_host_stays_there_whatever_the_device_of_its_mesh() -> None:
     assert run_ranks(["-c", SHARDS], 2) == ["[[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]] torch.bfloat16\nTrue\n"] * 2
