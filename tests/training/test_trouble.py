@@ -18,9 +18,10 @@ from tests.training.conftest import TINY
 from training.checkpoint import folder as checkpoints
 from training.loggers import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PHASES = ("prepare", "data", "step", "evaluation", "save")
-QUICK = ("kill step 1",)
 GRID = [f"{act} {phase} {rank}" for act in ("kill", "stop", "starve", "time") for rank, phase in enumerate(PHASES[1:])]
 GRID += ["kill step 0", "kill prepare 2", "stop prepare 1", "starve prepare 3", "time prepare 0", "freeze step 2"]
 A_MINUTE = 60.0
@@ -68,7 +69,6 @@ def end(cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     return {case: {**result, "run": Path(cases[case]["run"])} for case, result in found.items()}
 
 
-@pytest.mark.slow
 def test_a_run_of_which_a_rank_was_killed_in_a_save_goes_on_and_nothing_is_lost(ended: dict[str, Any]) -> None:
     check_equal(ended["resumed"], ended["undisturbed"])
 
@@ -94,7 +94,6 @@ def check_equal(resumed: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
 def test_twenty_kills_of_any_rank_in_any_phase_lose_nothing(text_folder: Path, tmp_path: Path) -> None:
     chance, words = random.Random(0), [*words_of(text_folder, tmp_path), "max_steps=120"]
     cases = {
@@ -112,9 +111,7 @@ def test_twenty_kills_of_any_rank_in_any_phase_lose_nothing(text_folder: Path, t
     check_equal(found["resumed"], found["undisturbed"])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in GRID]
-)
+@pytest.mark.parametrize("case", GRID)
 def test_no_rank_is_left_waiting(ended: dict[str, Any], case: str) -> None:
     act, phase, rank = case.split()
     codes, said, run = ended[case]["codes"], ended[case]["said"], ended[case]["run"]
