@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_named_with_the_reason_and_the_one_before_is_use
     assert line.startswith(f"checkpoint {newest} is damaged and not used: {name}")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), place=st.integers(0, 10**7), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_noticed(shared_run: Path, name: str, place: int, bit: int) -> None:
     path = checkpoints.path_of(shared_run, 6) / name
