@@ -17,7 +17,7 @@ from kernels import linear_cross_entropy
 
 from .attention.base import AttentionBackend
 from .config import ModelConfig
-from .linear import Linear
+from .linear import Linear, is_few
 from .rotary import attention_scaling, inverse_frequencies, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -48,9 +48,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
-        q_BSHD, k_BSGD, v_BSGD = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        return self.out(self.by_heads(self.qkv(x_BSE), attend, mask, rotation))
+
+    def by_heads(self, qkv_BSQ: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        """What lies between the projections: (B, S, H · D) of queries, keys and values side by side."""
+        q_BSHD, k_BSGD, v_BSGD = qkv_BSQ.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         q_BSHD, k_BSGD = self.position(q_BSHD, k_BSGD, rotation)
-        return self.out(attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2))
+        return attend(q_BSHD, k_BSGD, v_BSGD, mask).flatten(2)
 
     def position(self, q_BSHD: Tensor, k_BSGD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Queries and keys of some or all heads, normalised and rotated."""
@@ -121,8 +125,18 @@ class Block(nn.Module):
         """`compiled`: what `compile` gave, to compute it; what shards a block hooks into the call around that."""
         if compiled is not None:
             return compiled(x_BSE, attend, mask, rotation)
+        if is_few(x_BSE) and (type(self.mlp_norm), type(self.mlp), type(self.mlp.down)) == (RMSNorm, SwiGLU, Linear):
+            return self.of_few(x_BSE, attend, mask, rotation)
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+
+    def of_few(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        """`forward` of a Llama's few tokens without gradients: norms, SwiGLU and sums are parts of the products."""
+        attention, mlp = self.attention, self.mlp
+        qkv_BSQ = attention.qkv.of_few(x_BSE, norm=self.attention_norm)
+        attended_BSQ = attention.by_heads(qkv_BSQ, attend, mask, rotation)
+        x_BSE = attention.out.of_few(attended_BSQ, residual=x_BSE)
+        return mlp.down.of_few(mlp.first.of_few(x_BSE, norm=self.mlp_norm, swiglu=True), residual=x_BSE)
 
     def compile_forward(self, **options: Any) -> Compiled | None:
         """This block's forward pass as torch.compile makes it, with its options."""
@@ -154,7 +168,7 @@ class Head(Linear):
                 reduction="none" if per_token else "sum",
             )
             return loss.unflatten(0, targets_BS.shape) if per_token else loss
-        logits_BSV = F.linear(x_BSE, self.operand())
+        logits_BSV = super().forward(x_BSE)
         return self.softcap * torch.tanh(logits_BSV / self.softcap) if self.softcap > 0 else logits_BSV
 
 

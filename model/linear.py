@@ -12,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.matvec import MOST_ROWS, matvec
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether `matvec` is the way to multiply x (…, inputs): few rows, on a GPU, without a gradient, as in decoding."""
+    return x.is_cuda and x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, with a working copy of its weight once `keep_working_copies` gave it one."""
@@ -34,7 +41,20 @@ class Linear(nn.Linear):
         return working
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.operand(), self.bias)
+        return self.of_few(x) if is_few(x) else F.linear(x, self.operand(), self.bias)
+
+    def of_few(
+        self, x: Tensor, *, norm: nn.RMSNorm | None = None, swiglu: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """`forward` of a few rows, and what is around it, in one kernel: see `kernels.matvec`."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)
+        if residual is not None:
+            dtype = torch.promote_types(dtype, residual.dtype)
+        return matvec(
+            x, self.operand(), self.bias, norm=scale, eps=eps, swiglu=swiglu, residual=residual, dtype=dtype
+        )
 
     def requantize(self) -> None:
         """Make anew what `model.float8` keeps of the weight; here nothing."""

@@ -21,12 +21,15 @@ from __future__ import annotations
 
 from functools import cache
 from math import ceil
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..matvec_kernel import has_pdl
 from .config import DecodeTiles, choose_decode_tiles
 from .portable import INTERPRETED, _capability
 from .problem import cdiv, padded
@@ -51,9 +54,12 @@ def split_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial out and LSE of M rows of one key/value head, over one split of its keys."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     index = tl.program_id(0)
     split, index = index % splits, index // splits
     row_tiles = tl.cdiv(S * GROUP, M)
@@ -133,9 +139,12 @@ def merge_kernel(
     partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, lengths_ptr,
     B, S, capacity, window, splits,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, LEAST: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of one query of one head, of the splits that have keys. SPLITS: splits, or a power of 2 above."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     CHUNK: tl.constexpr = 16
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(B, tl.int64) * S * H
@@ -196,6 +205,9 @@ def decode(
     # window, cap, factor: a raw product s becomes factor · s, or factor · tanh(cap · s), in base 2.
     cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
     shared = {"N": tiles.n, "D": padded(D), "HEAD_DIM": D, "LEAST": tiles.least, "WINDOW": window is not None}
+    pdl = PDL and has_pdl(q.device)
+    shared["PDL"] = pdl
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     with torch.cuda.device_of(q):
         split_kernel[(programs * splits,)](
@@ -203,16 +215,17 @@ def decode(
             B, S, capacity, window or 0, cap, factor * LOG2E.value, splits,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             G=G, GROUP=group, M=tiles.m, SOFTCAP=softcap > 0, SINKS=sinks is not None, PRECISION=precision,
-            STAGES=tiles.num_stages, num_warps=tiles.num_warps, **shared,
+            STAGES=tiles.num_stages, num_warps=tiles.num_warps, **shared, **options,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(B * S * H,)](
                 partial_out, partial_lse, out, lse, lengths, B, S, capacity, window or 0, splits,
-                H=H, SPLITS=padded(splits), num_warps=2, **shared,
+                H=H, SPLITS=padded(splits), num_warps=2, **shared, **options,
             )  # fmt: skip
     return out, lse
 
 
+PDL = True
 MOST_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That many hold enough loads in flight to keep the memory busy: 2 · 2 stages · (K and V tile of 16 KiB)."""

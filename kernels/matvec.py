@@ -1,0 +1,111 @@
+"""A linear layer of a few rows, and what a transformer does before and after it: one operator, `flash_gpt::matvec`.
+
+With one row a product is bound by the memory: each weight is read once for two operations. The kernel
+(`matvec_kernel.py`) reads the weights as fast as the memory gives them, and does on the way what would be kernels of
+their own around it: RMSNorm of its input, SwiGLU of its outputs, the sum with the residual stream.
+
+Shape suffixes: R rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_ROWS = 4
+"""Above, tensor cores compute faster what is read once anyway."""
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual + f(norm(x) weightᵀ + bias), summed in float32 and rounded once. It has no gradient.
+
+    Args:
+        x: (…, K), float; few rows in all: each is multiplied by itself.
+        weight: (N, K), contiguous, float of any dtype; with `swiglu` (2N, K), the gates before what they gate.
+        bias: (N,) or (2N,).
+        norm: (K,): x is divided by √(mean x² + eps) and multiplied with this first; None: x as it is.
+        swiglu: f(gate, up) = silu(gate) · up; else f is the identity.
+        residual: (…, N).
+        dtype: of the result; None: x's.
+    Returns:
+        (…, N), contiguous.
+    """
+    out: Tensor = torch.ops.flash_gpt.matvec.default(
+        x, weight, bias, norm, eps, swiglu, residual, x.dtype if dtype is None else dtype
+    )
+    return out
+
+
+def matvec_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`matvec` in plain PyTorch, in float32, or in float64 where x is."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide)
+    if norm is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
+    y = F.linear(x, weight.to(wide), None if bias is None else bias.to(wide))
+    if swiglu:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    return (y if residual is None else y + residual).to(dtype)
+
+
+def _matvec(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not x.is_cuda:
+        return matvec_reference(x, weight, bias, norm, eps, swiglu, residual, dtype)
+    from .matvec_kernel import matvec
+
+    residual = None if residual is None else residual.contiguous()
+    return matvec(x.contiguous(), weight.contiguous(), bias, norm, eps, swiglu, residual, dtype)
+
+
+def _matvec_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight) // 2 if swiglu else len(weight)), dtype=dtype)
+
+
+_library = torch.library.Library("flash_gpt", "FRAGMENT")
+if not hasattr(torch.ops.flash_gpt, "matvec"):  # imported as kernels and as flash_gpt: the first one's serve
+    _library.define(
+        "matvec(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool swiglu, Tensor? residual, "
+        "ScalarType dtype) -> Tensor",
+        tags=[torch.Tag.pt2_compliant_tag],
+    )
+    _library.impl("matvec", _matvec, "CompositeExplicitAutograd")
+    torch.library.register_fake("flash_gpt::matvec", _matvec_fake, lib=_library)
