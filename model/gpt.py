@@ -132,11 +132,13 @@ class Block(nn.Module):
 
     def of_few(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
         """`forward` of a Llama's few tokens without gradients: norms, SwiGLU and sums are parts of the products."""
-        attention, mlp = self.attention, self.mlp
-        qkv_BSQ = attention.qkv.of_few(x_BSE, norm=self.attention_norm)
+        attention, mlp, first, second = self.attention, self.mlp, self.attention_norm, self.mlp_norm
+        assert isinstance(first, RMSNorm)
+        assert isinstance(second, RMSNorm)
+        qkv_BSQ = attention.qkv.of_few(x_BSE, norm=first)
         attended_BSQ = attention.by_heads(qkv_BSQ, attend, mask, rotation)
         x_BSE = attention.out.of_few(attended_BSQ, residual=x_BSE)
-        return mlp.down.of_few(mlp.first.of_few(x_BSE, norm=self.mlp_norm, swiglu=True), residual=x_BSE)
+        return mlp.down.of_few(mlp.first.of_few(x_BSE, norm=second, swiglu=True), residual=x_BSE)
 
     def compile_forward(self, **options: Any) -> Compiled | None:
         """This block's forward pass as torch.compile makes it, with its options."""

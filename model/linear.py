@@ -52,9 +52,7 @@ class Linear(nn.Linear):
         scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)
         if residual is not None:
             dtype = torch.promote_types(dtype, residual.dtype)
-        return matvec(
-            x, self.operand(), self.bias, norm=scale, eps=eps, swiglu=swiglu, residual=residual, dtype=dtype
-        )
+        return matvec(x, self.operand(), self.bias, norm=scale, eps=eps, swiglu=swiglu, residual=residual, dtype=dtype)
 
     def requantize(self) -> None:
         """Make anew what `model.float8` keeps of the weight; here nothing."""

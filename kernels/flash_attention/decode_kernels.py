@@ -19,9 +19,7 @@ the scale folded into log₂e. Tiles' shapes stand above them; M, N and D are th
 
 from __future__ import annotations
 
-from functools import cache
 from math import ceil
-from typing import Any
 
 import torch
 import triton
@@ -29,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..matvec_kernel import has_pdl
+from ..device import has_pdl, multiprocessors, pdl_options
 from .config import DecodeTiles, choose_decode_tiles
 from .portable import INTERPRETED, _capability
 from .problem import cdiv, padded
@@ -195,7 +193,7 @@ def decode(
     group = H // G
     tiles = tiles or choose_decode_tiles(D, S * group, q.element_size(), _capability(q.device))
     programs = B * G * cdiv(S * group, tiles.m)
-    splits = splits or choose_splits(programs, cdiv(capacity, tiles.n * tiles.least), _multiprocessors(q.device))
+    splits = splits or choose_splits(programs, cdiv(capacity, tiles.n * tiles.least), multiprocessors(q.device))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
     partial_out, partial_lse = out, lse
@@ -204,10 +202,9 @@ def decode(
         partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     # window, cap, factor: a raw product s becomes factor · s, or factor · tanh(cap · s), in base 2.
     cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+    pdl = has_pdl(q.device)
     shared = {"N": tiles.n, "D": padded(D), "HEAD_DIM": D, "LEAST": tiles.least, "WINDOW": window is not None}
-    pdl = PDL and has_pdl(q.device)
-    shared["PDL"] = pdl
-    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    shared |= {"PDL": pdl, **pdl_options(pdl)}
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     with torch.cuda.device_of(q):
         split_kernel[(programs * splits,)](
@@ -215,17 +212,16 @@ def decode(
             B, S, capacity, window or 0, cap, factor * LOG2E.value, splits,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             G=G, GROUP=group, M=tiles.m, SOFTCAP=softcap > 0, SINKS=sinks is not None, PRECISION=precision,
-            STAGES=tiles.num_stages, num_warps=tiles.num_warps, **shared, **options,
+            STAGES=tiles.num_stages, num_warps=tiles.num_warps, **shared,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(B * S * H,)](
                 partial_out, partial_lse, out, lse, lengths, B, S, capacity, window or 0, splits,
-                H=H, SPLITS=padded(splits), num_warps=2, **shared, **options,
+                H=H, SPLITS=padded(splits), num_warps=2, **shared,
             )  # fmt: skip
     return out, lse
 
 
-PDL = True
 MOST_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """That many hold enough loads in flight to keep the memory busy: 2 · 2 stages · (K and V tile of 16 KiB)."""
@@ -245,8 +241,3 @@ def choose_splits(programs: int, most: int, multiprocessors: int) -> int:
     candidates = range(1, max(1, min(most, MOST_SPLITS)) + 1)
     best = max(map(busy, candidates))
     return next(splits for splits in candidates if busy(splits) >= 0.95 * best)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

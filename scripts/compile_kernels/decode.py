@@ -43,6 +43,7 @@ def configuration(
         "G": 8, "GROUP": rows, "H": 8 * rows, "M": tiles.m, "N": tiles.n, "D": triton.next_power_of_2(head_dim),
         "HEAD_DIM": head_dim, "WINDOW": everything, "SOFTCAP": everything, "SINKS": everything, "LEAST": tiles.least,
         "PRECISION": precision, "STAGES": tiles.num_stages, "SPLITS": decode_kernels.MOST_SPLITS, "S": 1,
+        "PDL": architecture in ("sm_90", "sm_100", "sm_120"),
     }  # fmt: skip
     if not everything:
         constants["sinks_ptr"] = None

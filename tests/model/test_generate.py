@@ -13,10 +13,11 @@ from torch._dynamo.testing import CompileCounter
 
 from kernels.flash_attention.op import why_not_on
 from kernels.reference import attention as definition
+from model import gpt, linear
 from model.attention import ATTENTIONS, build_attention
 from model.attention.cache import MOST_QUERIES, CachedAttention
 from model.config import ModelConfig, RotaryConfig
-from model.generate import Generator, choose, generate
+from model.generate import Generator, choose, generate, largest
 from model.generate_config import SamplingConfig
 from model.gpt import GPT
 
@@ -72,6 +73,22 @@ def test_tokens_with_our_kernels_and_a_cache_are_those_without(build_lively, nam
     truth, model = pair(build_lively, replace(MODELS[name], n_layers=1), "flash")
     expected = [read_again(truth, prompt, 5) for prompt in PROMPTS]
     assert generate(model, PROMPTS, 5, GREEDY, chunk=30) == expected
+
+
+@pytest.mark.parametrize(("name", "products"), [("yarn", 4), ("gpt2", 4)])
+def test_tokens_by_products_of_few_rows_are_those_of_linear_layers(build_lively, monkeypatch, name, products):
+    """As on a GPU, here by the operator's plain twin. A row of 40 tokens is read by linear layers."""
+    truth, model = pair(build_lively, MODELS[name], "math")
+    expected = [read_again(truth, prompt, 6) for prompt in PROMPTS[:2]]
+    calls = []
+    for module in (linear, gpt):
+        monkeypatch.setattr(module, "is_few", lambda x: x.numel() <= 4 * x.shape[-1])
+    matvec = linear.matvec
+    monkeypatch.setattr(linear, "matvec", lambda *args, **options: calls.append(options) or matvec(*args, **options))
+    assert generate(model, PROMPTS[:2], 6, GREEDY) == expected
+    assert len(calls) == 1 + 5 * (2 * products + 1)  # a head for the prompts, then steps of two layers and a head
+    fused = sum(options["norm"] is not None for options in calls)
+    assert fused == (5 * 4 if name == "yarn" else 0)
 
 
 @pytest.mark.parametrize("window", [None, 130])
@@ -247,6 +264,13 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(options):
     shares = tokens.bincount(minlength=5) / 20_000
     for share, probability in zip(shares.tolist(), PROBABILITIES, strict=True):
         assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / 20_000)
+
+
+@pytest.mark.parametrize("V", [300, 307])
+def test_the_largest_of_parts_are_the_largest_of_all(V):
+    logits = torch.randn(3, V)
+    for found, expected in zip(largest(logits, 7, parts=8), logits.topk(7), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_equal_logits_are_no_more_candidates_than_top_k():
