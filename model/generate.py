@@ -45,8 +45,7 @@ PARTS = 64
 
 
 def largest(logits_BV: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
-    """`topk`, found in each of so many parts first: on a GPU one launch for each round, where PyTorch's own search of a
-    long row takes 25."""
+    """`topk`, found in each of so many parts first: PyTorch searches one long row on a GPU in 22 kernels (L24)."""
     if logits_BV.shape[1] < 4 * parts * k:
         values_BK, ids_BK = logits_BV.topk(k)
         return values_BK, ids_BK
