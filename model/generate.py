@@ -45,7 +45,7 @@ PARTS = 64
 
 
 def largest(logits_BV: Tensor, k: int, parts: int) -> tuple[Tensor, Tensor]:
-    """`topk`, found in each of so many parts first: PyTorch searches one long row on a GPU in 22 kernels (L24)."""
+    """`topk`, found in each of so many parts first: PyTorch searches one long row on a GPU in 22 kernels (L25)."""
     if logits_BV.shape[1] < 4 * parts * k:
         values_BK, ids_BK = logits_BV.topk(k)
         return values_BK, ids_BK
