@@ -1,10 +1,10 @@
-"""A linear layer of a few rows, and what a transformer does before and after it: one operator, `flash_gpt::matvec`.
+"""A linear layer of one row, and what a transformer does before and after it: one operator, `flash_gpt::matvec`.
 
-With one row a product is bound by the memory: each weight is read once for two operations. The kernel
+A product with one row is bound by the memory: each weight is read once for two operations. The kernel
 (`matvec_kernel.py`) reads the weights as fast as the memory gives them, and does on the way what would be kernels of
 their own around it: RMSNorm of its input, SwiGLU of its outputs, the sum with the residual stream.
 
-Shape suffixes: R rows, K inputs, N outputs.
+Shape suffixes: K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-MOST_ROWS = 4
-"""Above, tensor cores compute faster what is read once anyway."""
 
 
 def matvec(
@@ -31,8 +28,9 @@ def matvec(
     """residual + f(norm(x) weightᵀ + bias), summed in float32 and rounded once. It has no gradient.
 
     Args:
-        x: (…, K), float; few rows in all: each is multiplied by itself.
-        weight: (N, K), contiguous, float of any dtype; with `swiglu` (2N, K), the gates before what they gate.
+        x: (…, K), float, all of it one row: of two, cuBLAS takes less time.
+        weight: (N, K), contiguous, float of any dtype; with `swiglu` (2N, K), the gates before what they gate. On a GPU
+            it must not be the kernel launched just before that writes it (see `matvec_kernel`).
         bias: (N,) or (2N,).
         norm: (K,): x is divided by √(mean x² + eps) and multiplied with this first; None: x as it is.
         swiglu: f(gate, up) = silu(gate) · up; else f is the identity.

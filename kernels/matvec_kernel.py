@@ -1,12 +1,12 @@
-"""Products of a few rows with a matrix in Triton: each weight is read once, as fast as the memory gives them.
+"""The product of one row with a matrix in Triton: each weight is read once, as fast as the memory gives them.
 
-A program holds a row in its registers and goes through tiles of weights. A tile is one wide load of whole rows of the
+A program holds the row in its registers and goes through tiles of weights. A tile is one wide load of whole rows of the
 matrix, and the next one is under way while this one is multiplied: two programs have 128 KiB on the way to a
 multiprocessor. RMSNorm costs a sum of squares, for its factor can be multiplied with the outputs. With SwiGLU the rows
 of a tile are gate, up, gate, up, …, so that a program has both.
 
-On Hopper and newer (programmatic dependent launch) a program is there, and its first weights are in L2, when the kernel
-that writes its input ends.
+On Hopper and newer (programmatic dependent launch) a program is there, and its first weights are on the way, before the
+kernel that writes its input ends. So that kernel must not be the one that writes the weights.
 """
 
 from __future__ import annotations
@@ -31,18 +31,6 @@ def _rows(m0, M, TILE_M: tl.constexpr, SWIGLU: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(weight_ptr, m0, M, K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr):
-    """The tile that begins with m0, into L2: unlike registers it never has what a kernel before then overwrites."""
-    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-    row, is_row = _rows(m0, M, TILE_M, SWIGLU)
-    k = tl.arange(0, (TILE_K + LINE - 1) // LINE) * LINE
-    address = weight_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
-    address = tl.where(is_row[:, None] & (k < K)[None, :], address, weight_ptr).to(tl.int64)
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _weights(weight_ptr, m0, M, K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr):
     """The tile [TILE_M, TILE_K] that begins with m0."""
     row, is_row = _rows(m0, M, TILE_M, SWIGLU)
@@ -53,10 +41,10 @@ def _weights(weight_ptr, m0, M, K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: t
 
 
 @triton.jit
-def _input(x_ptr, norm_ptr, r, eps, K: tl.constexpr, TILE_K: tl.constexpr):
-    """Row r [1, TILE_K] in float32, and a factor: the normalised row is their product."""
+def _input(x_ptr, norm_ptr, eps, K: tl.constexpr, TILE_K: tl.constexpr):
+    """The row [1, TILE_K] in float32, and a factor: the normalised row is their product."""
     k = tl.arange(0, TILE_K)[None, :]
-    x = tl.load(x_ptr + r * K + k, mask=k < K, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     factor = 1.0
     if norm_ptr is not None:
         factor = tl.rsqrt(tl.sum(x * x) / K + eps)
@@ -67,40 +55,33 @@ def _input(x_ptr, norm_ptr, r, eps, K: tl.constexpr, TILE_K: tl.constexpr):
 @triton.jit
 def matvec_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, M, eps,
-    R: tl.constexpr, K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr,
-    PDL: tl.constexpr,
+    K: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """R rows of K inputs with a matrix of M rows. Pointers that are None are not wanted."""
+    """A row of K inputs with a matrix of M rows. Pointers that are None are not wanted."""
     first = tl.program_id(0) * TILE_M
     step = tl.num_programs(0) * TILE_M
+    weight = _weights(weight_ptr, first, M, K, TILE_M, TILE_K, SWIGLU)
     if PDL:
-        _prefetch(weight_ptr, first, M, K, TILE_M, TILE_K, SWIGLU)
         gdc_launch_dependents()
         gdc_wait()
-    weight = _weights(weight_ptr, first, M, K, TILE_M, TILE_K, SWIGLU)
-    if R == 1:
-        x, factor = _input(x_ptr, norm_ptr, 0, eps, K, TILE_K)
+    x, factor = _input(x_ptr, norm_ptr, eps, K, TILE_K)
     for m0 in tl.range(first, M, step, num_stages=1):
         ahead = _weights(weight_ptr, m0 + step, M, K, TILE_M, TILE_K, SWIGLU)
-        for r in tl.static_range(R):
-            if R > 1:  # they do not fit into registers together
-                x, factor = _input(x_ptr, norm_ptr, r, eps, K, TILE_K)
-            y = tl.sum(weight.to(tl.float32) * x, 1) * factor
-            row, is_row = _rows(m0, M, TILE_M, SWIGLU)
-            if bias_ptr is not None:
-                y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)
-            if SWIGLU:
-                gate, up = tl.split(tl.reshape(y, [TILE_M // 2, 2]))
-                y = gate * tl.sigmoid(gate) * up
-                N = M // 2
-                n = m0 // 2 + tl.arange(0, TILE_M // 2)
-            else:
-                N = M
-                n = m0 + tl.arange(0, TILE_M)
-            at = r * N + n
-            if residual_ptr is not None:
-                y += tl.load(residual_ptr + at, mask=n < N, other=0.0).to(tl.float32)
-            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=n < N)
+        y = tl.sum(weight.to(tl.float32) * x, 1) * factor
+        row, is_row = _rows(m0, M, TILE_M, SWIGLU)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)
+        if SWIGLU:
+            gate, up = tl.split(tl.reshape(y, [TILE_M // 2, 2]))
+            y = gate * tl.sigmoid(gate) * up
+            N = M // 2
+            n = m0 // 2 + tl.arange(0, TILE_M // 2)
+        else:
+            N = M
+            n = m0 + tl.arange(0, TILE_M)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n < N)
         weight = ahead
 
 
@@ -140,7 +121,7 @@ def matvec(
     with torch.cuda.device_of(x):
         matvec_kernel[(programs,)](
             x, weight, bias, norm, residual, out, M, eps,
-            R=x.numel() // K, K=K, TILE_M=tiles.m, TILE_K=tiles.k, SWIGLU=swiglu, PDL=pdl,
+            K=K, TILE_M=tiles.m, TILE_K=tiles.k, SWIGLU=swiglu, PDL=pdl,
             num_warps=tiles.num_warps, **pdl_options(pdl),
         )  # fmt: skip
     return out

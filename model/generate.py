@@ -100,11 +100,10 @@ class Generator:
         self._tokens_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)
         candidates = num_candidates(sampling, config.vocab_size)
         self._noise_BK = torch.ones(batch_size, candidates, device=self.device)
-        self.run_step: Callable[[], None] = self._step
+        self._run_forward: Callable[[], None] = self._forward
         if compile:  # one graph for all lengths: none of them is known to Python
-            self.run_step = torch.compile(self._step, dynamic=False)
-        if cuda_graph:
-            self.run_step = _captured(self.run_step)
+            self._run_forward = torch.compile(self._forward, dynamic=False)
+        self.run_step: Callable[[], None] = _captured(self._step) if cuda_graph else self._step
 
     @property
     def batch_size(self) -> int:
@@ -167,13 +166,16 @@ class Generator:
             self._choose(last_BE[:, None])
         self.cache.lengths_B.copy_(lengths_B)
 
-    @torch.no_grad()
     def _step(self) -> None:
+        self.cache.advance()
+        self._run_forward()
+
+    @torch.no_grad()
+    def _forward(self) -> None:
         """Read the token of each row that was chosen last, and choose the next."""
         with self._autocast:
             positions_B1, mask = self.cache.step()
             self._choose(self.model.hidden(self._tokens_B1, positions_B1, self.cache, mask))
-        self.cache.advance()
 
     def _choose(self, x_B1E: Tensor) -> None:
         logits_BV = self.model.logits(x_B1E)[:, 0]

@@ -17,7 +17,7 @@ from kernels import linear_cross_entropy
 
 from .attention.base import AttentionBackend
 from .config import ModelConfig
-from .linear import Linear, is_few
+from .linear import Linear, is_one_row
 from .rotary import attention_scaling, inverse_frequencies, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
@@ -125,20 +125,27 @@ class Block(nn.Module):
         """`compiled`: what `compile` gave, to compute it; what shards a block hooks into the call around that."""
         if compiled is not None:
             return compiled(x_BSE, attend, mask, rotation)
-        if is_few(x_BSE) and (type(self.mlp_norm), type(self.mlp), type(self.mlp.down)) == (RMSNorm, SwiGLU, Linear):
-            return self.of_few(x_BSE, attend, mask, rotation)
+        if is_one_row(x_BSE) and self.is_plain_llama:
+            return self.of_one_row(x_BSE, attend, mask, rotation)
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), attend, mask, rotation)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
-    def of_few(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
-        """`forward` of a Llama's few tokens without gradients: norms, SwiGLU and sums are parts of the products."""
+    @property
+    def is_plain_llama(self) -> bool:
+        """Neither in 8 bits nor sharded: FSDP makes a subclass of a sharded block, and writes its weights just before
+        they are read, which `matvec` forbids."""
+        parts = (self, self.mlp_norm, self.mlp, self.mlp.down)
+        return tuple(map(type, parts)) == (Block, RMSNorm, SwiGLU, Linear)
+
+    def of_one_row(self, x_BSE: Tensor, attend: Attend, mask: Any, rotation: Rotation) -> Tensor:
+        """`forward` of a Llama's single token without gradients: norms, SwiGLU and sums are parts of the products."""
         attention, mlp, first, second = self.attention, self.mlp, self.attention_norm, self.mlp_norm
         assert isinstance(first, RMSNorm)
         assert isinstance(second, RMSNorm)
-        qkv_BSQ = attention.qkv.of_few(x_BSE, norm=first)
+        qkv_BSQ = attention.qkv.of_one_row(x_BSE, norm=first)
         attended_BSQ = attention.by_heads(qkv_BSQ, attend, mask, rotation)
-        x_BSE = attention.out.of_few(attended_BSQ, residual=x_BSE)
-        return mlp.down.of_few(mlp.first.of_few(x_BSE, norm=second, swiglu=True), residual=x_BSE)
+        x_BSE = attention.out.of_one_row(attended_BSQ, residual=x_BSE)
+        return mlp.down.of_one_row(mlp.first.of_one_row(x_BSE, norm=second, swiglu=True), residual=x_BSE)
 
     def compile_forward(self, **options: Any) -> Compiled | None:
         """This block's forward pass as torch.compile makes it, with its options."""

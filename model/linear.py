@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.matvec import MOST_ROWS, matvec
+from kernels.matvec import matvec
 
 
-def is_few(x: Tensor) -> bool:
-    """Whether `matvec` is the way to multiply x (…, inputs): few rows, on a GPU, without a gradient, as in decoding."""
-    return x.is_cuda and x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+def is_one_row(x: Tensor) -> bool:
+    """Whether `matvec` is the way to multiply x (…, inputs): one row, on a GPU, without a gradient, as in decoding."""
+    return x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
 
 
 class Linear(nn.Linear):
@@ -41,12 +41,12 @@ class Linear(nn.Linear):
         return working
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_few(x) if is_few(x) else F.linear(x, self.operand(), self.bias)
+        return self.of_one_row(x) if is_one_row(x) else F.linear(x, self.operand(), self.bias)
 
-    def of_few(
+    def of_one_row(
         self, x: Tensor, *, norm: nn.RMSNorm | None = None, swiglu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """`forward` of a few rows, and what is around it, in one kernel: see `kernels.matvec`."""
+        """`forward` of one row, and what is around it, in one kernel: see `kernels.matvec`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)

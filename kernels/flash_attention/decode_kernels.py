@@ -25,9 +25,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..device import has_pdl, multiprocessors, pdl_options
+from ..device import multiprocessors
 from .config import DecodeTiles, choose_decode_tiles
 from .portable import INTERPRETED, _capability
 from .problem import cdiv, padded
@@ -52,12 +51,9 @@ def split_kernel(
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial out and LSE of M rows of one key/value head, over one split of its keys."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     index = tl.program_id(0)
     split, index = index % splits, index // splits
     row_tiles = tl.cdiv(S * GROUP, M)
@@ -137,12 +133,9 @@ def merge_kernel(
     partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, lengths_ptr,
     B, S, capacity, window, splits,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, LEAST: tl.constexpr,
-    WINDOW: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of one query of one head, of the splits that have keys. SPLITS: splits, or a power of 2 above."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     CHUNK: tl.constexpr = 16
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(B, tl.int64) * S * H
@@ -202,9 +195,7 @@ def decode(
         partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     # window, cap, factor: a raw product s becomes factor · s, or factor · tanh(cap · s), in base 2.
     cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
-    pdl = has_pdl(q.device)
     shared = {"N": tiles.n, "D": padded(D), "HEAD_DIM": D, "LEAST": tiles.least, "WINDOW": window is not None}
-    shared |= {"PDL": pdl, **pdl_options(pdl)}
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     with torch.cuda.device_of(q):
         split_kernel[(programs * splits,)](

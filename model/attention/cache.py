@@ -45,7 +45,7 @@ class CachedAttention(AttentionBackend):
     position s lies in slot s mod C. Without a sliding window C is the capacity, and nothing wraps; with one, no more
     than the window and the tokens of one step are kept, however long the rows grow.
 
-    Prompts are read by `chunk`, with the inner backend's own kernels; then `step` and `advance` add tokens, with no
+    Prompts are read by `chunk`, with the inner backend's own kernels; then `advance` and `step` add tokens, with no
     length known to Python, so that one CUDA graph serves every step. What either returns, (positions, mask), is for
     `GPT.hidden`, whose blocks call `for_layer`'s result.
     """
@@ -73,7 +73,7 @@ class CachedAttention(AttentionBackend):
             _CachedLayer(inner, torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in range(n_layers)
         ]
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int32, device=spec.device)
-        """Tokens of each row that are in the cache."""
+        """Tokens of each row: those in the cache, and in a step its new ones."""
         self._rows_B1 = torch.arange(batch_size, device=spec.device)[:, None]
 
     @property
@@ -109,16 +109,17 @@ class CachedAttention(AttentionBackend):
 
     # ---- adding tokens
 
-    def step(self, seq_len: int = 1) -> tuple[Tensor, Step]:
-        """Positions (B, S) and mask of the next S tokens of each row, at most MOST_QUERIES."""
-        assert seq_len <= MOST_QUERIES
-        positions_BS = self.lengths_B[:, None] + torch.arange(seq_len, device=self.lengths_B.device)
-        mask = self.inner.prepare_decode(self.lengths_B + seq_len, seq_len, self.slots)
-        return positions_BS, Step(self._rows_B1, positions_BS % self.slots, mask)
-
     def advance(self, seq_len: int = 1) -> None:
-        """The tokens of the last `step` count from now on."""
+        """Count the next S tokens of each row, at most MOST_QUERIES. Not to be compiled with what follows: a sum that
+        is an argument of the layers' attention is computed for each of them again."""
+        assert seq_len <= MOST_QUERIES
         self.lengths_B += seq_len
+
+    def step(self, seq_len: int = 1) -> tuple[Tensor, Step]:
+        """Positions (B, S) and mask of the last S tokens of each row, which are to be read now."""
+        positions_BS = self.lengths_B[:, None] + torch.arange(-seq_len, 0, device=self.lengths_B.device)
+        mask = self.inner.prepare_decode(self.lengths_B, seq_len, self.slots)
+        return positions_BS, Step(self._rows_B1, positions_BS % self.slots, mask)
 
     # ---- attending
 

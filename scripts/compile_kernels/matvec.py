@@ -1,4 +1,4 @@
-"""The products of few rows."""
+"""The products of one row."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def configurations(architecture: str) -> Iterator[Configuration]:
     """Of 2,048 inputs and of so many that a tile has one row and a gap at its end."""
     target = target_of(architecture)
     names = [parameter.name for parameter in matvec_kernel.params]
-    for around, K, dtype, rows in product(PRODUCTS, (2048, 14336), ("bf16", "fp32"), (1, 4)):
+    for around, K, dtype in product(PRODUCTS, (2048, 14336), ("bf16", "fp32")):
         swiglu = "swiglu" in PRODUCTS[around]
         tiles = choose_tiles(K, 4 if dtype == "fp32" else 2, swiglu)
         constants: dict[str, Any] = {
-            "R": rows, "K": K, "TILE_M": tiles.m, "TILE_K": tiles.k, "SWIGLU": swiglu,
+            "K": K, "TILE_M": tiles.m, "TILE_K": tiles.k, "SWIGLU": swiglu,
             "PDL": target.backend == "cuda" and target.arch >= 90,
         }  # fmt: skip
         constants |= {f"{name}_ptr": None for name in ("bias", "norm", "residual") if name not in PRODUCTS[around]}
@@ -36,7 +36,7 @@ def configurations(architecture: str) -> Iterator[Configuration]:
             (names.index(name),): [["tt.divisibility", 16]] for name in names if name not in constants and name != "eps"
         }
         yield Configuration(
-            {"kernel": "matvec", "product": around, "K": K, "dtype": dtype, "rows": rows},
+            {"kernel": "matvec", "product": around, "K": K, "dtype": dtype},
             ASTSource(matvec_kernel, signature, constexprs=constants, attrs=aligned),
             target,
             {"num_warps": tiles.num_warps},

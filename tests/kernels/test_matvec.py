@@ -1,4 +1,4 @@
-"""Products of few rows: the kernel equals its plain twin, on the GPU where there is one, else in Triton's
+"""Products of one row: the kernel equals its plain twin, on the GPU where there is one, else in Triton's
 interpreter."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compile_process import compiled
 
 from kernels import matvec_kernel
 from kernels.flash_attention.portable import INTERPRETED
-from kernels.matvec import MOST_ROWS, matvec, matvec_reference
+from kernels.matvec import matvec, matvec_reference
 from kernels.matvec_kernel import choose_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -28,7 +28,6 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    rows: int = 1
     K: int = 128
     N: int = 24
     norm: bool = False
@@ -46,11 +45,11 @@ class Case:
 
 
 def make(case: Case, device: str = DEVICE) -> tuple[Any, ...]:
-    """The operator's arguments: two dimensions of rows; numbers of many sizes; no weight of 0 or 1."""
+    """The operator's arguments: numbers of many sizes; no weight of 0 or 1."""
     M = 2 * case.N if case.swiglu else case.N
-    x = 3 * torch.randn(case.rows, 1, case.K)
+    x = 3 * torch.randn(1, 1, case.K)
     weight = torch.randn(M, case.K) / case.K**0.5
-    bias, norm, residual = torch.randn(M), 1 + 0.2 * torch.randn(case.K), torch.randn(case.rows, 1, case.N)
+    bias, norm, residual = torch.randn(M), 1 + 0.2 * torch.randn(case.K), torch.randn(1, 1, case.N)
     wanted = ((bias, case.bias), (norm, case.norm), (residual, case.residual))
     bias, norm, residual = (t.to(device) if is_wanted else None for t, is_wanted in wanted)
     x, weight = x.to(device, case.x), weight.to(device, case.weights)
@@ -64,10 +63,10 @@ def doubled(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 CASES = [
     Case(),
-    Case(rows=MOST_ROWS, K=72, N=13, norm=True, bias=True, residual=True),
-    Case(rows=2, K=100, N=7, swiglu=True, bias=True, norm=True),
+    Case(K=72, N=13, norm=True, bias=True, residual=True),
+    Case(K=100, N=7, swiglu=True, bias=True, norm=True),
     Case(K=8, N=1, swiglu=True, residual=True),
-    Case(rows=3, K=300, N=130, weights=FP16, x=FP16, out=FP16, bias=True),
+    Case(K=300, N=130, weights=FP16, x=FP16, out=FP16, bias=True),
     Case(K=2048, N=6, weights=FP16, norm=True, swiglu=True, out=FP16),
 ]
 
@@ -77,7 +76,7 @@ CASES = [
 def test_equals_its_plain_twin(case):
     arguments = make(case)
     found = matvec_kernel.matvec(*arguments)
-    assert (found.dtype, found.shape) == (case.out, (case.rows, 1, case.N))
+    assert (found.dtype, found.shape) == (case.out, (1, 1, case.N))
     limits = {"rtol": 1e-3, "atol": 1e-3} if case.out == FP16 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(found, matvec_reference(*arguments), **limits)
 
@@ -144,11 +143,10 @@ def test_the_operator_passes_opcheck():
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_every_configuration_compiles_and_does_not_spill(architecture):
     found = compiled("matvec", architecture)
-    assert len(found) == 24
+    assert len(found) == 12
     for row in found:
-        if row["rows"] == 1:
-            assert row["stack"] == 0, row
-            assert row["registers"] <= 136 or row["dtype"] == "fp32", row
+        assert row["stack"] == 0, row
+        assert row["registers"] <= 136 or row["dtype"] == "fp32", row
 
 
 # ---- on a GPU, at real sizes
@@ -157,9 +155,9 @@ REAL = [
     Case(K=2048, N=3072, norm=True, weights=BF16, out=BF16),
     Case(K=2048, N=8192, norm=True, swiglu=True, weights=BF16, out=BF16),
     Case(K=8192, N=2048, residual=True, weights=BF16, x=BF16),
-    Case(K=14336, N=4096, residual=True, weights=BF16, x=BF16, rows=MOST_ROWS),
+    Case(K=14336, N=4096, residual=True, weights=BF16, x=BF16),
     Case(K=2048, N=128256, weights=BF16, out=BF16),
-    Case(K=4096, N=3000, bias=True, rows=2),
+    Case(K=4096, N=3000, bias=True),
 ]
 
 
