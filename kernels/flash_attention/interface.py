@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import op
@@ -135,7 +134,7 @@ def flash_attention_backward(
     starts = None if starts is None else starts.contiguous()
     scale = check_scaling(softcap, scale, q.shape[3])
     wanted = [True, True, True, False, False]  # of q, k, v, sinks, alibi_slopes
-    dq, dk, dv, _, _ = torch.ops.flash_gpt.flash_attention_backward.default(
+    dq, dk, dv, _, _ = op.differentiate(
         dout, None, q, k, v, out, lse, starts, None, None, None, causal, window, softcap, scale, deterministic,
         implementation, wanted,
     )  # fmt: skip
@@ -235,7 +234,6 @@ def _attend(
     if implementation not in ("auto", *op.IMPLEMENTATIONS):
         raise ValueError(f"implementation={implementation!r} is unknown; use auto, {', '.join(op.IMPLEMENTATIONS)}")
     starts, ends, sinks, slopes = (None if x is None else x.contiguous() for x in (starts, ends, sinks, alibi_slopes))
-    out, lse = torch.ops.flash_gpt.flash_attention.default(
+    return op.attend(
         q, k, v, starts, ends, sinks, slopes, causal, window, softcap, scale, deterministic, implementation
     )
-    return out, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,19 +22,26 @@ class Problem:
             "CAUSAL": causal, "WINDOW": window is not None, "STARTS": starts is not None, "SOFTCAP": softcap > 0,
             "ENDS": ends is not None, "ALIBI": slopes is not None,
         }  # fmt: skip
-        # window, cap, factor: see scores.py
-        cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
-        self.scalars = (window or 0, cap, factor * LOG2E.value)
+        self.scalars = scalars(window, softcap, scale)
+
+
+def scalars(window: int | None, softcap: float, scale: float) -> tuple[int, float, float]:
+    """window, cap, factor: see scores.py."""
+    cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+    return window or 0, cap, factor * LOG2E.value
 
 
 def aligned(x_BSHD: Tensor) -> Tensor:
     """x, or a copy where the kernels could not read x: TMA wants 16-byte multiples, and rows without gaps in them;
     pointers count in 32 bits from a tile's first row to its last (128 at most)."""
-    *strides, last = x_BSHD.stride()
-    fits = last == 1 and x_BSHD.data_ptr() % 16 == 0 and strides[1] * 128 < 2**31
-    for stride in strides:
-        fits = fits and stride > 0 and stride * x_BSHD.element_size() % 16 == 0
+    fits = x_BSHD.data_ptr() % 16 == 0 and _are_readable(x_BSHD.stride(), x_BSHD.element_size())
     return x_BSHD if fits else x_BSHD.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=1024)
+def _are_readable(strides: tuple[int, ...], element_size: int) -> bool:
+    *outer, last = strides
+    return last == 1 and outer[1] * 128 < 2**31 and all(s > 0 and s * element_size % 16 == 0 for s in outer)
 
 
 def dsinks_of(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

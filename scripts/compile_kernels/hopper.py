@@ -71,15 +71,17 @@ def configuration(row: dict[str, Any], kernel: Any, constants: dict[str, Any], t
     return Configuration(row, source, target_of(*ARCHITECTURES), {"num_warps": 4})
 
 
-def type_of(descriptor: Any) -> str:
+def type_of(blank: host.Blank) -> str:
     """The type of a descriptor as the host makes it, in Triton's words."""
+    descriptor = blank.of(blank.fields["base"])
     layout = f",{descriptor.layout!r}" if hasattr(descriptor, "layout") else ""
     return f"tensordesc<{NAMES[descriptor.base.dtype]}{descriptor.block_shape}{layout}>"
 
 
 def rows(n_rows: int, head_dim: int, dtype: str, *, n_columns: int | None = None, gluon: bool = True) -> str:
     x = torch.empty(1, n_rows, 1, head_dim, dtype=DTYPES[dtype])
-    return type_of(host.rows(x, n_rows, n_columns) if gluon else host.plain_rows(x, n_rows))
+    tensor = x.shape, x.stride(), x.dtype
+    return type_of(host.rows(*tensor, n_rows, n_columns) if gluon else host.plain_rows(*tensor, n_rows))
 
 
 def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: int | None = None) -> Configuration:
@@ -113,8 +115,8 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
     if kernel is backward_pass.backward_kernel:
         for i, columns in enumerate(constants.dq_columns):
-            types[f"accum{i}_rows"] = type_of(host.floats(torch.empty(m * columns), m * columns // 32, 32))
-        types["chunk_rows"] = type_of(host.floats(torch.empty(1024), 32, 32))
+            types[f"accum{i}_rows"] = type_of(host.floats(m * columns, m * columns // 32, 32))
+        types["chunk_rows"] = type_of(host.floats(1024, 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "ends_ptr": None}
     if kernel is backward_pass.backward_kernel:
@@ -122,7 +124,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
             absent["semaphore_ptr"] = None
         if deterministic or not kind.starts:
             absent["sorted_ptr"] = None
-    types["stat_rows"] = type_of(host.floats(torch.empty(constants.row_stats), constants.row_stats))
+    types["stat_rows"] = type_of(host.floats(constants.row_stats, constants.row_stats))
     row = {"kernel": kernel.__name__.removesuffix("_kernel")} | row | {"deterministic": deterministic}
     return configuration(row, kernel, {"CONFIG": constants} | absent, types)
 

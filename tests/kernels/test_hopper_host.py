@@ -17,8 +17,12 @@ pytest.importorskip("triton.experimental.gluon")
 
 from kernels.flash_attention import hopper
 from kernels.flash_attention.hopper import config, host, key_tiles, softcap
+from kernels.flash_attention.hopper.backward_pass import backward_kernel
+from kernels.flash_attention.hopper.backward_split import dkdv_kernel, dq_kernel
 from kernels.flash_attention.hopper.config import Kind
+from kernels.flash_attention.hopper.forward_pass import forward_kernel
 from kernels.flash_attention.hopper.key_tiles import descends
+from kernels.flash_attention.hopper.preprocess import preprocess_kernel
 from kernels.flash_attention.hopper.scheduler import TileScheduler, is_interleaved, sort_kernel, tile_of
 
 
@@ -51,76 +55,122 @@ class Compiled:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(host, "_compiled", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return Kernel()
 
 
-def inputs(dtype: torch.dtype = torch.bfloat16, heads: int = 2) -> torch.Tensor:
-    return torch.zeros(1, 192, heads, 64, dtype=dtype)
+CPU = torch.device("cpu")
 
 
-def test_a_launch_like_an_earlier_one_takes_what_was_compiled_and_its_own_arguments(kernel: Kernel) -> None:
-    first, second = inputs(), inputs()
-    for x in (first, second):
-        host.launch(kernel, 7, host.rows(x, 64), x, 192, 0.5, None, CONFIG=("a", 1), M=64)
-    assert len(kernel.compiled) == 1
-    ((grid, (descriptor, *rest)),) = kernel.launched
-    assert grid == (7, 1, 1)
-    assert descriptor.base is second
-    assert rest[0] is second
-    assert rest[1:] == [192, 0.5, None, ("a", 1), 64]
+def inputs(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(1, 192, 2, 64, dtype=dtype)
 
 
-ARGUMENTS: dict[str, tuple[Any, Any]] = {
-    "dtype": (inputs(), inputs(torch.float16)),
-    "alignment": (torch.zeros(8, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)[1:]),
-    "number": (192, 193),
-    "one": (1, 2),
-    "type of a number": (1, 1.0),
-    "truth": (1, True),
-    "absence": (None, torch.zeros(8, dtype=torch.int32)),
-    "descriptor's dtype": (host.rows(inputs(), 64), host.rows(inputs(torch.float16), 64)),
-    "descriptor's tile": (host.rows(inputs(), 64), host.rows(inputs(), 128)),
-    "descriptor's rank": (host.floats(torch.zeros(512), 256), host.floats(torch.zeros(512), 8, 32)),
-}
+def rows_of(x: torch.Tensor, n_rows: int = 64) -> host.Blank:
+    return host.rows(x.shape, x.stride(), x.dtype, n_rows)
 
 
-@pytest.mark.parametrize("what", ARGUMENTS)
-def test_what_triton_compiles_anew_for_is_compiled_anew(kernel: Kernel, what: str) -> None:
-    for x in ARGUMENTS[what]:
-        host.launch(kernel, 1, x, CONFIG=None)
-    assert len(kernel.compiled) == 2
-    assert not kernel.launched
+def launch_of(kernel: Kernel, x: torch.Tensor, programs: int = 7, *numbers: float, **constants: Any) -> host.Launch:
+    return host.Launch(kernel, CPU, programs, [rows_of(x)], numbers, **constants)
 
 
-def test_constants_and_devices_and_kernels_are_told_apart(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    host.launch(kernel, 1, 5, M=64)
-    host.launch(kernel, 1, 5, M=128)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    host.launch(kernel, 1, 5, M=64)
-    assert len(kernel.compiled) == 3
+def test_launches_alike_take_what_was_compiled_and_their_own_arguments(kernel: Kernel) -> None:
+    first, second, longer = inputs(), inputs(), torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16)
+    launch = launch_of(kernel, first, 7, 192, 0.5, CONFIG=("a", 1), M=64)
+    for x in (first, second, second):
+        launch(x, x, None)
+    launch_of(kernel, longer, 8, 256, 0.25, CONFIG=("a", 1), M=64)(longer, longer, None)
+    ((grid, (descriptor, *rest), constants),) = kernel.compiled
+    assert grid == (7,)
+    assert descriptor.base is first
+    assert rest == [first, None, 192, 0.5]
+    assert constants == {"CONFIG": ("a", 1), "M": 64}
+    assert [grid for grid, _ in kernel.launched] == [(7, 1, 1), (7, 1, 1), (8, 1, 1)]
+    for (_, (descriptor, pointer, absent, *others)), x in zip(kernel.launched, (second, second, longer), strict=True):
+        assert descriptor.base is pointer is x
+        assert descriptor.shape == [1, 2, x.shape[1], 64]
+        assert absent is None
+        assert others == ([192, 0.5] if x is second else [256, 0.25]) + [("a", 1), 64]
+
+
+def test_what_triton_compiles_anew_for_is_compiled_anew(kernel: Kernel) -> None:
+    x, numbers = inputs(), torch.zeros(8, dtype=torch.int32)
+    launch_of(kernel, x, M=64)(x, numbers)
+    launch_of(kernel, x, M=64)(x, None)
+    launch_of(kernel, x, M=64)(x, numbers.float())
+    launch_of(kernel, x, M=128)(x, numbers)
+    half = inputs(torch.float16)
+    launch_of(kernel, half, M=64)(half, numbers)
+    host.Launch(kernel, torch.device("meta"), 7, [rows_of(x)], (), M=64)(x, numbers)  # another device
+    assert len(kernel.compiled) == 6
     other = Kernel()
-    host.launch(other, 1, 5, M=64)
+    launch_of(other, x, M=64)(x, numbers)
     assert len(other.compiled) == 1
     assert not kernel.launched
 
 
-def test_rows_of_ever_new_lengths_do_not_fill_the_memory(kernel: Kernel) -> None:
-    for length in range(5000):
-        host.launch(kernel, 1, length)
-    assert len(host._compiled) <= 4096
+@pytest.mark.parametrize(
+    "kernel", [forward_kernel, backward_kernel, dkdv_kernel, dq_kernel, preprocess_kernel, sort_kernel]
+)
+def test_no_kernel_is_compiled_for_the_value_of_a_number(kernel: Any) -> None:
+    """For compiled kernels are not kept by it."""
+    numbers = {
+        name for name, parameter in inspect.signature(kernel.fn).parameters.items()
+        if "constexpr" not in str(parameter.annotation) and not name.endswith(("_rows", "_ptr"))
+    }  # fmt: skip
+    never = {"cap", "factor", "scale"}  # a float's value Triton never compiles for
+    found = kernel.do_not_specialize if hasattr(kernel, "do_not_specialize") else kernel.kwargs["do_not_specialize"]
+    assert set(found) == numbers - never
 
 
-def test_a_descriptor_is_of_its_own_tensor(kernel: Kernel) -> None:
-    """Descriptors of a shape are checked once, and copied: with the strides and the base of the tensor at hand."""
+def test_tensors_lie_where_compiled_kernels_read_them() -> None:
+    x = torch.arange(9, dtype=torch.int32)
+    assert host.pointer(None) is None
+    assert host.pointer(x) is x
+    moved = host.pointer(x[1:])
+    assert moved is not None
+    assert moved.data_ptr() % 16 == 0
+    assert moved.tolist() == x[1:].tolist()
+
+
+def test_a_descriptor_is_of_its_own_tensor() -> None:
+    """A tile's descriptor is checked once, and copied: with the shape, strides and base of the tensor at hand."""
     fused = torch.zeros(1, 192, 3, 2, 64, dtype=torch.bfloat16)
     q, k, _ = fused.unbind(2)
-    descriptors = [host.rows(x, 64) for x in (q, k, q.contiguous(), q)]
+    descriptors = [rows_of(x).of(x) for x in (q, k, q.contiguous(), q)]
     assert [x.base is y for x, y in zip(descriptors, (q, k, q, q), strict=True)] == [True, True, False, True]
     assert descriptors[0].shape == [1, 2, 192, 64]
     assert descriptors[0].strides == descriptors[1].strides == [192 * 384, 64, 384, 1]
     assert descriptors[2].strides == [192 * 128, 64, 128, 1]
-    assert host.plain_rows(k, 64).base is k
+    for descriptor in (
+        *descriptors,
+        host.floats(512, 8, 32).of(torch.zeros(512)),
+        host.floats(64, 64).of(torch.zeros(64)),
+    ):
+        descriptor.__post_init__()  # Triton's own check
+    plain = host.plain_rows(k.shape, k.stride(), k.dtype, 64).of(k)
+    plain.__post_init__()
+    assert plain.base is k
+
+
+def test_scratch_memory_is_one_allocation_of_aligned_vectors() -> None:
+    scratch = host.Scratch.of((torch.float32, 130), (torch.int32, 0), (torch.int32, 3), (torch.float32, 128))
+    memory, (first, absent, second, third) = scratch.allocate(CPU)
+    assert memory.numel() == 256 + 128 + 128
+    assert absent is None
+    parts = [part for part in (first, second, third) if part is not None]
+    assert [part.data_ptr() - memory.data_ptr() for part in parts] == [0, 1024, 1536]
+    assert [part.dtype for part in parts] == [torch.float32, torch.int32, torch.float32]
+
+
+def test_calls_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
+    hopper.forward_launch.cache_clear()
+    for length in range(1, hopper.CALLS + 10):
+        shape = (1, length, 2, 64)
+        strides = (host.contiguous_strides(shape),) * 3
+        hopper.forward_launch(hopper.Call(CPU, torch.bfloat16, shape, shape, strides, False, True, None, 0.0, 0.125))
+    assert hopper.forward_launch.cache_info().currsize == hopper.CALLS
+    hopper.forward_launch.cache_clear()
 
 
 def test_kernels_count_on_in_the_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,19 +315,22 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
 ) -> None:
     launched: list[str] = []
 
-    def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    def run(launch: host.Launch, *tensors: Any) -> None:
+        kernel = launch.kernel
         names = list(inspect.signature(kernel.fn).parameters)
         launched.append(kernel.fn.__name__)
-        assert names[len(args) :] == list(constants)
+        args = [*map(host.Blank.of, launch.descriptors, tensors), *tensors[len(launch.descriptors) :], *launch.numbers]
+        assert names[len(args) :] == list(launch.constants)
         for name, arg in zip(names, args, strict=False):
             if name.endswith("_rows"):
                 assert hasattr(arg, "block_shape"), name
+                arg.__post_init__()  # Triton's own check
             elif name.endswith("_ptr"):
-                assert arg is None or isinstance(arg, torch.Tensor), name
+                assert arg is None or arg.data_ptr() % 16 == 0, name
             else:
                 assert type(arg) is (float if name in ("cap", "factor", "scale") else int), name
 
-    monkeypatch.setattr(hopper, "launch", launch)
+    monkeypatch.setattr(host.Launch, "__call__", run)
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
     monkeypatch.setattr(hopper, "queue_counter", lambda device: torch.zeros(1, dtype=torch.int32))
     q, k = (torch.zeros(2, 300, heads, head_dim, dtype=torch.bfloat16) for heads in (4, 2))

@@ -7,7 +7,7 @@ rows is named); docs/lab has the runs that they are from (L2, L3, L9, L12).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 QUERIES = 64
 """Queries in a tile: of a consumer in the forward; in the backward, where more would need more registers than there
@@ -134,7 +134,6 @@ class Backward(BackwardTiles, Kind):
         return (4 if self.starts else 2) * QUERIES
 
 
-@lru_cache(maxsize=4096)
 def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> Forward:
     if head_dim > 64:
         tiles = FORWARD_128 if head_dim <= 128 else FORWARD_256
@@ -143,10 +142,15 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> F
     else:
         local = kind.starts or (window is not None and window <= 2048)
         tiles = FORWARD_64_LOCAL if local else FORWARD_64
+    return _forward(kind, tiles, head_dim)
+
+
+@cache
+def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int) -> Forward:
     return Forward(**vars(kind), **vars(tiles), columns=columns_of(head_dim))
 
 
-@lru_cache(maxsize=4096)
+@cache
 def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
     """Above head_dim 128 the backward is deterministic whatever is asked for."""
     split = head_dim > 128
@@ -190,7 +194,6 @@ SPLIT_WAVES = 4
 SPLIT_WAVES_DOCUMENTS = 16
 
 
-@lru_cache(maxsize=4096)
 def accumulator_plan(kind: Kind, n_heads: int, n_tiles: int, programs: int) -> tuple[int, int, int]:
     """(lag, count, log_interleaved) of `DqAccumulators` and `TileScheduler`, for so many key heads with so many tiles
     of keys each.

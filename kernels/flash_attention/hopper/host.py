@@ -1,14 +1,17 @@
-"""From PyTorch's tensors to a running kernel with little work for the host: tensor descriptors, and launches.
+"""From PyTorch's tensors to a running kernel with little work for the host.
 
 A row of 4k tokens keeps an H100 busy for less time than Triton's own way to it takes the host, which looks at every
-argument of every launch anew and checks every descriptor: docs/lab (L6) has the times.
+argument of every launch anew and checks every descriptor. A `Launch` has all that does not depend on where tensors lie,
+so a call of a known shape sets addresses and launches: docs/lab (L6, L24) has the times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import cache
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,53 +21,130 @@ from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
 from .config import padded
 
-Descriptor = TypeVar("Descriptor", TensorDescriptor, PlainDescriptor)
+Sizes = tuple[int, ...]
+"""A tensor's shape, or its strides."""
+Pointer: TypeAlias = "Tensor | Part | None"
 
 ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+ALIGNMENT = 128
+"""Numbers of 4 bytes: vectors in one allocation begin at multiples of 512 bytes, as PyTorch's own allocations do."""
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """kernel[(programs,)](*args, **constants), the constants in the order of the kernel's parameters.
+class Blank(NamedTuple):
+    """A tensor descriptor without its tensor.
 
-    What was compiled is kept by all that Triton compiles for, or more: numbers count by their value, where Triton asks
-    whether they are 1 or a multiple of 16.
+    Triton's own check of a descriptor takes 10 µs; here it is done once for each tile. So shape and strides must be
+    those of a tensor that `problem.aligned` lets through or PyTorch made.
     """
-    key = (kernel.fn, torch.cuda.current_device(), *map(_kind, args), *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[programs, 1, 1](*args, *constants.values())
-        return
-    if len(_compiled) == 4096:  # rows of ever new lengths
-        _compiled.clear()
-    _compiled[key] = kernel[(programs,)](*args, **constants)
+
+    cls: type
+    fields: dict[str, Any]
+
+    def of(self, base: Pointer) -> Any:
+        descriptor: Any = object.__new__(self.cls)
+        descriptor.__dict__ = self.fields | {"base": base}
+        return descriptor
+
+    def shaped(self, shape: Sequence[int], strides: Sequence[int]) -> Blank:
+        return Blank(self.cls, self.fields | {"shape": shape, "strides": strides})
 
 
-def _kind(x: Any) -> tuple[Any, ...]:
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16
-    if isinstance(x, (TensorDescriptor, PlainDescriptor)):
-        return x.base.dtype, *x.block_shape
-    return type(x), x
+class Launch:
+    """A kernel's launch on tensors of certain shapes, strides and dtypes, which it is called with.
+
+    Compiled kernels are kept by dtypes and constants. All else that Triton compiles for is the same in every launch:
+    tensors lie at multiples of 16 bytes (`pointer`, `problem.aligned`), and the kernels' numbers are below 2³¹
+    (`op.hopper_lacks`) and not specialised for.
+    """
+
+    def __init__(
+        self, kernel: Any, device: torch.device, programs: int, descriptors: Sequence[Blank], numbers: Sequence[float],
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            descriptors: of the kernel's first parameters. Pointers are the next.
+            numbers, constants: the parameters after these, in their order.
+        """
+        self.kernel, self.device, self.programs = kernel, device, programs
+        self.descriptors, self.numbers, self.constants = descriptors, numbers, constants
+        self.others = (*numbers, *constants.values())
+        self.run: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Pointer) -> None:
+        args = (*map(Blank.of, self.descriptors, tensors), *tensors[len(self.descriptors) :])
+        if self.run is None:
+            dtypes = [None if x is None else x.dtype for x in tensors]
+            key = (self.kernel.fn, self.device, *dtypes, *self.constants.values())
+            compiled = _compiled.get(key)
+            if compiled is None:
+                _compiled[key] = self.kernel[(self.programs,)](*args, *self.numbers, **self.constants)
+                return
+            self.run = compiled[self.programs, 1, 1]
+        self.run(*args, *self.others)
 
 
-def rows(x_BSHD: Tensor, n_rows: int, n_columns: int | None = None) -> TensorDescriptor:
-    """x as TMA reads and writes it: tiles [1, 1, n_rows, n_columns] of (B, H, S, D); all columns, padded to `padded(D)`
-    by zeros, unless said otherwise."""
-    return _of(_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows, n_columns), x_BSHD)
+def rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int, n_columns: int | None = None) -> Blank:
+    """A tensor (B, S, H, D) as TMA reads and writes it: tiles [1, 1, n_rows, n_columns] of (B, H, S, D); all columns,
+    padded to `padded(D)` by zeros, unless said otherwise."""
+    (B, S, H, D), (b, s, h, d) = shape, strides
+    return _rows(dtype, n_rows, n_columns, D).shaped([B, H, S, D], [b, h, s, d])
 
 
-def plain_rows(x_BSHD: Tensor, n_rows: int) -> PlainDescriptor:
+def plain_rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int) -> Blank:
     """The same for kernels in plain Triton."""
-    return _of(_plain_rows(x_BSHD.shape, x_BSHD.stride(), x_BSHD.dtype, n_rows), x_BSHD)
+    (B, S, H, D), (b, s, h, d) = shape, strides
+    return _plain_rows(dtype, n_rows, D).shaped([B, H, S, D], [b, h, s, d])
 
 
-def floats(x: Tensor, *tile: int) -> TensorDescriptor:
-    """A float32 tensor as TMA reads and writes it: tiles of its elements, in rows as wide as a tile's, which take 16
+def floats(count: int, *tile: int) -> Blank:
+    """So many float32 numbers as TMA reads and writes them: tiles of them, in rows as wide as a tile's, which take 16
     bytes or more."""
-    return _of(_floats(x.numel(), tile), x)
+    width = tile[-1]
+    return _floats(tile).shaped(*(([count // width, width], [width, 1]) if len(tile) > 1 else ([count], [1])))
+
+
+class Part:
+    """Of `Scratch`: what a kernel asks of a tensor."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class Scratch(NamedTuple):
+    """Several vectors of 32-bit numbers in one allocation, since each takes some µs."""
+
+    parts: list[tuple[torch.dtype, int] | None]
+    """dtype and first byte of each; None for one of no length."""
+    size: int
+    """Of all, in numbers."""
+
+    @staticmethod
+    def of(*vectors: tuple[torch.dtype, int]) -> Scratch:
+        """From dtype and length of each."""
+        *at, size = accumulate((-(-length // ALIGNMENT) * ALIGNMENT for _, length in vectors), initial=0)
+        parts = [(dtype, 4 * i) if length else None for (dtype, length), i in zip(vectors, at, strict=True)]
+        return Scratch(parts, size)
+
+    def allocate(self, device: torch.device) -> tuple[Tensor, list[Part | None]]:
+        """The memory as float32 numbers, which the parts do not keep, and the parts."""
+        memory = torch.empty(self.size, dtype=torch.float32, device=device)
+        address = memory.data_ptr()
+        return memory, [None if part is None else Part(part[0], address + part[1]) for part in self.parts]
+
+
+def pointer(x: Tensor | None) -> Tensor | None:
+    """x as kernels compiled for multiples of 16 bytes read it."""
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def queue_counter(device: torch.device) -> Tensor:
@@ -86,40 +166,31 @@ def queue_counter(device: torch.device) -> Tensor:
     return _counters[key]
 
 
-def _of(blank: Descriptor, base: Tensor) -> Descriptor:
-    """The descriptor of a tensor, for which `blank` was checked."""
-    descriptor = object.__new__(type(blank))
-    descriptor.__dict__.update(blank.__dict__)
-    descriptor.base = base
-    return descriptor
+def contiguous_strides(shape: Sizes) -> Sizes:
+    """Of a tensor (B, S, H, D)."""
+    _, S, H, D = shape
+    return S * H * D, H * D, D, 1
 
 
-@lru_cache(maxsize=4096)
-def _rows(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int, n_columns: int | None
-) -> TensorDescriptor:
-    *tiling, block = _tiling(shape, strides, n_rows, n_columns)
-    return TensorDescriptor(
-        torch.empty(0, dtype=dtype), *tiling, block, gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
-    )
+@cache
+def _rows(dtype: torch.dtype, n_rows: int, n_columns: int | None, head_dim: int) -> Blank:
+    width = n_columns or padded(head_dim)
+    block, strides = [1, 1, n_rows, width], [width, width, width, 1]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
+    descriptor = TensorDescriptor(torch.empty(0, dtype=dtype), block, strides, block, layout)
+    return Blank(TensorDescriptor, vars(descriptor))
 
 
-@lru_cache(maxsize=4096)
-def _plain_rows(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, n_rows: int) -> PlainDescriptor:
-    return PlainDescriptor(torch.empty(0, dtype=dtype), *_tiling(shape, strides, n_rows))
+@cache
+def _plain_rows(dtype: torch.dtype, n_rows: int, head_dim: int) -> Blank:
+    width = padded(head_dim)
+    block, strides = [1, 1, n_rows, width], [width, width, width, 1]
+    return Blank(PlainDescriptor, vars(PlainDescriptor(torch.empty(0, dtype=dtype), block, strides, block)))
 
 
-@lru_cache(maxsize=4096)
-def _floats(count: int, tile: tuple[int, ...]) -> TensorDescriptor:
-    *outer, width = tile
-    shape, strides, swizzle = ([count // width, width], [width, 1], 128) if outer else ([count], [1], 0)
+@cache
+def _floats(tile: tuple[int, ...]) -> Blank:
+    strides, swizzle = ([tile[-1], 1], 128) if len(tile) > 1 else ([1], 0)
     layout = gl.NVMMASharedLayout(swizzle, element_bitwidth=32, rank=len(tile))
-    return TensorDescriptor(torch.empty(0, dtype=torch.float32), shape, strides, list(tile), layout)
-
-
-def _tiling(
-    shape: tuple[int, ...], strides: tuple[int, ...], n_rows: int, n_columns: int | None = None
-) -> tuple[list[int], list[int], list[int]]:
-    B, S, H, D = shape
-    b, s, h, d = strides
-    return [B, H, S, D], [b, h, s, d], [1, 1, n_rows, n_columns or padded(D)]
+    descriptor = TensorDescriptor(torch.empty(0, dtype=torch.float32), list(tile), strides, list(tile), layout)
+    return Blank(TensorDescriptor, vars(descriptor))
