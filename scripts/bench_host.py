@@ -5,7 +5,8 @@
     python -m scripts.bench_host --profile      # and where the time goes
 
 Each figure is the smallest of several medians, because other processes only add time. `new shapes` gives each call a
-length that no call had before, as packed rows of varying length do.
+length that no call had before, as packed rows of varying length do. `autograd` is a function of the same tensors that
+computes nothing: on a GPU, PyTorch's backward wakes a thread for the device, once for all layers of a model.
 """
 
 from __future__ import annotations
@@ -28,6 +29,20 @@ from kernels.flash_attention import op
 from scripts.parser import parser_of, positive
 
 Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+class Nothing(torch.autograd.Function):
+    """What PyTorch takes for an attention that takes no time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return q.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Inputs:
+        assert len(ctx.saved_tensors) == 3
+        return dout.detach(), dout.detach(), dout.detach()
 
 
 @contextmanager
@@ -75,7 +90,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(device: str, new_shapes: bool, calls: int, rounds: int) -> dict[str, float]:
+def measure(
+    device: str, new_shapes: bool, calls: int, rounds: int, attend: Callable[..., Any] = flash_attention
+) -> dict[str, float]:
     """µs of the host, forward and backward."""
     lengths = count(65)
 
@@ -83,7 +100,7 @@ def measure(device: str, new_shapes: bool, calls: int, rounds: int) -> dict[str,
         return inputs_of(device, next(lengths) if new_shapes else 64)
 
     def forward(x: Inputs) -> Tensor:
-        out = flash_attention(*x)
+        out = attend(*x)
         assert isinstance(out, Tensor)
         return out
 
@@ -110,8 +127,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.refuse("no CUDA GPU here; pass --no-launch")
     device = "cpu" if args.no_launch else "cuda"
     with without_launches() if args.no_launch else ExitStack():
-        for name, new_shapes in {"one shape": False, "new shapes": True}.items():
-            found = measure(device, new_shapes, args.calls, args.rounds)
+        for name, new_shapes, attend in (
+            ("one shape", False, flash_attention), ("new shapes", True, flash_attention),
+            ("autograd", False, Nothing.apply),
+        ):  # fmt: skip
+            found = measure(device, new_shapes, args.calls, args.rounds, attend)
             print(f"{name:12} forward {found['forward']:6.1f} µs   backward {found['backward']:6.1f} µs", flush=True)
         if args.profile:
             profile(device, args.calls)

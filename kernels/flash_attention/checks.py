@@ -27,16 +27,18 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+    if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"{shapes(q, k, v)} must be (batch, sequence, heads, head_dim) each")
-    if not (are_same(k.shape[:3], v.shape[:3]) and holds(q.shape[0] == k.shape[0]) and q.shape[3] == k.shape[3]):
+    (B, _, H, D), (*keys, D_k), (*values, D_v) = q.shape, k.shape, v.shape
+    if not (are_same(keys, values) and holds(keys[0] == B) and D_k == D):
         raise ValueError(
             f"{shapes(q, k, v)} do not fit: (B, S, H, D) for q, (B, S_k, H_kv, D) for k and (B, S_k, H_kv, D_v) for v "
             "(from PyTorch's (B, H, S, D) use .transpose(1, 2))"
         )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    G = keys[2]
+    if G == 0 or H % G:
         raise ValueError(
-            f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads; "
+            f"{H} query heads are not a multiple of {G} key/value heads; "
             "dimension 2 holds the heads (from PyTorch's (B, H, S, D) use .transpose(1, 2))"
         )
     if not q.dtype == k.dtype == v.dtype:
@@ -45,7 +47,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q is on {q.device}, k on {k.device} and v on {v.device}; move them to one device")
     if q.dtype not in DTYPES:
         raise ValueError(f"flash_attention computes in float16, bfloat16 and float32, not {q.dtype}; cast q, k and v")
-    for head_dim in (q.shape[3], v.shape[3]):
+    for head_dim in (D, D_v):
         if head_dim % 8 or not 16 <= head_dim <= MOST:
             raise ValueError(_head_dim_refused(head_dim))
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:

@@ -91,8 +91,9 @@ def _are_few(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, ends: Tensor | None, slopes: Tensor | None, causal: bool
 ) -> bool:
     """Whether too few queries a head keep the GPU busy, so that the decoding kernels, which split the keys, serve."""
-    is_plain = causal and starts is None and ends is None and slopes is None and q.shape[3] == v.shape[3] <= 256
-    return is_plain and q.shape[1] <= FEW_QUERIES and k.shape[1] >= MANY_KEYS
+    if q.shape[1] > FEW_QUERIES or k.shape[1] < MANY_KEYS:
+        return False
+    return causal and starts is None and ends is None and slopes is None and q.shape[3] == v.shape[3] <= 256
 
 
 def _attend_to_nothing(q: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,8 +184,8 @@ class _FlashAttention(_OneLevel):
 
 def _nobody_looks_on(*tensors: Tensor) -> bool:
     """Whether calling what the dispatcher would call shows in nothing but the time: it takes 7 µs for the forward
-    operator and 23 for the backward (docs/lab, L20 and L24). It must be asked where a mode, a transform, a tracer, a
-    profiler or a subclass of Tensor listens, or where there is no data."""
+    operator and 23 for the backward (docs/lab, L20 and L24). It must be asked where a mode, a transform, a tracer or a
+    subclass of Tensor listens, or where there is no data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -193,7 +194,6 @@ def _nobody_looks_on(*tensors: Tensor) -> bool:
         and not tensors[0].is_meta
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
-        and not torch.autograd._profiler_enabled()
     )
 
 

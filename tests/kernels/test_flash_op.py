@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -184,6 +186,64 @@ def test_flops_are_counted_as_for_pytorchs_own_attention():
         torch.ops.flash_gpt.flash_attention: 2 * product,
         torch.ops.flash_gpt.flash_attention_backward: 5 * product,
     }
+
+
+class Functions(TorchFunctionMode):
+    """Notes what PyTorch is asked for."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    seen: list[Any]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_whoever_looks_on_sees_the_operators_and_nobody_else_waits_for_the_dispatcher(monkeypatch):
+    """Modes, subclasses of Tensor and tracers; else the functions below autograd are called as they are."""
+    forward, backward = FLASH_ATTENTION_OPS[0], torch.ops.flash_gpt.flash_attention_backward.default
+    inputs, seen = [torch.randn(1, 2, 1, D, device=DEVICE, requires_grad=True) for _ in range(3)], []
+    Subclass.seen = seen
+    with Functions(seen):
+        flash_attention(*inputs)
+    assert forward in seen
+    seen.clear()
+    with Operators(seen):
+        flash_attention(*inputs).sum().backward()
+    assert {forward, backward} <= set(seen)
+    seen.clear()
+    flash_attention(*(x.detach().as_subclass(Subclass) for x in inputs))
+    assert forward in seen
+    graph = torch.jit.trace(flash_attention, tuple(x.detach() for x in inputs), check_trace=False).graph
+    assert "flash_gpt::flash_attention" in str(graph)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the dispatcher")
+
+    for operator in (forward, backward):
+        monkeypatch.setattr(type(operator), "__call__", refuse)
+    flash_attention(*inputs).sum().backward()
 
 
 def test_a_second_derivative_is_refused():

@@ -37,8 +37,8 @@ class Kernel:
         """The function that it was made of."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def compile_and_launch(*args: Any, **constants: Any) -> Any:
-            self.compiled.append((grid, args, constants))
+        def compile_and_launch(*args: Any) -> Any:
+            self.compiled.append((grid, args))
             return Compiled(self)
 
         return compile_and_launch
@@ -79,11 +79,10 @@ def test_launches_alike_take_what_was_compiled_and_their_own_arguments(kernel: K
     for x in (first, second, second):
         launch(x, x, None)
     launch_of(kernel, longer, 8, 256, 0.25, CONFIG=("a", 1), M=64)(longer, longer, None)
-    ((grid, (descriptor, *rest), constants),) = kernel.compiled
+    ((grid, (descriptor, *rest)),) = kernel.compiled
     assert grid == (7,)
     assert descriptor.base is first
-    assert rest == [first, None, 192, 0.5]
-    assert constants == {"CONFIG": ("a", 1), "M": 64}
+    assert rest == [first, None, 192, 0.5, ("a", 1), 64]
     assert [grid for grid, _ in kernel.launched] == [(7, 1, 1), (7, 1, 1), (8, 1, 1)]
     for (_, (descriptor, pointer, absent, *others)), x in zip(kernel.launched, (second, second, longer), strict=True):
         assert descriptor.base is pointer is x
@@ -175,21 +174,21 @@ def test_calls_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.Mo
 
 def test_kernels_count_on_in_the_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[str] = []
-    stream = SimpleNamespace(cuda_stream=1, wait_stream=waited.append)
-    capturing = False
+    stream, capturing = 1, False
+    active = SimpleNamespace(get_current_stream=lambda index: stream)
+    monkeypatch.setattr(host, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(host, "_counters", {})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=waited.append))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the thread's")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    cpu = torch.device("cpu")
-    first = host.queue_counter(cpu)
+    first = host.queue_counter(CPU)
     assert first.tolist() == [0]
-    assert host.queue_counter(cpu) is first
+    assert host.queue_counter(CPU) is first
     assert waited == ["the thread's"]  # that cleared it, once
-    stream = SimpleNamespace(cuda_stream=2, wait_stream=waited.append)
-    assert host.queue_counter(cpu) is not first
+    stream = 2
+    assert host.queue_counter(CPU) is not first
     capturing = True
-    graphs = [host.queue_counter(cpu) for _ in range(2)]
+    graphs = [host.queue_counter(CPU) for _ in range(2)]
     assert graphs[0] is not graphs[1]
 
 

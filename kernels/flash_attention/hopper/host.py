@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
 from .config import padded
@@ -70,22 +71,21 @@ class Launch:
             descriptors: of the kernel's first parameters. Pointers are the next.
             numbers, constants: the parameters after these, in their order.
         """
-        self.kernel, self.device, self.programs = kernel, device, programs
-        self.descriptors, self.numbers, self.constants = descriptors, numbers, constants
-        self.others = (*numbers, *constants.values())
+        self.kernel, self.device, self.programs, self.descriptors = kernel, device, programs, descriptors
+        self.numbers, self.constants = numbers, constants
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Pointer) -> None:
-        args = (*map(Blank.of, self.descriptors, tensors), *tensors[len(self.descriptors) :])
+        described, pointers = map(Blank.of, self.descriptors, tensors), tensors[len(self.descriptors) :]
+        args = (*described, *pointers, *self.numbers, *self.constants.values())
         if self.run is None:
             dtypes = [None if x is None else x.dtype for x in tensors]
             key = (self.kernel.fn, self.device, *dtypes, *self.constants.values())
-            compiled = _compiled.get(key)
-            if compiled is None:
-                _compiled[key] = self.kernel[(self.programs,)](*args, *self.numbers, **self.constants)
+            if key not in _compiled:
+                _compiled[key] = self.kernel[(self.programs,)](*args)
                 return
-            self.run = compiled[self.programs, 1, 1]
-        self.run(*args, *self.others)
+            self.run = _compiled[key][self.programs, 1, 1]
+        self.run(*args)
 
 
 def rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int, n_columns: int | None = None) -> Blank:
@@ -155,14 +155,13 @@ def queue_counter(device: torch.device) -> Tensor:
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = device.index, stream.cuda_stream
+    key = device.index, driver.active.get_current_stream(device.index)
     if key not in _counters:
         # By a thread of its own: while torch.compile warms up for a graph, what the caller's thread allocates lies in
         # the graph's pool, and may not stay.
         with ThreadPoolExecutor(1) as thread:
             _counters[key] = thread.submit(lambda: torch.zeros(1, dtype=torch.int32, device=device)).result()
-        stream.wait_stream(torch.cuda.default_stream(device))
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
     return _counters[key]
 
 
