@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import op
 from .checks import (
+    are_same,
     autocast,
     check_bounds,
     check_by_head,
@@ -130,7 +131,14 @@ def flash_attention_backward(
         q, k, v and the rest: as they were given there. They are not checked again.
     Returns:
         dq (B, S, H, D), dk and dv (B, S_k, H_kv, D), contiguous.
+    Raises:
+        ValueError: dout has not the shape and dtype of out.
     """
+    if not are_same(dout.shape, out.shape) or dout.dtype != out.dtype:
+        raise ValueError(
+            f"dout {tuple(dout.shape)} in {dout.dtype} is the gradient of out, {tuple(out.shape)} in {out.dtype}; pass "
+            "one of its shape, with .to(out.dtype)"
+        )
     starts = None if starts is None else starts.contiguous()
     scale = check_scaling(softcap, scale, q.shape[3])
     wanted = [True, True, True, False, False]  # of q, k, v, sinks, alibi_slopes

@@ -258,6 +258,14 @@ def test_backward_by_itself_is_autograds_bit_for_bit(options):
         assert torch.equal(ours, theirs)
 
 
+def test_a_gradient_that_is_not_of_out_is_refused():
+    q, k, v = (torch.zeros(1, 4, 1, 16) for _ in range(3))
+    lse = torch.zeros(1, 1, 4)
+    for dout in (torch.zeros(1, 3, 1, 16), q.half()):
+        with pytest.raises(ValueError, match=r"is the gradient of out, \(1, 4, 1, 16\) in torch.float32; pass one of"):
+            flash_attention_backward(dout, q, k, v, q, lse)
+
+
 @interpreted
 @implementations
 def test_a_window_of_any_size_is_no_window_once_it_hides_nothing(implementation):

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from kernels.flash_attention import hopper
-from kernels.flash_attention.hopper import config, host, key_tiles, softcap
+from kernels.flash_attention.hopper import config, host, key_tiles, launches, softcap
 from kernels.flash_attention.hopper.backward_pass import backward_kernel
 from kernels.flash_attention.hopper.backward_split import dkdv_kernel, dq_kernel
 from kernels.flash_attention.hopper.config import Kind
@@ -152,7 +152,8 @@ def test_a_descriptor_is_of_its_own_tensor() -> None:
 
 
 def test_scratch_memory_is_one_allocation_of_aligned_vectors() -> None:
-    scratch = host.Scratch.of((torch.float32, 130), (torch.int32, 0), (torch.int32, 3), (torch.float32, 128))
+    floats, ints = torch.float32, torch.int32
+    scratch = host.Scratch.of(first=(floats, 130), absent=(ints, 0), second=(ints, 3), third=(floats, 128))
     memory, (first, absent, second, third) = scratch.allocate(CPU)
     assert memory.numel() == 256 + 128 + 128
     assert absent is None
@@ -162,14 +163,16 @@ def test_scratch_memory_is_one_allocation_of_aligned_vectors() -> None:
 
 
 def test_calls_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
-    hopper.forward_launch.cache_clear()
-    for length in range(1, hopper.CALLS + 10):
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: PROGRAMS)
+    launches.forward_launch.cache_clear()
+    for length in range(1, launches.CALLS + 10):
         shape = (1, length, 2, 64)
         strides = (host.contiguous_strides(shape),) * 3
-        hopper.forward_launch(hopper.Call(CPU, torch.bfloat16, shape, shape, strides, False, True, None, 0.0, 0.125))
-    assert hopper.forward_launch.cache_info().currsize == hopper.CALLS
-    hopper.forward_launch.cache_clear()
+        launches.forward_launch(
+            launches.Call(CPU, torch.bfloat16, shape, shape, strides, False, True, None, 0.0, 0.125)
+        )
+    assert launches.forward_launch.cache_info().currsize == launches.CALLS
+    launches.forward_launch.cache_clear()
 
 
 def test_kernels_count_on_in_the_memory_of_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,8 +333,8 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
                 assert type(arg) is (float if name in ("cap", "factor", "scale") else int), name
 
     monkeypatch.setattr(host.Launch, "__call__", run)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: PROGRAMS)
-    monkeypatch.setattr(hopper, "queue_counter", lambda device: torch.zeros(1, dtype=torch.int32))
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: PROGRAMS)
+    monkeypatch.setattr(host, "queue_counter", lambda device: torch.zeros(1, dtype=torch.int32))
     q, k = (torch.zeros(2, 300, heads, head_dim, dtype=torch.bfloat16) for heads in (4, 2))
     starts = torch.zeros(2, 300, dtype=torch.int32) if documents else None
     options: dict[str, Any] = {"causal": True, "window": None, "softcap": 0.0, "scale": 0.1}

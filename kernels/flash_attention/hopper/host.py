@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -124,19 +123,21 @@ class Scratch(NamedTuple):
     """Several vectors of 32-bit numbers in one allocation, since each takes some µs."""
 
     parts: list[tuple[torch.dtype, int] | None]
-    """dtype and first byte of each; None for one of no length."""
+    """dtype and first byte of each; None for a vector of no length."""
     size: int
     """Of all, in numbers."""
 
     @staticmethod
-    def of(*vectors: tuple[torch.dtype, int]) -> Scratch:
+    def of(**vectors: tuple[torch.dtype, int]) -> Scratch:
         """From dtype and length of each."""
-        *at, size = accumulate((-(-length // ALIGNMENT) * ALIGNMENT for _, length in vectors), initial=0)
-        parts = [(dtype, 4 * i) if length else None for (dtype, length), i in zip(vectors, at, strict=True)]
+        parts, size = list[tuple[torch.dtype, int] | None](), 0
+        for dtype, length in vectors.values():
+            parts.append((dtype, 4 * size) if length else None)
+            size += -(-length // ALIGNMENT) * ALIGNMENT
         return Scratch(parts, size)
 
     def allocate(self, device: torch.device) -> tuple[Tensor, list[Part | None]]:
-        """The memory as float32 numbers, which the parts do not keep, and the parts."""
+        """The memory, as float32 numbers, and its parts, which do not keep it."""
         memory = torch.empty(self.size, dtype=torch.float32, device=device)
         address = memory.data_ptr()
         return memory, [None if part is None else Part(part[0], address + part[1]) for part in self.parts]
