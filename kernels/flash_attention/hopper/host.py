@@ -2,7 +2,7 @@
 
 A row of 4k tokens keeps an H100 busy for less time than Triton's own way to it takes the host, which looks at every
 argument of every launch anew and checks every descriptor. A `Launch` has all that does not depend on where tensors lie,
-so a call of a known shape sets addresses and launches: docs/lab (L6, L24) has the times.
+so a call of a known shape sets addresses and launches: docs/lab (L6, L26) has the times.
 """
 
 from __future__ import annotations
