@@ -71,7 +71,8 @@ def flash_attention(
             all calls. Without it only one gradient may differ: dq of the Hopper kernels, up to head_dim 128.
         return_lse: also return the log-sum-exp.
         implementation: which kernels run.
-            "hopper": 16-bit inputs on sm_90; without ends, alibi_slopes, D_v other than D, D above 256, S above S_k.
+            "hopper": 16-bit inputs on sm_90; D up to 256, D_v like D or 128 with D 192; without ends, alibi_slopes,
+            S above S_k.
             "triton": the portable kernels, on every GPU from sm_80, and in Triton's interpreter on CPU tensors
             (TRITON_INTERPRET=1).
             "auto": hopper where it can, else triton; gradients by triton where only those of q, or only those of k and

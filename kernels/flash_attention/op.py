@@ -356,8 +356,9 @@ def hopper_lacks(
         return "the Hopper kernels have no alibi_slopes"
     if ends is not None and not causal:
         return "the Hopper kernels have no ends, as packed sequences need them that are not causal or have keys apart"
-    if v.shape[3] != D or D > 256:
-        return f"the Hopper kernels have one head_dim of at most 256 for q, k and v, not {D} and {v.shape[3]}"
+    D_v = v.shape[3]
+    if D > 256 or (D_v != D and (D, D_v) != (192, 128)):
+        return f"the Hopper kernels have one head_dim of at most 256 for q, k and v, or 192 and 128, not {D} and {D_v}"
     if S_k < S:
         return f"the Hopper kernels have no more queries than keys, not {S} and {S_k}"
     if B * H * (S_k + 192) >= 2**31:

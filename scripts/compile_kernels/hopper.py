@@ -41,6 +41,9 @@ def configurations(architecture: str) -> Iterator[Configuration]:
         row = {"head_dim": head_dim, "mask": "causal", "softcap": False, "dtype": "fp16", "group": 1}
         yield from attention(row, sinks=True)
         yield preprocess(head_dim, "fp16")
+    for mask in ("causal", "documents"):
+        row = {"head_dim": 192, "head_dim_v": 128, "mask": mask, "softcap": False, "dtype": "bf16", "group": 1}
+        yield from attention(row)
     yield sort()
 
 
@@ -86,12 +89,13 @@ def rows(n_rows: int, head_dim: int, dtype: str, *, n_columns: int | None = None
 
 def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: int | None = None) -> Configuration:
     head_dim, dtype = row["head_dim"], row["dtype"]
-    constants = config.forward_config(kind, head_dim, seq_len, window)
+    head_dim_v = row.get("head_dim_v", head_dim)
+    constants = config.forward_config(kind, head_dim, head_dim_v, seq_len, window)
     types = dict.fromkeys(("n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
     types |= {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
-    types |= {name: rows(QUERIES, head_dim, dtype) for name in ("q_rows", "out_rows")}
-    types |= {name: rows(constants.n, head_dim, dtype) for name in ("k_rows", "v_rows")}
+    types |= {"q_rows": rows(QUERIES, head_dim, dtype), "out_rows": rows(QUERIES, head_dim_v, dtype)}
+    types |= {"k_rows": rows(constants.n, head_dim, dtype), "v_rows": rows(constants.n, head_dim_v, dtype)}
     absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
     if not sinks:
         absent["sinks_ptr"] = None
@@ -101,7 +105,8 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
 
 def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: bool = False) -> Configuration:
     head_dim, dtype = row["head_dim"], row["dtype"]
-    constants = config.backward_config(kind, head_dim, deterministic)
+    head_dim_v = row.get("head_dim_v", head_dim)
+    constants = config.backward_config(kind, head_dim, head_dim_v, deterministic)
     m, n = QUERIES, constants.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = (
@@ -110,8 +115,10 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     )
     types |= dict.fromkeys(("starts_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
-    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dout_rows", "dq_rows")}
-    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "v_rows", "dk_rows", "dv_rows")}
+    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dq_rows")}
+    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "dk_rows")}
+    types |= {name: rows(n, head_dim_v, dtype) for name in ("v_rows", "dv_rows")}
+    types["dout_rows"] = rows(m, head_dim_v, dtype)
     types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
     if kernel is backward_pass.backward_kernel:
         for i, columns in enumerate(constants.dq_columns):

@@ -82,6 +82,23 @@ def test_error_is_within_twice_that_of_standard_attention(case, implementation):
     check(flash_attention, make(case, "cuda"), implementation=implementation)
 
 
+@pytest.mark.parametrize("implementation", ["hopper"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(S, D=192, D_v=128, heads=(2, 1), dtype=BF16) for S in (1, 64, 129, 1500)),
+        Case(1000, D=192, D_v=128, heads=(2, 2), causal=False, dtype=FP16),
+        Case(1200, D=192, D_v=128, heads=(4, 2), documents="long", sinks=True, dtype=BF16),
+        Case(500, D=192, D_v=128, heads=(4, 1), extra_keys=300, window=200, softcap=30.0, dtype=BF16),
+        Case(1000, D=192, D_v=128, B=9, heads=(32, 32), dtype=BF16),
+    ],
+    ids=str,
+)
+def test_hopper_computes_values_narrower_than_keys(case, implementation):
+    """As latent attention has them."""
+    check(flash_attention, make(case, "cuda"), implementation=implementation)
+
+
 SCORES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a late key": lambda q, k: k[:, -200].mul_(60),
     "a few queries": lambda q, k: q[:, ::97].mul_(500),

@@ -363,6 +363,9 @@ def test_what_the_hopper_kernels_lack_is_said():
     }.items():
         assert word in op.hopper_lacks(*inputs)
     assert op.hopper_lacks(q, q, q, ends, None, True) is None, "starts hide tokens of nobody from causal attention"
+    wide, v = (torch.zeros(2, 8, 4, columns, device="meta") for columns in (192, 128))
+    assert op.hopper_lacks(wide, wide, v, None, None, True) is None, "latent attention's"
+    assert "192 and 128" in str(op.hopper_lacks(v, v, wide, None, None, True))
 
 
 def test_float64_under_autocast_is_refused_and_not_cast():

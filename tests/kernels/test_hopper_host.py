@@ -169,7 +169,7 @@ def test_calls_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.Mo
         shape = (1, length, 2, 64)
         strides = (host.contiguous_strides(shape),) * 3
         launches.forward_launch(
-            launches.Call(CPU, torch.bfloat16, shape, shape, strides, False, True, None, 0.0, 0.125)
+            launches.Call(CPU, torch.bfloat16, shape, shape, shape, strides, False, True, None, 0.0, 0.125)
         )
     assert launches.forward_launch.cache_info().currsize == launches.CALLS
     launches.forward_launch.cache_clear()
@@ -237,7 +237,7 @@ def test_deterministic_programs_end_at_about_the_same_time_too(
 ) -> None:
     """And none waits for an addition of a program that starts later, or long for that of one that has started."""
     monkeypatch.setattr(key_tiles, "is_interleaved", is_interleaved.fn)
-    kind = config.backward_config(CAUSAL, 128, True)
+    kind = config.backward_config(CAUSAL, 128, 128, True)
     scheduler = TileScheduler(n_tiles, n_heads, config.log_interleaved(CAUSAL, n_heads, n_tiles, PROGRAMS))
     ends = [0.0] * PROGRAMS
     added: dict[tuple[int, int], float] = {}  # when a tile of queries was last added to

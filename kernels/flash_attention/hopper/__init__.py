@@ -39,11 +39,11 @@ def forward(
     """out and LSE, as `portable.forward`, of inputs against which `op.hopper_lacks` says nothing."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     call = Call(
-        q.device, q.dtype, q.shape, k.shape, (q.stride(), k.stride(), v.stride()), starts is not None,
+        q.device, q.dtype, q.shape, k.shape, v.shape, (q.stride(), k.stride(), v.stride()), starts is not None,
         causal, window, softcap, scale, sinks=None if sinks is None else sinks.dtype,
     )  # fmt: skip
     B, S, H, _ = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty(B, S, H, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         forward_launch(call)(q, k, v, out, lse, pointer(starts), pointer(sinks), host.queue_counter(q.device))
@@ -66,7 +66,7 @@ def backward(
     q, k, v, dout, out = aligned(q), aligned(k), aligned(v), aligned(dout), aligned(out)
     dlse = None if dlse is None else dlse.contiguous()
     call = Call(
-        q.device, q.dtype, q.shape, k.shape, (q.stride(), k.stride(), v.stride(), dout.stride(), out.stride()),
+        q.device, q.dtype, q.shape, k.shape, v.shape, (q.stride(), k.stride(), v.stride(), dout.stride(), out.stride()),
         starts is not None, causal, window, softcap, scale, dlse=dlse is not None, deterministic=deterministic,
     )  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -133,6 +133,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG
     """The program's n-th work tile; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
+    D_V: gl.constexpr = v_rows.block_shape[3]
     ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
@@ -142,7 +143,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG
     k_stage = n % CONFIG.key_stages
     full = keys.k.full.index(k_stage)
     keys.k.acquire(n)
-    mbarrier.expect(full, 2 * CONFIG.n * D * BYTES)
+    mbarrier.expect(full, CONFIG.n * (D + D_V) * BYTES)
     async_load(k_rows, [b, g, n0, 0], full, keys.k.tiles.index(k_stage))
     async_load(v_rows, [b, g, n0, 0], full, keys.v.index(k_stage))
     for i in range(0, CONFIG.group):
@@ -158,7 +159,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG
             async_load(stat_rows, [row], full, queries.row_stats.index(stage))
             queries.dout.acquire(step)
             full = queries.dout.full.index(stage)
-            mbarrier.expect(full, M * D * BYTES)
+            mbarrier.expect(full, M * D_V * BYTES)
             async_load(dout_rows, [b, h, t * M, 0], full, queries.dout.tiles.index(stage))
             t = next_query_tile(t, tile, descending)
             step += 1
@@ -181,10 +182,11 @@ def mma_partition(
 def compute(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
     """dK and dV of a work tile, and its part of dQ; returns the steps so far."""
     scale, scheduler, keys, queries, exchange, staging, mask = args
+    COLUMNS: gl.constexpr = CONFIG.columns
     stage = n % CONFIG.key_stages
     k, v = matrix(keys.k.tiles, stage), matrix(keys.v, stage)
     k_own, v_own = k.slice(c * OWN_KEYS, OWN_KEYS, 0), v.slice(c * OWN_KEYS, OWN_KEYS, 0)
-    k_parts, v_parts = split_d.split(k_own, CONFIG), split_d.split(v_own, CONFIG)
+    k_parts, v_parts = split_d.split(k_own, COLUMNS), split_d.split(v_own, COLUMNS)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     descending = descends(work_tile, scheduler, CONFIG)
     dk, dv = split_d.zeros(k_parts), split_d.zeros(v_parts)
@@ -231,10 +233,12 @@ def step_of_queries(
         k_stage = opaque_zero(m0, 30)
     k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
     scores: gl.constexpr = split_d.mma_layout(M)
+    COLUMNS: gl.constexpr = CONFIG.columns
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
     query: gl.constexpr = gl.SliceLayout(0, scores)
     stage, phase = queries.q.slot(step)
-    q, dout = split_d.of(queries.q.tiles, stage, CONFIG), split_d.of(queries.dout.tiles, stage, CONFIG)
+    q = split_d.of(queries.q.tiles, stage, COLUMNS)
+    dout = split_d.of(queries.dout.tiles, stage, COLUMNS)
     row_stats = queries.row_stats.index(stage)
 
     # [64 keys, M queries]: transposed
@@ -243,9 +247,9 @@ def step_of_queries(
         k_operand = k.slice(c * OWN_KEYS, OWN_KEYS, 0)
         v_operand = v.slice(c * OWN_KEYS, OWN_KEYS, 0)
     queries.q.wait_at(stage, phase)
-    s = split_d.multiply_transposed(split_d.split(k_operand, CONFIG), q)  # (1) Sᵀ = K Qᵀ
+    s = split_d.multiply_transposed(split_d.split(k_operand, COLUMNS), q)  # (1) Sᵀ = K Qᵀ
     queries.dout.wait_at(stage, phase)
-    dp = split_d.multiply_transposed(split_d.split(v_operand, CONFIG), dout)  # (2) dPᵀ = V dOᵀ
+    dp = split_d.multiply_transposed(split_d.split(v_operand, COLUMNS), dout)  # (2) dPᵀ = V dOᵀ
 
     lse = row_stats.slice(0, M, 0).load(query)
     s = warpgroup_mma_wait(PRODUCTS, deps=[s])

@@ -69,18 +69,18 @@ class Exchange(NamedTuple):
 
 
 @gluon.jit
-def multiply_scores(c: gl.constexpr, tiles, step, keys, CONFIG: gl.constexpr):
+def multiply_scores(c: gl.constexpr, tiles, stage, keys, COLUMNS: gl.constexpr):
     """Start keys · rowsᵀ for the consumer's own rows of a tile of Q or dO."""
-    rows = matrix(tiles, step % CONFIG.stages).slice(c * OWN, OWN, 0)
-    return split_d.multiply_transposed(split_d.split(keys, CONFIG), split_d.split(rows, CONFIG))
+    rows = matrix(tiles, stage).slice(c * OWN, OWN, 0)
+    return split_d.multiply_transposed(split_d.split(keys, COLUMNS), split_d.split(rows, COLUMNS))
 
 
 @gluon.jit
-def halves(c: gl.constexpr, tile, CONFIG: gl.constexpr):
+def halves(c: gl.constexpr, tile, COLUMNS: gl.constexpr):
     """The consumer's half of each of a tile's parts."""
     parts = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        parts += (half(c, split_d.part(tile, i, CONFIG)),)
+    for i in gl.static_range(len(COLUMNS)):
+        parts += (half(c, split_d.part(tile, i, COLUMNS)),)
     return parts
 
 
@@ -130,35 +130,40 @@ def step_of_queries(
 ):  # fmt: skip
     """One tile of queries, whose P and dS have been sent: adds to dK and dV. Unless LAST, also sends P and dS of the
     next tile, at m0."""
-    PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    COLUMNS: gl.constexpr = CONFIG.columns
+    COLUMNS_V: gl.constexpr = CONFIG.columns_v
+    KEYS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (4)
+    VALUES: gl.constexpr = len(CONFIG.columns_v)  # for (2) or (3)
     k_stage = opaque_zero(m0, 30)
     k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
     stage = step % CONFIG.stages
     following = step + 1
     phase = following // CONFIG.stages & 1
-    q, dout = halves(c, matrix(queries.q.tiles, stage), CONFIG), halves(c, matrix(queries.dout.tiles, stage), CONFIG)
+    q = halves(c, matrix(queries.q.tiles, stage), COLUMNS)
+    dout = halves(c, matrix(queries.dout.tiles, stage), COLUMNS_V)
     p = exchange.p.index(step % 2)
     ds = exchange.ds.index(step % 2)
     if LAST:
         mbarrier.wait(exchange.full.index(0), step & 1)
         dk = split_d.multiply(ds, q, dk)  # (4)
         dv = split_d.multiply(p, dout, dv)  # (3)
-        dk = split_d.wait(PRODUCTS, dk)
+        dk = split_d.wait(VALUES, dk)
         dv = split_d.wait(0, dv)
         queries.q.release(stage)
     else:
-        queries.q.wait_at(following % CONFIG.stages, phase)
-        s = multiply_scores(c, queries.q.tiles, following, k, CONFIG)  # (1) of the next tile
+        next_stage = following % CONFIG.stages
+        queries.q.wait_at(next_stage, phase)
+        s = multiply_scores(c, queries.q.tiles, next_stage, k, COLUMNS)  # (1) of the next tile
         mbarrier.wait(exchange.full.index(0), step & 1)
         dk = split_d.multiply(ds, q, dk)  # (4) dK += dSᵀ Q
-        queries.dout.wait_at(following % CONFIG.stages, phase)
-        dp = multiply_scores(c, queries.dout.tiles, following, v, CONFIG)  # (2) of the next tile
+        queries.dout.wait_at(next_stage, phase)
+        dp = multiply_scores(c, queries.dout.tiles, next_stage, v, COLUMNS_V)  # (2) of the next tile
         dv = split_d.multiply(p, dout, dv)  # (3) dV += Pᵀ dO
-        s = warpgroup_mma_wait(3 * PRODUCTS, deps=[s])
+        s = warpgroup_mma_wait(KEYS + 2 * VALUES, deps=[s])
         weights, s = weigh_own(c, following, s, m0, n0, masked, queries, mask, CONFIG)
-        dk = split_d.wait(2 * PRODUCTS, dk)
+        dk = split_d.wait(2 * VALUES, dk)
         queries.q.release(stage)
-        dp = warpgroup_mma_wait(PRODUCTS, deps=[dp])
+        dp = warpgroup_mma_wait(VALUES, deps=[dp])
         send(c, following, weights, s, dp, queries, exchange, CONFIG)
         dv = split_d.wait(0, dv)
     queries.dout.release(stage)
@@ -170,20 +175,21 @@ def dkdv_partition(
     c: gl.constexpr, dk_rows, dv_rows, scale, scheduler, keys, queries, exchange, mask, CONFIG: gl.constexpr
 ):
     """Consumer c: the c-th halves of the parts of dK and dV."""
-    PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    COLUMNS: gl.constexpr = CONFIG.columns
+    COLUMNS_V: gl.constexpr = CONFIG.columns_v
     k, v = matrix(keys.k.tiles, 0), matrix(keys.v, 0)
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    k_halves, v_halves = halves(c, k, CONFIG), halves(c, v, CONFIG)
+    k_halves, v_halves = halves(c, k, COLUMNS), halves(c, v, COLUMNS_V)
     dk, dv = split_d.zeros(k_halves), split_d.zeros(v_halves)
     keys.k.wait_at(0, 0)
     if t0 < t3:
         t = t0
         queries.q.wait_at(0, 0)
-        s = multiply_scores(c, queries.q.tiles, 0, k, CONFIG)
+        s = multiply_scores(c, queries.q.tiles, 0, k, COLUMNS)
         queries.dout.wait_at(0, 0)
-        dp = multiply_scores(c, queries.dout.tiles, 0, v, CONFIG)
-        s = warpgroup_mma_wait(PRODUCTS, deps=[s])
+        dp = multiply_scores(c, queries.dout.tiles, 0, v, COLUMNS_V)
+        s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
         p, s = weigh_own(c, 0, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
         dp = warpgroup_mma_wait(0, deps=[dp])
         send(c, 0, p, s, dp, queries, exchange, CONFIG)
@@ -229,7 +235,7 @@ def dkdv_kernel(
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // n_tiles, log_interleaved)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
-    dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
+    dout = gl.allocate_shared_memory(dtype, [STAGES] + dout_rows.block_shape, dout_rows.layout)
     row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
     q_full, dout_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1)
     q_empty, dout_empty = allocate_barriers(STAGES, CONSUMERS), allocate_barriers(STAGES, CONSUMERS)
@@ -285,11 +291,12 @@ def locate_queries(scheduler, mask, CONFIG: gl.constexpr):
 @gluon.jit
 def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, CONFIG: gl.constexpr):
     D: gl.constexpr = q_rows.block_shape[3]
+    D_V: gl.constexpr = v_rows.block_shape[3]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     b, h, m0, i0, i1 = locate_queries(scheduler, mask, CONFIG)
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
-        mbarrier.expect(full, 2 * M * D * BYTES)
+        mbarrier.expect(full, M * (D + D_V) * BYTES)
         async_load(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
         async_load(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
     for i in range(i0, i1):
@@ -301,7 +308,7 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
         async_load(k_rows, at, full, streams.k.tiles.index(step % 2))
         full = streams.v.full.index(0)
         streams.v.acquire(step)
-        mbarrier.expect(full, CONFIG.n * D * BYTES)
+        mbarrier.expect(full, CONFIG.n * D_V * BYTES)
         async_load(v_rows, at, full, streams.v.tiles.index(0))
 
 
@@ -322,7 +329,10 @@ def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, 
 def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG: gl.constexpr):
     """Consumer c: dQ of queries [64 c, 64 c + 64) of the tile."""
     N: gl.constexpr = CONFIG.n
-    PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    COLUMNS: gl.constexpr = CONFIG.columns
+    COLUMNS_V: gl.constexpr = CONFIG.columns_v
+    KEYS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (5)
+    VALUES: gl.constexpr = len(CONFIG.columns_v)  # for (2)
     ROW_STATS: gl.constexpr = CONFIG.row_stats
     dtype: gl.constexpr = dq_rows.dtype
     row: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(N))
@@ -337,38 +347,40 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
     lse = gl.load(stat_ptr)
     delta = gl.load(stat_ptr + M)
     start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
-    q = split_d.of(streams.q, c, CONFIG)
+    q = split_d.of(streams.q, c, COLUMNS)
     dq = split_d.zeros(q)
     mbarrier.wait(streams.queries_full.index(c), 0)
     if i0 < i1:
         streams.k.wait_at(0, 0)
-        s = split_d.multiply_transposed(q, split_d.of(streams.k.tiles, 0, CONFIG))  # (1) S = Q Kᵀ
+        s = split_d.multiply_transposed(q, split_d.of(streams.k.tiles, 0, COLUMNS))  # (1) S = Q Kᵀ
         streams.v.wait_at(0, 0)
-        dout, v = split_d.of(streams.dout, c, CONFIG), split_d.of(streams.v.tiles, 0, CONFIG)
+        dout = split_d.of(streams.dout, c, COLUMNS_V)
+        v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
         dp = split_d.multiply_transposed(dout, v)  # (2) dP = dO Vᵀ
-        s = warpgroup_mma_wait(PRODUCTS, deps=[s])
+        s = warpgroup_mma_wait(VALUES, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
         ds = differentiate(s, dp, 0, lse, delta, m, start, i0 * N, masked, mask, CONFIG).to(dtype)
         streams.v.release(0)
         for i in range(i0 + 1, i1):
             step = i - i0
-            k = split_d.of(streams.k.tiles, step % 2, CONFIG)
+            k = split_d.of(streams.k.tiles, step % 2, COLUMNS)
             streams.k.wait(step)
             own = c + opaque_zero(i, 26)
-            s = split_d.multiply_transposed(split_d.of(streams.q, own, CONFIG), k)  # (1)
+            s = split_d.multiply_transposed(split_d.of(streams.q, own, COLUMNS), k)  # (1)
             streams.v.wait(step)
-            dout, v = split_d.of(streams.dout, own, CONFIG), split_d.of(streams.v.tiles, 0, CONFIG)
+            dout = split_d.of(streams.dout, own, COLUMNS_V)
+            v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
             dp = split_d.multiply_transposed(dout, v)  # (2)
             # (5) dQ += dS K, of the step before
-            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, (step - 1) % 2, CONFIG), dq)
-            s = warpgroup_mma_wait(2 * PRODUCTS, deps=[s])
+            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, (step - 1) % 2, COLUMNS), dq)
+            s = warpgroup_mma_wait(VALUES + KEYS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
-            next_ds = differentiate(s, dp, PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
+            next_ds = differentiate(s, dp, KEYS, lse, delta, m, start, i * N, masked, mask, CONFIG)
             streams.v.release(0)
             dq = split_d.wait(0, dq)
             streams.k.release((step - 1) % 2)
             ds = next_ds.to(dtype)
-        dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, (i1 - 1 - i0) % 2, CONFIG), dq))
+        dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, (i1 - 1 - i0) % 2, COLUMNS), dq))
     split_d.store(split_d.scale(dq, scale), q)
     fence_async_shared()
     async_store(dq_rows, [b, h, m0, 0], streams.q.index(c))
@@ -385,9 +397,9 @@ def dq_kernel(
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_interleaved)
     q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
-    dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
+    dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + dout_rows.block_shape, dout_rows.layout)
     k = gl.allocate_shared_memory(dtype, [2] + k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, [1] + k_rows.block_shape, k_rows.layout)
+    v = gl.allocate_shared_memory(dtype, [1] + v_rows.block_shape, v_rows.layout)
     queries_full = allocate_barriers(CONSUMERS, 1)
     k_channel = Channel(k, allocate_barriers(2, 1), allocate_barriers(2, CONSUMERS))
     v_channel = Channel(v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))

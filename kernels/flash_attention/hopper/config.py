@@ -104,7 +104,8 @@ class Forward(ForwardTiles, Kind):
     """The constants of `forward_kernel`."""
 
     columns: tuple[int, ...]
-    """The parts of head_dim: see split_d.py."""
+    columns_v: tuple[int, ...]
+    """The parts of head_dim, of Q and K and of V: see split_d.py."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,10 @@ class Backward(BackwardTiles, Kind):
     """The constants of the backward's kernels."""
 
     columns: tuple[int, ...]
-    """The parts of head_dim: see split_d.py."""
+    columns_v: tuple[int, ...]
+    """The parts of head_dim, of Q and K and of V: see split_d.py."""
     width: int
+    width_v: int
     """Columns of a tile in shared memory: head_dim, padded."""
     deterministic: bool
     """Programs add to a tile of dQ in a fixed order."""
@@ -134,7 +137,7 @@ class Backward(BackwardTiles, Kind):
         return (4 if self.starts else 2) * QUERIES
 
 
-def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> Forward:
+def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window: int | None) -> Forward:
     if head_dim > 64:
         tiles = FORWARD_128 if head_dim <= 128 else FORWARD_256
     elif S_k <= 2048:
@@ -142,21 +145,23 @@ def forward_config(kind: Kind, head_dim: int, S_k: int, window: int | None) -> F
     else:
         local = kind.starts or (window is not None and window <= 2048)
         tiles = FORWARD_64_LOCAL if local else FORWARD_64
-    return _forward(kind, tiles, head_dim)
+    return _forward(kind, tiles, head_dim, head_dim_v)
 
 
 @cache
-def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int) -> Forward:
-    return Forward(**vars(kind), **vars(tiles), columns=columns_of(head_dim))
+def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int, head_dim_v: int) -> Forward:
+    columns, columns_v = columns_of(head_dim), columns_of(head_dim_v)
+    return Forward(**vars(kind), **vars(tiles), columns=columns, columns_v=columns_v)
 
 
 @cache
-def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
+def backward_config(kind: Kind, head_dim: int, head_dim_v: int, deterministic: bool) -> Backward:
     """Above head_dim 128 the backward is deterministic whatever is asked for."""
     split = head_dim > 128
     tiles = BACKWARD_256 if split else BACKWARD_128 if head_dim > 64 else BACKWARD_64
     return Backward(
-        **vars(kind), **vars(tiles), columns=columns_of(head_dim), width=padded(head_dim),
+        **vars(kind), **vars(tiles), columns=columns_of(head_dim), columns_v=columns_of(head_dim_v),
+        width=padded(head_dim), width_v=padded(head_dim_v),
         deterministic=deterministic and not split, staggered=not (kind.causal or deterministic or split),
     )  # fmt: skip
 

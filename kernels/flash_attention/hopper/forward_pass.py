@@ -53,6 +53,7 @@ from .pipeline import (
     async_store,
     barrier_arrive,
     barrier_sync,
+    matrix,
     wait_until_added,
 )
 from .scheduler import TileScheduler, make_queue, publish, receive, take, tile_of
@@ -251,14 +252,16 @@ def pass_turn(c: gl.constexpr, CONFIG: gl.constexpr):
 @gluon.jit
 def multiply_scores(c: gl.constexpr, n, step, queries, keys, CONFIG: gl.constexpr):
     """Start Q·Kᵀ of consumer c's queries of the program's n-th work tile and the step's keys."""
-    q = split_d.of(queries.tiles, stage_of(c, n, CONFIG), CONFIG)
-    return split_d.multiply_transposed(q, split_d.of(keys.tiles, step % CONFIG.key_stages, CONFIG))
+    COLUMNS: gl.constexpr = CONFIG.columns
+    q = split_d.of(queries.tiles, stage_of(c, n, CONFIG), COLUMNS)
+    return split_d.multiply_transposed(q, split_d.of(keys.tiles, step % CONFIG.key_stages, COLUMNS))
 
 
 @gluon.jit
 def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
     """Start out + P·V of the step's values."""
-    return split_d.multiply(p, split_d.of(values.tiles, step % CONFIG.value_stages, CONFIG), outs)
+    COLUMNS: gl.constexpr = CONFIG.columns_v
+    return split_d.multiply(p, split_d.of(values.tiles, step % CONFIG.value_stages, COLUMNS), outs)
 
 
 @gluon.jit
@@ -269,6 +272,8 @@ def store(
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
     work_tile, b, h, m0 = where
     row: gl.constexpr = row_max.type.layout
+    D_V: gl.constexpr = out_rows.block_shape[3]
+    COLUMNS: gl.constexpr = CONFIG.columns_v
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
         # NaN in rows that overflew, and so are their out and LSE until the work tile is repeated.
         row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.overflown(outs, row_sum))
@@ -276,9 +281,10 @@ def store(
     excess = gl.convert_layout(gl.sum(excess, 1), row, assert_trivial=True)
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
-    split_d.store(split_d.scale(outs, 1 / (row_sum + excess)), split_d.of(queries.tiles, stage, CONFIG))
+    outs = split_d.scale(outs, 1 / (row_sum + excess))
+    split_d.store(outs, split_d.split(matrix(queries.tiles, stage).slice(0, D_V, 1), COLUMNS))
     fence_async_shared()
-    async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage))
+    async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage).slice(0, D_V, 3))
     queries.failed.index(stage).store(gl.where(row_sum < softmax.LIMIT, -1, work_tile))
     m = m0 + gl.arange(0, QUERIES, row)
     lse = (row_max + gl.log2(row_sum)) * LN2
@@ -359,7 +365,9 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
     N: gl.constexpr = CONFIG.n
     dtype: gl.constexpr = keys.tiles.dtype
     JOINED: gl.constexpr = CONFIG.query_stages > 1  # one tile's epilogue and the next one's prologue
-    PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    COLUMNS_V: gl.constexpr = CONFIG.columns_v
+    SCORE_PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    VALUE_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)
     n = 0
     step = 0
     repeating = 0
@@ -384,13 +392,13 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
             if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
                 if n > 0:
                     release_queries(queries, c, n - 1, CONFIG)
-            outs = split_d.zeros(split_d.of(values.tiles, 0, CONFIG))
+            outs = split_d.zeros(split_d.of(values.tiles, 0, COLUMNS_V))
             for i in range(tile.i0 + 1, tile.i1):
                 wait_for_turn(c)
                 s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)
                 outs = multiply_values(p, step, values, outs, CONFIG)
                 pass_turn(c, CONFIG)
-                s = warpgroup_mma_wait(PRODUCTS, deps=[s])
+                s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[s])
                 keys.release(step + 1)
                 s, row_max, subtract, rescale, row_sum = softmax.maximum(
                     s, row_max, row_sum, tile, i * N, careful, dtype, mask, CONFIG
@@ -425,7 +433,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 c, JOINED, n, repeating, step + 1, tile.after, queue, scheduler, buffers, mask, CONFIG
             )
             if JOINED:
-                outs = split_d.wait(PRODUCTS, outs)
+                outs = split_d.wait(SCORE_PRODUCTS, outs)
                 if held:
                     values.release(step)
                 store(

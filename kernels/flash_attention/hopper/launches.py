@@ -44,7 +44,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     q: Sizes
     k: Sizes
-    """Shapes: (B, S, H, D) and (B, S_k, G, D)."""
+    v: Sizes
+    """Shapes: (B, S, H, D), (B, S_k, G, D) and (B, S_k, G, D_v)."""
     strides: tuple[Sizes, ...]
     """Of q, k and v; in the backward also of dout and out."""
     starts: bool
@@ -66,19 +67,20 @@ class Call(NamedTuple):
         """S, S_k, window, cap and factor."""
         return self.q[1], self.k[1], *scalars(self.window, self.softcap, self.scale)
 
-    def query_rows(self, strides: Sizes | None = None, n_columns: int | None = None) -> Blank:
-        """The descriptor of a tensor of q's shape with these strides, or a contiguous one."""
-        return rows(self.q, strides or contiguous_strides(self.q), self.dtype, QUERIES, n_columns)
+    @property
+    def out(self) -> Sizes:
+        """(B, S, H, D_v), also dout's shape."""
+        return *self.q[:3], self.v[3]
 
-    def key_rows(self, n: int, strides: Sizes | None = None) -> Blank:
-        """The same of k's shape, in tiles of n keys."""
-        return rows(self.k, strides or contiguous_strides(self.k), self.dtype, n)
+    def rows(self, shape: Sizes, n_rows: int, strides: Sizes | None = None, n_columns: int | None = None) -> Blank:
+        """The descriptor of a tensor with these strides, or a contiguous one."""
+        return rows(shape, strides or contiguous_strides(shape), self.dtype, n_rows, n_columns)
 
 
 @lru_cache(maxsize=CALLS)
 def forward_launch(call: Call) -> Launch:
     (B, S, H, D), (_, S_k, G, _), (q, k, v) = call.q, call.k, call.strides
-    config = forward_config(call.kind, D, S_k, call.window)
+    config = forward_config(call.kind, D, call.v[3], S_k, call.window)
     n_tiles = cdiv(S, QUERIES * config.consumers)
     n_work_tiles = n_tiles * B * H
     waves = FORWARD_WAVES_DOCUMENTS if config.starts else FORWARD_WAVES
@@ -86,14 +88,17 @@ def forward_launch(call: Call) -> Launch:
     interleaved = log_interleaved(config, B * G, n_tiles * config.group, work_tiles)
     return Launch(
         forward_kernel, call.device, min(n_work_tiles, multiprocessors(call.device)),
-        (call.query_rows(q), call.key_rows(config.n, k), call.key_rows(config.n, v), call.query_rows()),
+        (
+            call.rows(call.q, QUERIES, q), call.rows(call.k, config.n, k), call.rows(call.v, config.n, v),
+            call.rows(call.out, QUERIES),
+        ),
         (n_work_tiles, n_tiles, interleaved, *call.numbers), CONFIG=config,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=CALLS)
 def backward_launches(call: Call) -> FusedLaunches | SplitLaunches:
-    config = backward_config(call.kind, call.q[3], call.deterministic)
+    config = backward_config(call.kind, call.q[3], call.v[3], call.deterministic)
     return SplitLaunches(call, config) if call.q[3] > 128 else FusedLaunches(call, config)
 
 
@@ -106,9 +111,10 @@ class BackwardLaunches:
         # Tile after tile of queries: LSE, delta, and with documents starts.
         self.row_stats = B, H, cdiv(S, QUERIES), config.row_stats // QUERIES, QUERIES
         self.inputs = (
-            call.query_rows(q), call.key_rows(config.n, k), call.key_rows(config.n, v), call.query_rows(dout),
-            floats(prod(self.row_stats), config.row_stats),
+            call.rows(call.q, QUERIES, q), call.rows(call.k, config.n, k), call.rows(call.v, config.n, v),
+            call.rows(call.out, QUERIES, dout), floats(prod(self.row_stats), config.row_stats),
         )  # fmt: skip
+        self.key_gradients = call.rows(call.k, config.n), call.rows(call.v, config.n)
 
     def preprocess(self, call: Call, config: Backward, n_accumulators: int = 0, n_heads: int = 0) -> Launch:
         """Writes the rows' statistics; with documents also the queries that see each tile of keys
@@ -116,8 +122,8 @@ class BackwardLaunches:
         (_, S, H, _), (*_, dout, out) = call.q, call.strides
         return Launch(
             preprocess_kernel, call.device, prod(self.row_stats[:3]),
-            (plain_rows(call.q, out, call.dtype, QUERIES), plain_rows(call.q, dout, call.dtype, QUERIES)),
-            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n, D=config.width,
+            (plain_rows(call.out, out, call.dtype, QUERIES), plain_rows(call.out, dout, call.dtype, QUERIES)),
+            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n, D=config.width_v,
             SUMMED=sum(config.dq_columns), ROW_STATS=config.row_stats,
         )  # fmt: skip
 
@@ -138,7 +144,7 @@ class FusedLaunches(BackwardLaunches):
         lag, count, interleaved = accumulator_plan(config, B * G, n_tiles, programs)
         n_accumulators = count * H // G * query_tiles  # of a tile of queries each
         n_sums = n_accumulators * QUERIES * sum(config.dq_columns)
-        sorts = config.starts and not config.deterministic  # where it is, the order of the sum is that of the keys
+        sorts = config.starts and not config.deterministic  # deterministic sums have the keys' order
         self.scratch = Scratch.of(
             row_stats=(FLOAT, prod(self.row_stats)),
             ends=(INT, B * n_tiles * 2 if config.starts else 0),
@@ -153,12 +159,12 @@ class FusedLaunches(BackwardLaunches):
             sort_kernel, call.device, B * cdiv(n_tiles, SORT_CHUNK), (), (S_k - S, n_tiles),
             N=config.n, CHUNK=SORT_CHUNK, CAUSAL=config.causal,
         ) if sorts else None  # fmt: skip
-        row, dk_rows = CHUNK_ROW.value, call.key_rows(config.n)
+        row = CHUNK_ROW.value
         sums = [floats(n_sums, QUERIES * n // row, row) for n in (*config.dq_columns, CHUNK_COLUMNS.value)]
-        dq_rows = call.query_rows(n_columns=CHUNK_COLUMNS.value)
+        dq_rows = call.rows(call.q, QUERIES, n_columns=CHUNK_COLUMNS.value)
         self.fused = Launch(
             backward_kernel, call.device, programs if config.persistent else n_work_tiles + lag * n_tiles,
-            (*self.inputs, *sums, dq_rows, dk_rows, dk_rows),
+            (*self.inputs, *sums, dq_rows, *self.key_gradients),
             (count, lag, n_work_tiles, n_tiles, interleaved, *call.numbers, call.scale), CONFIG=config,
         )  # fmt: skip
 
@@ -187,16 +193,15 @@ class SplitLaunches(BackwardLaunches):
             row_stats=(FLOAT, prod(self.row_stats)), ends=(INT, B * n_tiles * 2 if config.starts else 0)
         )
         self.first = self.preprocess(call, config)
-        dk_rows = call.key_rows(config.n)
         work_tiles = (SPLIT_WAVES_DOCUMENTS if config.starts else SPLIT_WAVES) * multiprocessors(call.device)
         interleaved = log_interleaved(config, B * G, n_tiles, work_tiles)
         self.dkdv = Launch(
-            dkdv_kernel, call.device, n_tiles * B * G, (*self.inputs, dk_rows, dk_rows),
+            dkdv_kernel, call.device, n_tiles * B * G, (*self.inputs, *self.key_gradients),
             (n_tiles, interleaved, *call.numbers, call.scale), CONFIG=config,
         )  # fmt: skip
         interleaved = log_interleaved(config, B * G, m_tiles * config.group, work_tiles)
         self.dq = Launch(
-            dq_kernel, call.device, m_tiles * B * H, (*self.inputs[:4], call.query_rows()),
+            dq_kernel, call.device, m_tiles * B * H, (*self.inputs[:4], call.rows(call.q, QUERIES)),
             (m_tiles, interleaved, *call.numbers, call.scale), CONFIG=config,
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Tiles with head_dim columns, split into parts with a power of two of them, as a product has: 96 is 64 + 32.
 
 In shared memory such a tile is one, with the next power of two of columns; columns beyond the parts are never read.
-Split, and in registers, it is a tuple of parts. CONFIG.columns has the columns of each.
+Split, and in registers, it is a tuple of parts. COLUMNS has the columns of each: `columns` of a kernel's CONFIG for Q
+and K, `columns_v` for V and out.
 """
 
 # mypy: disable-error-code="assignment"
@@ -22,25 +23,25 @@ def mma_layout(columns):
 
 
 @gluon.jit
-def of(tiles, stage, CONFIG: gl.constexpr):
+def of(tiles, stage, COLUMNS: gl.constexpr):
     """One of several tiles in shared memory, split."""
-    return split(matrix(tiles, stage), CONFIG)
+    return split(matrix(tiles, stage), COLUMNS)
 
 
 @gluon.jit
-def split(tile, CONFIG: gl.constexpr):
+def split(tile, COLUMNS: gl.constexpr):
     """The parts of a tile in shared memory. A tile that has one part may be in registers."""
     parts = ()
-    for i in gl.static_range(len(CONFIG.columns)):
-        parts += (part(tile, i, CONFIG),)
+    for i in gl.static_range(len(COLUMNS)):
+        parts += (part(tile, i, COLUMNS),)
     return parts
 
 
 @gluon.jit
-def part(tile, i: gl.constexpr, CONFIG: gl.constexpr):
-    if len(CONFIG.columns) > 1:
-        FIRST: gl.constexpr = CONFIG.columns[0] * i
-        tile = tile.slice(FIRST, CONFIG.columns[i], 1)
+def part(tile, i: gl.constexpr, COLUMNS: gl.constexpr):
+    if len(COLUMNS) > 1:
+        FIRST: gl.constexpr = COLUMNS[0] * i
+        tile = tile.slice(FIRST, COLUMNS[i], 1)
     return tile
 
 
