@@ -172,9 +172,8 @@ def flash_attention_varlen(
     """Attention of sequences packed end to end, by the flash-attn package's conventions.
 
     The packed sequences are one row, and `intervals_from_cu_seqlens` says which of its keys each query sees. Tokens
-    before cu_seqlens[0] and from cu_seqlens[N] on belong to no sequence: out 0, gradients 0. The portable kernels do
-    not read them: what lies there, NaN included, reaches no token of a sequence. The Hopper kernels, which
-    `implementation="auto"` takes for causal self-attention, multiply it by 0: there it must be finite.
+    before cu_seqlens[0] and from cu_seqlens[N] on belong to no sequence: out 0, gradients 0. They are read as 0: what
+    lies there, NaN included, reaches no token of a sequence.
 
     Args:
         q: (T, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). Without `cu_seqlens_k` T_k is T.

@@ -11,12 +11,13 @@ more of the host for a forward and backward pass (docs/lab, L6), and at 1k token
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -148,6 +149,7 @@ def differentiate(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Te
 class _OneLevel(_SingleLevelFunction):
     """A function of one level of torch.func's transforms, which `torch.autograd.Function` would take apart itself."""
 
+    apply: ClassVar[Callable[..., Any]]
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
 

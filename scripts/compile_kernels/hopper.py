@@ -41,18 +41,23 @@ def configurations(architecture: str) -> Iterator[Configuration]:
         row = {"head_dim": head_dim, "mask": "causal", "softcap": False, "dtype": "fp16", "group": 1}
         yield from attention(row, sinks=True)
         yield preprocess(head_dim, "fp16")
+    for head_dim in (64, 128, 256):
+        row = {"head_dim": head_dim, "mask": "documents", "softcap": False, "dtype": "bf16", "group": 1}
+        yield from attention(row, packed=True)
+        yield preprocess(head_dim, "bf16", packed=True)
     for mask in ("causal", "documents"):
         row = {"head_dim": 192, "head_dim_v": 128, "mask": mask, "softcap": False, "dtype": "bf16", "group": 1}
         yield from attention(row)
     yield sort()
 
 
-def attention(row: dict[str, Any], sinks: bool | None = None) -> Iterator[Configuration]:
+def attention(row: dict[str, Any], sinks: bool | None = None, packed: bool = False) -> Iterator[Configuration]:
     """The forward and backward kernels for a head_dim, mask and dtype."""
     head_dim, mask, softcap = row["head_dim"], row["mask"], row["softcap"]
     causal, window, starts = MASKS[mask]
     kind = Kind(8, row["group"], causal, window, starts, softcap)
     sinks = softcap if sinks is None else sinks
+    row = row | {"packed": packed}
     for seq_len in (1024, 4096) if head_dim == 64 else (4096,):
         yield forward(row, kind, seq_len, sinks)
     if head_dim == 64 and mask == "window":
@@ -93,12 +98,15 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
     constants = config.forward_config(kind, head_dim, head_dim_v, seq_len, window)
     types = dict.fromkeys(("n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
     types |= {"cap": "fp32", "factor": "fp32"}
-    types |= {"lse_ptr": "*fp32", "starts_ptr": "*i32", "sinks_ptr": "*fp32", "taken_ptr": "*i32"}
+    types |= {"lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
+    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "taken_ptr"), "*i32")
     types |= {"q_rows": rows(QUERIES, head_dim, dtype), "out_rows": rows(QUERIES, head_dim_v, dtype)}
     types |= {"k_rows": rows(constants.n, head_dim, dtype), "v_rows": rows(constants.n, head_dim_v, dtype)}
     absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
     if not sinks:
         absent["sinks_ptr"] = None
+    if not row["packed"]:
+        absent["sequence_ends_ptr"] = None
     row = {"kernel": "forward"} | row | {"seq_len": seq_len, "window": window, "sinks": sinks}
     return configuration(row, forward_pass.forward_kernel, {"CONFIG": constants} | absent, types)
 
@@ -113,7 +121,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
         dict.fromkeys(("count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
         | scalars
     )
-    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dq_rows")}
     types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "dk_rows")}
@@ -126,6 +134,9 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
         types["chunk_rows"] = type_of(host.floats(1024, 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "ends_ptr": None}
+    if not row["packed"]:
+        absent |= {"starts_ptr": None} if kernel is not backward_split.dq_kernel else {}
+        absent["sequence_ends_ptr"] = None
     if kernel is backward_pass.backward_kernel:
         if not deterministic:
             absent["semaphore_ptr"] = None
@@ -136,12 +147,14 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     return configuration(row, kernel, {"CONFIG": constants} | absent, types)
 
 
-def preprocess(head_dim: int, dtype: str) -> Configuration:
-    row = {"kernel": "preprocess", "head_dim": head_dim, "dtype": dtype}
+def preprocess(head_dim: int, dtype: str, packed: bool = False) -> Configuration:
+    row = {"kernel": "preprocess", "head_dim": head_dim, "dtype": dtype, "packed": packed}
     m, width = QUERIES, config.padded(head_dim)
-    constants = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "ROW_STATS": 4 * m}
+    constants: dict[str, Any] = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "ROW_STATS": 4 * m}
+    constants |= {} if packed else {"sequence_ends_ptr": None}
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "accum_ptr"), "*fp32")
-    types |= dict.fromkeys(("starts_ptr", "ends_ptr", "added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "ends_ptr"), "*i32")
+    types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
     types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_accumulators", "n_heads"), "i32")
     return configuration(row, preprocess_kernel, constants, types)

@@ -121,6 +121,28 @@ def test_what_lies_outside_reaches_nobody(causal, apart):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("D", "D_v"), [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize("borders", [(40, 301), (0, 128), (70, 930), (300, 1000)], ids=str)
+def test_in_16_bits_what_lies_outside_reaches_nobody(borders, D, D_v):
+    """On Hopper by the Hopper kernels, whose producer overwrites it in shared memory."""
+    first, end = borders
+    cu_seqlens = torch.tensor([first, (first + end) // 2, end], dtype=torch.int32, device="cuda")
+    shapes = (H, D), (G, D), (G, D_v), (H, D_v)
+    clean = [torch.randn(1000, *shape, device="cuda").bfloat16() for shape in shapes]
+    dirty = [x.clone() for x in clean]
+    for x in dirty:
+        x[:first], x[end:] = math.nan, math.inf
+    results = []
+    for *inputs, dout in (clean, dirty):
+        leaves = [x.requires_grad_() for x in inputs]
+        out, lse = flash_attention_varlen(*leaves, cu_seqlens, deterministic=True, return_lse=True)
+        results.append([out.detach(), lse.detach().T, *torch.autograd.grad(out, leaves, dout)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+        assert (x[first:end] != 0).any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128, 192])
 def test_in_16_bits_tokens_of_nobody_get_nothing_too(D):
     """On Hopper by the Hopper kernels, which know them by their starts alone."""

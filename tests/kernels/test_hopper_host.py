@@ -169,7 +169,7 @@ def test_calls_of_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.Mo
         shape = (1, length, 2, 64)
         strides = (host.contiguous_strides(shape),) * 3
         launches.forward_launch(
-            launches.Call(CPU, torch.bfloat16, shape, shape, shape, strides, False, True, None, 0.0, 0.125)
+            launches.Call(CPU, torch.bfloat16, shape, shape, shape, strides, False, False, True, None, 0.0, 0.125)
         )
     assert launches.forward_launch.cache_info().currsize == launches.CALLS
     launches.forward_launch.cache_clear()
@@ -309,13 +309,15 @@ def test_no_work_tile_of_the_backward_waits_for_a_later_one(
             assert last[work_tile // n_tiles - lag] < work_tile
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize(("D", "D_v"), [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128)])
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("mask", ["causal", "documents", "packed"])
 def test_each_launch_has_what_its_kernel_has_parameters_for(
-    head_dim: int, deterministic: bool, documents: bool, monkeypatch: pytest.MonkeyPatch
+    D: int, D_v: int, deterministic: bool, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[str] = []
+    starts = None if mask == "causal" else torch.zeros(2, 300, dtype=torch.int32)
+    ends = torch.zeros(2, 300, dtype=torch.int32) if mask == "packed" else None
 
     def run(launch: host.Launch, *tensors: Any) -> None:
         kernel = launch.kernel
@@ -327,6 +329,10 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
             if name.endswith("_rows"):
                 assert hasattr(arg, "block_shape"), name
                 arg.__post_init__()  # Triton's own check
+            elif name == "sequence_ends_ptr":
+                assert arg is ends
+            elif name == "starts_ptr":
+                assert arg is starts or (mask == "documents" and arg is None), kernel.fn.__name__
             elif name.endswith("_ptr"):
                 assert arg is None or arg.data_ptr() % 16 == 0, name
             else:
@@ -335,13 +341,16 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
     monkeypatch.setattr(host.Launch, "__call__", run)
     monkeypatch.setattr(launches, "multiprocessors", lambda device: PROGRAMS)
     monkeypatch.setattr(host, "queue_counter", lambda device: torch.zeros(1, dtype=torch.int32))
-    q, k = (torch.zeros(2, 300, heads, head_dim, dtype=torch.bfloat16) for heads in (4, 2))
-    starts = torch.zeros(2, 300, dtype=torch.int32) if documents else None
+    q, k, v = (torch.zeros(2, 300, *shape, dtype=torch.bfloat16) for shape in ((4, D), (2, D), (2, D_v)))
     options: dict[str, Any] = {"causal": True, "window": None, "softcap": 0.0, "scale": 0.1}
-    out, lse = hopper.forward(q, k, k, starts, None, None, **options)
-    hopper.backward(out, None, q, k, k, out, lse, starts, None, None, deterministic=deterministic, **options)
-    sorts = ["sort_kernel"] if documents and not deterministic else []
-    backward = ["dkdv_kernel", "dq_kernel"] if head_dim > 128 else [*sorts, "backward_kernel"]
+    out, lse = hopper.forward(q, k, v, starts, ends, None, **options)
+    assert out.shape == (2, 300, 4, D_v)
+    gradients = hopper.backward(
+        out, None, q, k, v, out, lse, starts, ends, None, deterministic=deterministic, **options
+    )
+    assert [x.shape for x in gradients[:3] if x is not None] == [q.shape, k.shape, v.shape]
+    sorts = ["sort_kernel"] if starts is not None and not deterministic else []
+    backward = ["dkdv_kernel", "dq_kernel"] if D > 128 else [*sorts, "backward_kernel"]
     assert launched == ["forward_kernel", "preprocess_kernel", *backward]
 
 

@@ -7,6 +7,7 @@ picture of its warps. What they stand on:
     scheduler.py        which work tile a program computes, and when
     pipeline.py         barriers, channels, TMA
     split_d.py          tiles in parts of head_dim: products and what is done to their results
+    nobody.py           tokens of no packed sequence, read as 0
     mask.py             who sees whom; ../intervals.py and ../scores.py, shared with the portable kernels
     softmax.py          the forward's softmax, which seldom looks for a maximum
     softcap.py          the soft cap's tanh
@@ -39,14 +40,17 @@ def forward(
     """out and LSE, as `portable.forward`, of inputs against which `op.hopper_lacks` says nothing."""
     q, k, v = aligned(q), aligned(k), aligned(v)
     call = Call(
-        q.device, q.dtype, q.shape, k.shape, v.shape, (q.stride(), k.stride(), v.stride()), starts is not None,
-        causal, window, softcap, scale, sinks=None if sinks is None else sinks.dtype,
+        q.device, q.dtype, q.shape, k.shape, v.shape, (q.stride(), k.stride(), v.stride()),
+        starts is not None, ends is not None, causal, window, softcap, scale,
+        sinks=None if sinks is None else sinks.dtype,
     )  # fmt: skip
     B, S, H, _ = q.shape
     out = torch.empty(B, S, H, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        forward_launch(call)(q, k, v, out, lse, pointer(starts), pointer(sinks), host.queue_counter(q.device))
+        forward_launch(call)(
+            q, k, v, out, lse, pointer(starts), pointer(ends), pointer(sinks), host.queue_counter(q.device)
+        )
     return out, lse
 
 
@@ -67,13 +71,16 @@ def backward(
     dlse = None if dlse is None else dlse.contiguous()
     call = Call(
         q.device, q.dtype, q.shape, k.shape, v.shape, (q.stride(), k.stride(), v.stride(), dout.stride(), out.stride()),
-        starts is not None, causal, window, softcap, scale, dlse=dlse is not None, deterministic=deterministic,
+        starts is not None, ends is not None, causal, window, softcap, scale,
+        dlse=dlse is not None, deterministic=deterministic,
     )  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     launches = backward_launches(call)
     memory, scratch = launches.scratch.allocate(q.device)
     with torch.cuda.device_of(q):
-        launches.run(q, k, v, dout, out, pointer(lse), pointer(dlse), pointer(starts), dq, dk, dv, *scratch)
+        launches.run(
+            q, k, v, dout, out, pointer(lse), pointer(dlse), pointer(starts), pointer(ends), dq, dk, dv, *scratch
+        )
     dsinks = None
     if sinks is not None and wanted[3]:
         dsinks = dsinks_of(sinks, lse, launches.delta(memory))

@@ -58,6 +58,7 @@ from .dq_accumulator import (
 )
 from .key_tiles import M, descends, first_query_tile, locate, needs_mask, next_query_tile
 from .mask import Mask, score_gradient, sees, weigh
+from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
 from .softcap import capped
@@ -113,23 +114,23 @@ def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_partition(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, accumulators, queue, scheduler, keys, queries, mask,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, accumulators, queue, scheduler, keys, queries, mask, packed,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
-    args = (descriptors, accumulators, scheduler, keys, queries, mask)
+    args = (descriptors, accumulators, scheduler, keys, queries, mask, packed)
     for_each_work_tile(take, wait_and_load, 0, False, queue, 0, 0, args, CONFIG)
 
 
 @gluon.jit
 def wait_and_load(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
-    descriptors, accumulators, scheduler, keys, queries, mask = args
+    descriptors, accumulators, scheduler, keys, queries, mask, packed = args
     wait_for_accumulator(work_tile, accumulators, scheduler, CONFIG)
-    return load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG)
+    return load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG)
 
 
 @gluon.jit
-def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr):
     """The program's n-th work tile; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
@@ -143,9 +144,15 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG
     k_stage = n % CONFIG.key_stages
     full = keys.k.full.index(k_stage)
     keys.k.acquire(n)
-    mbarrier.expect(full, CONFIG.n * (D + D_V) * BYTES)
-    async_load(k_rows, [b, g, n0, 0], full, keys.k.tiles.index(k_stage))
-    async_load(v_rows, [b, g, n0, 0], full, keys.v.index(k_stage))
+    tokens = tokens_of_sequences(b, mask.S, packed)
+    if packed.ends_ptr is not None and is_border(n0, CONFIG.n, tokens):
+        load_cleared(k_rows, [b, g, n0, 0], keys.k.tiles.index(k_stage), tokens, packed)
+        load_cleared(v_rows, [b, g, n0, 0], keys.v.index(k_stage), tokens, packed)
+        mbarrier.arrive(full, count=1)
+    else:
+        mbarrier.expect(full, CONFIG.n * (D + D_V) * BYTES)
+        async_load(k_rows, [b, g, n0, 0], full, keys.k.tiles.index(k_stage))
+        async_load(v_rows, [b, g, n0, 0], full, keys.v.index(k_stage))
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         t = first_query_tile(tile, descending, CONFIG)
@@ -153,14 +160,17 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, CONFIG
             stage = step % CONFIG.stages
             queries.q.acquire(step)
             full = queries.q.full.index(stage)
-            mbarrier.expect(full, M * D * BYTES + ROW_STATS * 4)
-            async_load(q_rows, [b, h, t * M, 0], full, queries.q.tiles.index(stage))
+            if packed.ends_ptr is not None and is_border(t * M, M, tokens):
+                load_cleared(q_rows, [b, h, t * M, 0], queries.q.tiles.index(stage), tokens, packed)
+                mbarrier.expect(full, ROW_STATS * 4)
+            else:
+                mbarrier.expect(full, M * D * BYTES + ROW_STATS * 4)
+                async_load(q_rows, [b, h, t * M, 0], full, queries.q.tiles.index(stage))
             row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
             async_load(stat_rows, [row], full, queries.row_stats.index(stage))
             queries.dout.acquire(step)
             full = queries.dout.full.index(stage)
-            mbarrier.expect(full, M * D_V * BYTES)
-            async_load(dout_rows, [b, h, t * M, 0], full, queries.dout.tiles.index(stage))
+            load_tile(dout_rows, [b, h, t * M, 0], full, queries.dout.tiles, stage, tokens, packed)
             t = next_query_tile(t, tile, descending)
             step += 1
     return step
@@ -338,8 +348,8 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
 @gluon.jit(do_not_specialize=["count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, accum0_rows, accum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
-    accum_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, semaphore_ptr, count, lag,
-    n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    accum_ptr, starts_ptr, sequence_ends_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, semaphore_ptr,
+    count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV."""
     dtype: gl.constexpr = q_rows.dtype
@@ -364,6 +374,8 @@ def backward_kernel(
     accumulators = DqAccumulators(count, lag, added_ptr, cleared_ptr, semaphore_ptr)
     queue = make_queue(n_work_tiles, taken_ptr, READERS)
     scheduler = TileScheduler(n_tiles, n_work_tiles // n_tiles, log_interleaved, sorted_ptr)
+    loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
+    packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
     accum_rows = (accum0_rows, accum1_rows)
     gl.warp_specialize(
@@ -374,7 +386,7 @@ def backward_kernel(
                 load_partition,
                 (
                     q_rows, k_rows, v_rows, dout_rows, stat_rows, accumulators, queue, scheduler, keys, queries, mask,
-                    CONFIG,
+                    packed, CONFIG,
                 ),
             ),
             (

@@ -49,6 +49,7 @@ from .compiler import opaque_zero
 from .dq_accumulator import CONSUMERS
 from .key_tiles import M, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
+from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
 from .scheduler import TileScheduler, tile_of
 from .softcap import capped
@@ -215,17 +216,17 @@ def dkdv_partition(
 
 @gluon.jit
 def dkdv_load_partition(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr
 ):
     descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
     n = 0
     step = 0
-    load(gl.program_id(0), n, step, descriptors, scheduler, keys, queries, mask, CONFIG)
+    load(gl.program_id(0), n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG)
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dkdv_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, ends_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr, sequence_ends_ptr, ends_ptr,
     n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV."""
@@ -244,6 +245,8 @@ def dkdv_kernel(
     p = gl.allocate_shared_memory(dtype, [2, CONFIG.n, M], layout)
     ds = gl.allocate_shared_memory(dtype, [2, CONFIG.n, M], layout)
     exchange = Exchange(p, ds, allocate_barriers(1, CONSUMERS))
+    loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
+    packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -251,7 +254,7 @@ def dkdv_kernel(
             (dkdv_partition, (1, dk_rows, dv_rows, scale, scheduler, keys, queries, exchange, mask, CONFIG)),
             (
                 dkdv_load_partition,
-                (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, CONFIG),
+                (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG),
             ),
         ],
         [4, 1],  # warps
@@ -289,27 +292,32 @@ def locate_queries(scheduler, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, CONFIG: gl.constexpr):
+def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, packed, CONFIG: gl.constexpr):
     D: gl.constexpr = q_rows.block_shape[3]
     D_V: gl.constexpr = v_rows.block_shape[3]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     b, h, m0, i0, i1 = locate_queries(scheduler, mask, CONFIG)
+    tokens = tokens_of_sequences(b, mask.S, packed)
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
-        mbarrier.expect(full, M * (D + D_V) * BYTES)
-        async_load(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
-        async_load(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
+        at = [b, h, m0 + c * M, 0]
+        if packed.ends_ptr is not None and is_border(m0 + c * M, M, tokens):
+            load_cleared(q_rows, at, streams.q.index(c), tokens, packed)
+            load_cleared(dout_rows, at, streams.dout.index(c), tokens, packed)
+            mbarrier.arrive(full, count=1)
+        else:
+            mbarrier.expect(full, M * (D + D_V) * BYTES)
+            async_load(q_rows, at, full, streams.q.index(c))
+            async_load(dout_rows, at, full, streams.dout.index(c))
     for i in range(i0, i1):
         step = i - i0
         at = [b, h // CONFIG.group, i * CONFIG.n, 0]
         full = streams.k.full.index(step % 2)
         streams.k.acquire(step)
-        mbarrier.expect(full, CONFIG.n * D * BYTES)
-        async_load(k_rows, at, full, streams.k.tiles.index(step % 2))
+        load_tile(k_rows, at, full, streams.k.tiles, step % 2, tokens, packed)
         full = streams.v.full.index(0)
         streams.v.acquire(step)
-        mbarrier.expect(full, CONFIG.n * D_V * BYTES)
-        async_load(v_rows, at, full, streams.v.tiles.index(0))
+        load_tile(v_rows, at, full, streams.v.tiles, 0, tokens, packed)
 
 
 @gluon.jit
@@ -389,7 +397,7 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dq_kernel(
-    q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr,
+    q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr, sequence_ends_ptr,
     n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ."""
@@ -404,12 +412,14 @@ def dq_kernel(
     k_channel = Channel(k, allocate_barriers(2, 1), allocate_barriers(2, CONSUMERS))
     v_channel = Channel(v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
     streams = Streams(q, dout, queries_full, k_channel, v_channel)
+    loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
+    packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
     gl.warp_specialize(
         [
             (dq_partition, (0, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG)),
             (dq_partition, (1, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG)),
-            (dq_load_partition, (q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, CONFIG)),
+            (dq_load_partition, (q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, packed, CONFIG)),
         ],
         [4, 1],  # warps
         REGISTERS,

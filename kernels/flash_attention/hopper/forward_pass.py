@@ -42,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import config, softmax, split_d
 from .compiler import new_value, wait_for_products
 from .mask import LN2, Mask, keys_of_queries, seen_by
+from .nobody import Packed, load_tile, tokens_of_sequences
 from .pipeline import (
     NAMED_BARRIERS,
     PRODUCER_WARP,
@@ -158,7 +159,7 @@ def stage_of(c: gl.constexpr, n, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, CONFIG: gl.constexpr):
+def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG: gl.constexpr):
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
     BYTES: gl.constexpr = QUERIES * queries.tiles.shape[4] * queries.tiles.dtype.primitive_bitwidth // 8
@@ -171,6 +172,7 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
     while work_tile < queue.n_work_tiles:
         b, h, m0 = locate(work_tile, scheduler, CONFIG)
         i0, i1, _, _ = blocks_seen(m0, QUERIES * CONSUMERS, b, mask, CONFIG)
+        tokens = tokens_of_sequences(b, mask.S, packed)
         for c in gl.static_range(CONSUMERS):
             stage = stage_of(c, n, CONFIG)
             mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
@@ -180,14 +182,14 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
             failed = note_failed(n, failed, lse_ptr, queries, scheduler, mask, CONFIG)
         for i in range(i0, i1 - 1):
             keys.load(k_rows, [b, h // CONFIG.group, i * N, 0], step)
-            values.load(v_rows, [b, h // CONFIG.group, i * N, 0], step)
+            load_values(v_rows, [b, h // CONFIG.group, i * N, 0], step, values, tokens, packed)
             step += 1
         n += 1
         # Taken before the last loads, so that no warp waits for it; earlier, and work would be shared less evenly (L8).
         if repeating == 0:
             work_tile = take(queue, n)
         keys.load(k_rows, [b, h // CONFIG.group, i1 * N - N, 0], step)
-        values.load(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], step)
+        load_values(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], step, values, tokens, packed)
         step += 1
         # The second pass is in this loop, not in one around it: compiler.py (L11).
         if (work_tile >= queue.n_work_tiles) & (repeating == 0):
@@ -200,6 +202,13 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
             work_tile = gl.where(failed < 0, queue.n_work_tiles, failed)
             failed = failed_before(failed, lse_ptr, scheduler, mask, CONFIG)
             publish(queue, n + 2, work_tile)
+
+
+@gluon.jit
+def load_values(v_rows, at, step, values, tokens, packed):
+    """The step's values. Keys of nobody may be anything: their scores are replaced."""
+    stage = values.acquire(step)
+    load_tile(v_rows, at, values.full.index(stage), values.tiles, stage, tokens, packed)
 
 
 @gluon.jit
@@ -457,7 +466,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
 
 @gluon.jit(do_not_specialize=["n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def forward_kernel(
-    q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sinks_ptr, taken_ptr,
+    q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sequence_ends_ptr, sinks_ptr, taken_ptr,
     n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE."""
@@ -480,6 +489,8 @@ def forward_kernel(
     buffers = Buffers(queries, keys, values, allocate_barriers(1, CONSUMERS))
     queue = make_queue(n_work_tiles, taken_ptr, CONSUMERS)
     scheduler = TileScheduler(n_tiles, n_work_tiles // (n_tiles * CONFIG.group), log_interleaved)
+    loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
+    packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
 
     # Consumer 0, the first partition, has the registers that the others leave.
@@ -488,7 +499,7 @@ def forward_kernel(
             [
                 (mma_partition, (0, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
                 (mma_partition, (1, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
             ],
             [4, 1],  # warps
             CONFIG.registers,
@@ -499,7 +510,7 @@ def forward_kernel(
                 (mma_partition, (0, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
                 (mma_partition, (1, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
                 (mma_partition, (2, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
             ],
             [4, 4, 1],  # warps
             CONFIG.registers,

@@ -49,6 +49,8 @@ class Call(NamedTuple):
     strides: tuple[Sizes, ...]
     """Of q, k and v; in the backward also of dout and out."""
     starts: bool
+    packed: bool
+    """Tokens may be nobody's: see nobody.py."""
     causal: bool
     window: int | None
     softcap: float
@@ -147,7 +149,7 @@ class FusedLaunches(BackwardLaunches):
         sorts = config.starts and not config.deterministic  # deterministic sums have the keys' order
         self.scratch = Scratch.of(
             row_stats=(FLOAT, prod(self.row_stats)),
-            ends=(INT, B * n_tiles * 2 if config.starts else 0),
+            queries=(INT, B * n_tiles * 2 if config.starts else 0),
             accum=(FLOAT, n_sums),
             added=(INT, B * G),
             cleared=(INT, B * G),
@@ -170,15 +172,15 @@ class FusedLaunches(BackwardLaunches):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Pointer, dlse: Pointer, starts: Pointer,
-        dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, ends: Pointer, accum: Pointer, added: Pointer,
-        cleared: Pointer, semaphores: Pointer, sorted_tiles: Pointer,
+        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer, accum: Pointer,
+        added: Pointer, cleared: Pointer, semaphores: Pointer, sorted_tiles: Pointer,
     ) -> None:  # fmt: skip
-        self.first(out, dout, lse, dlse, starts, row_stats, ends, accum, added, cleared, semaphores)
+        self.first(out, dout, lse, dlse, starts, ends, row_stats, queries, accum, added, cleared, semaphores)
         if self.sort is not None:
-            self.sort(ends, sorted_tiles)
+            self.sort(queries, sorted_tiles)
         self.fused(
-            q, k, v, dout, row_stats, accum, accum, accum, dq, dk, dv,
-            accum, ends, sorted_tiles, host.queue_counter(q.device), added, cleared, semaphores,
+            q, k, v, dout, row_stats, accum, accum, accum, dq, dk, dv, accum, *sequences(starts, ends), queries,
+            sorted_tiles, host.queue_counter(q.device), added, cleared, semaphores,
         )  # fmt: skip
 
 
@@ -190,7 +192,7 @@ class SplitLaunches(BackwardLaunches):
         (B, S, H, _), (_, S_k, G, _) = call.q, call.k
         n_tiles, m_tiles = cdiv(S_k, config.n), cdiv(cdiv(S, QUERIES), CONSUMERS.value)
         self.scratch = Scratch.of(
-            row_stats=(FLOAT, prod(self.row_stats)), ends=(INT, B * n_tiles * 2 if config.starts else 0)
+            row_stats=(FLOAT, prod(self.row_stats)), queries=(INT, B * n_tiles * 2 if config.starts else 0)
         )
         self.first = self.preprocess(call, config)
         work_tiles = (SPLIT_WAVES_DOCUMENTS if config.starts else SPLIT_WAVES) * multiprocessors(call.device)
@@ -207,11 +209,16 @@ class SplitLaunches(BackwardLaunches):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Pointer, dlse: Pointer, starts: Pointer,
-        dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, ends: Pointer,
+        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer,
     ) -> None:  # fmt: skip
-        self.first(out, dout, lse, dlse, starts, row_stats, ends, None, None, None, None)
-        self.dkdv(q, k, v, dout, row_stats, dk, dv, ends)
-        self.dq(q, k, v, dout, dq, row_stats, starts)
+        self.first(out, dout, lse, dlse, starts, ends, row_stats, queries, None, None, None, None)
+        self.dkdv(q, k, v, dout, row_stats, dk, dv, *sequences(starts, ends), queries)
+        self.dq(q, k, v, dout, dq, row_stats, starts, ends)
+
+
+def sequences(starts: Pointer, ends: Pointer) -> tuple[Pointer, Pointer]:
+    """What a producer knows of packed sequences (`nobody.Packed`)."""
+    return (None, None) if ends is None else (starts, ends)
 
 
 _kind = cache(Kind)

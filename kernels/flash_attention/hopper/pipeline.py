@@ -64,6 +64,7 @@ def _async_add(descriptor, coordinates, tile, _semantic=None):
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 async_add = getattr(tma, "async_atomic_add", None) or _async_add
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
@@ -132,13 +133,19 @@ class NamedBarrierChannel:
         self.threads = gl.constexpr(threads)
 
     @gluon.jit
-    def load(self, rows, at, step):
-        """Producer: the step's tile, over one that all consumers have released."""
+    def acquire(self, step):
+        """Producer: wait until all consumers have released the step's stage."""
         STAGES: gl.constexpr = self.tiles.shape[0]
-        BYTES: gl.constexpr = self.tiles.shape[3] * self.tiles.shape[4] * self.tiles.dtype.primitive_bitwidth // 8
         stage = step % STAGES
         if step >= STAGES:
             barrier_sync(self.read + stage, self.threads)
+        return stage
+
+    @gluon.jit
+    def load(self, rows, at, step):
+        """Producer: the step's tile, over one that all consumers have released."""
+        BYTES: gl.constexpr = self.tiles.shape[3] * self.tiles.shape[4] * self.tiles.dtype.primitive_bitwidth // 8
+        stage = self.acquire(step)
         mbarrier.expect(self.full.index(stage), BYTES)
         async_load(rows, at, self.full.index(stage), self.tiles.index(stage))
 

@@ -11,7 +11,7 @@ from ..scores import LOG2E
 
 @triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_accumulators", "n_heads"])
 def preprocess_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, stat_ptr, ends_ptr,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, sequence_ends_ptr, stat_ptr, ends_ptr,
     accum_ptr, added_ptr, cleared_ptr, semaphore_ptr,
     S, S_k, n_tiles, n_accumulators, n_heads,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, ROW_STATS: tl.constexpr,
@@ -30,6 +30,10 @@ def preprocess_kernel(
     row = head.to(tl.int64) * S + m
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=m < S, other=0.0)
+    if sequence_ends_ptr is not None:  # 0 for tokens of nobody, whose dout may be anything
+        row0 = b.to(tl.int64) * S
+        of_sequences = (m >= tl.load(starts_ptr + row0)) & (m < tl.load(sequence_ends_ptr + row0 + S - 1))
+        delta = tl.where(of_sequences, delta, 0.0)
     # exp2(s − ∞) = 0 for rows past the end, and for rows that see nothing
     lse = tl.load(lse_ptr + row, mask=m < S, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)

@@ -1,0 +1,81 @@
+"""Packed sequences: tokens of nobody, before the first sequence and after the last, are read as 0.
+
+Their weight is 0 whatever they are, but 0 · NaN is NaN. TMA cannot leave rows out. So the producer, whose warp has the
+time, waits for a tile at a border, overwrites its rows of nobody, and only then tells the consumers. The consumers'
+code, and all other tiles, are as they are without packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .pipeline import async_load, reinterpret
+
+LANES = gl.constexpr(gl.BlockedLayout([4], [32], [1], [0]))
+CHUNK = gl.constexpr(128)
+"""int32 numbers that a warp overwrites at once: four rows of 64 columns."""
+
+
+class Packed(NamedTuple):
+    """Where the tokens of packed sequences are; all None where a call has none."""
+
+    starts_ptr: Any
+    ends_ptr: Any
+    """int32 (B, S): the first key of each query's sequence, and its end."""
+    loaded: Any
+    """A barrier of the producer's own: a tile at a border is there."""
+
+
+@gluon.jit
+def tokens_of_sequences(b, S, packed):
+    """[first, end); of no meaning without packed sequences."""
+    first, end = 0, 0
+    if packed.ends_ptr is not None:
+        row = b.to(gl.int64) * S
+        first, end = gl.load(packed.starts_ptr + row), gl.load(packed.ends_ptr + row + S - 1)
+    return first, end
+
+
+@gluon.jit
+def is_border(row, ROWS: gl.constexpr, tokens):
+    """Whether some of the tokens from `row` on are nobody's."""
+    return (row < tokens[0]) | (row + ROWS > tokens[1])
+
+
+@gluon.jit
+def load_tile(rows, at, full, tiles, stage, tokens, packed):
+    """Load one of several tiles of tokens [1, 1, rows, columns], after which `full` completes."""
+    if packed.ends_ptr is not None and is_border(at[2], tiles.shape[3], tokens):
+        load_cleared(rows, at, tiles.index(stage), tokens, packed)
+        mbarrier.arrive(full, count=1)
+    else:
+        mbarrier.expect(full, bytes_of(tiles))
+        async_load(rows, at, full, tiles.index(stage))
+
+
+@gluon.jit
+def load_cleared(rows, at, tile, tokens, packed):
+    """Load a tile with 0 for tokens of nobody; it is there on return."""
+    ROWS: gl.constexpr = tile.shape[2]
+    CHUNKS: gl.constexpr = bytes_of(tile) // (4 * CHUNK)
+    loaded = packed.loaded.index(0)
+    mbarrier.expect(loaded, bytes_of(tile))
+    async_load(rows, at, loaded, tile)
+    mbarrier.wait(loaded, 0)
+    mbarrier.arrive(loaded, count=1)  # a phase of its own, so that the next tile's is 0 again
+    # In shared memory 64 columns of a row are 128 bytes, in some order, and after them come those of the next row.
+    chunks = reinterpret(tile, gl.int32, [CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in range(CHUNKS):
+        token = at[2] + i * 4 % ROWS + gl.arange(0, CHUNK, LANES) // 32
+        chunk = chunks.index(i)
+        chunk.store(gl.where((token >= tokens[0]) & (token < tokens[1]), chunk.load(LANES), 0))
+    fence_async_shared()
+
+
+@gluon.constexpr_function
+def bytes_of(tile):
+    return tile.shape[-2] * tile.shape[-1] * tile.dtype.primitive_bitwidth // 8
