@@ -468,6 +468,8 @@ def hopper(multiprocessors: int) -> types.ModuleType:
         for part in ("compiler", "forward_pass", "pipeline", "softmax", "split_d"):
             its = importlib.import_module(f"{PACKAGE}.hopper.{part}").__dict__
             its.update({name: function for name, function in IN_PTX.items() if name in its})
+        softcap = importlib.import_module(f"{PACKAGE}.hopper.softcap").__dict__
+        softcap["tanh"] = lambda y: torch.tanh(y * (softcap["NEAR"] / 2))
 
     def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         wrapped = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]

@@ -63,9 +63,12 @@ def test_results_are_those_of_float64(D, D_v):
     assert_right(run(tensors), tensors)
 
 
+OPTIONS = [{"causal": False}, {"window": 50}, {"softcap": 3.0}, {"deterministic": True}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("D", "D_v"), [(64, 64), (128, 128), (192, 128)])
-@pytest.mark.parametrize("options", [{"causal": False}, {"window": 50}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_results_are_those_of_float64_with_other_masks_and_grouped_heads(D, D_v, options):
     tensors = inputs(256, D, D_v, heads=(4, 2))
     masks = {name: value for name, value in options.items() if name != "deterministic"}
