@@ -424,15 +424,16 @@ def replaced(modules: dict[str, types.ModuleType]) -> Iterator[None]:
         if name.startswith(tuple(f"{PACKAGE}.{part}" for part in anew)):
             del sys.modules[name]
     parent = sys.modules[PACKAGE]
-    attributes = {name: getattr(parent, name) for name in anew if hasattr(parent, name)}
+    attributes = {name: parent.__dict__.pop(name) for name in anew if hasattr(parent, name)}
     sys.modules.update(modules)
     try:
         yield
     finally:
         sys.modules.clear()
         sys.modules.update(before)
-        for name, attribute in attributes.items():
-            setattr(parent, name, attribute)
+        for name in anew:
+            parent.__dict__.pop(name, None)
+        parent.__dict__.update(attributes)
 
 
 def hopper(multiprocessors: int) -> types.ModuleType:
