@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -410,7 +411,7 @@ def language() -> types.ModuleType:
         where=lambda c, x, y: values(torch.where(torch.as_tensor(c), x, y)),
         minimum=binary(torch.minimum), maximum=binary(torch.maximum), cdiv=lambda a, b: -(-a // b),
         exp2=torch.exp2, log2=torch.log2, convert_layout=lambda x, layout, assert_trivial=False: x,
-        sum=lambda x, axis: x.sum(axis, dtype=x.dtype), max=lambda x, axis: x.amax(axis),
+        to_tensor=whole, sum=lambda x, axis: x.sum(axis, dtype=x.dtype), max=lambda x, axis: x.amax(axis),
         _core=types.SimpleNamespace(builtin=decorator),
     )  # fmt: skip
 
@@ -436,8 +437,26 @@ def replaced(modules: dict[str, types.ModuleType]) -> Iterator[None]:
         parent.__dict__.update(attributes)
 
 
+def launch(self: Any, *tensors: Any) -> None:
+    """For `host.Launch.__call__`: run a kernel's programs at once."""
+    n = len(self.descriptors)
+    described = [blank.of(x) for blank, x in zip(self.descriptors, tensors, strict=False)]
+    pointers = [None if x is None else Pointer(x.view(-1)) for x in tensors[n:]]
+    numbers = [values(torch.tensor(x)) if isinstance(x, float) else x for x in self.numbers]
+    call = partial(self.kernel, **self.constants), (*described, *pointers, *numbers)
+    together([(*call, {"program": i, "programs": self.programs}) for i in range(self.programs)])
+
+
+def allocate_scratch(self: Any, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """For `host.Scratch.allocate`: tensors in place of addresses. What nobody has written is NaN."""
+    memory = torch.full((self.size,), float("nan"))
+    firsts = [part[1] // 4 for part in self.parts if part is not None]
+    vectors = iter(memory.split([b - a for a, b in pairwise([*firsts, self.size])]))
+    return memory, [None if part is None else next(vectors).view(part[0]) for part in self.parts]
+
+
 def hopper(multiprocessors: int) -> types.ModuleType:
-    """`kernels.flash_attention.hopper`, whose `launch` runs kernels here."""
+    """`kernels.flash_attention.hopper`, whose launches run kernels here."""
     gl = language()
     mbarrier = module(
         "mbarrier", MBarrierLayout=lambda: "barriers", expect=expect,
@@ -460,25 +479,19 @@ def hopper(multiprocessors: int) -> types.ModuleType:
         "triton.experimental.gluon": gluon, "triton.experimental.gluon.language": gl,
         "triton.experimental.gluon.language.nvidia.hopper": nvidia, "triton.experimental.gluon.nvidia.hopper": nvidia,
         "triton.tools.tensor_descriptor": module("descriptor", TensorDescriptor=Descriptor),
-        "triton._C.libtriton": module("libtriton", ir=None),
+        "triton._C.libtriton": module("libtriton", ir=None), "triton.runtime": module("runtime", driver=None),
     }  # fmt: skip
-    sys.modules["triton.experimental"] = modules["triton.experimental"]
     modules["triton.experimental"].gluon = gluon  # type: ignore[attr-defined]
     with replaced(modules):
         found = importlib.import_module(f"{PACKAGE}.hopper")
-        for part in ("compiler", "forward_pass", "pipeline", "softmax", "split_d"):
-            its = importlib.import_module(f"{PACKAGE}.hopper.{part}").__dict__
-            its.update({name: function for name, function in IN_PTX.items() if name in its})
-        softcap = importlib.import_module(f"{PACKAGE}.hopper.softcap").__dict__
-        softcap["tanh"] = lambda y: torch.tanh(y * (softcap["NEAR"] / 2))
-
-    def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        wrapped = [Pointer(x.view(-1)) if isinstance(x, torch.Tensor) else x for x in arguments]
-        wrapped = [values(torch.tensor(x)) if isinstance(x, float) else x for x in wrapped]
-        call = partial(kernel, **constants)
-        together([(call, tuple(wrapped), {"program": i, "programs": programs}) for i in range(programs)])
-
-    found.launch = launch  # type: ignore[attr-defined]
-    found._multiprocessors = lambda device: multiprocessors  # type: ignore[attr-defined]
-    found.queue_counter = lambda device: torch.zeros(1, dtype=torch.int32)  # type: ignore[attr-defined]
+        names = ("compiler", "forward_pass", "host", "launches", "pipeline", "softcap", "softmax", "split_d")
+        parts = {name: importlib.import_module(f"{PACKAGE}.hopper.{name}") for name in names}
+    for part in parts.values():
+        part.__dict__.update({name: function for name, function in IN_PTX.items() if name in part.__dict__})
+    softcap, host, launches = (parts[name].__dict__ for name in ("softcap", "host", "launches"))
+    softcap["tanh"] = lambda y: torch.tanh(y * (softcap["NEAR"] / 2))
+    launches["multiprocessors"] = lambda device: multiprocessors
+    host["queue_counter"] = lambda device: torch.zeros(1, dtype=torch.int32)
+    host["Launch"].__call__ = launch
+    host["Scratch"].allocate = allocate_scratch
     return found

@@ -300,15 +300,14 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
     tokens = tokens_of_sequences(b, mask.S, packed)
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
-        at = [b, h, m0 + c * M, 0]
         if packed.ends_ptr is not None and is_border(m0 + c * M, M, tokens):
-            load_cleared(q_rows, at, streams.q.index(c), tokens, packed)
-            load_cleared(dout_rows, at, streams.dout.index(c), tokens, packed)
+            load_cleared(q_rows, [b, h, m0 + c * M, 0], streams.q.index(c), tokens, packed)
+            load_cleared(dout_rows, [b, h, m0 + c * M, 0], streams.dout.index(c), tokens, packed)
             mbarrier.arrive(full, count=1)
         else:
             mbarrier.expect(full, M * (D + D_V) * BYTES)
-            async_load(q_rows, at, full, streams.q.index(c))
-            async_load(dout_rows, at, full, streams.dout.index(c))
+            async_load(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
+            async_load(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
     for i in range(i0, i1):
         step = i - i0
         at = [b, h // CONFIG.group, i * CONFIG.n, 0]

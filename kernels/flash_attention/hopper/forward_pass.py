@@ -167,7 +167,7 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
     n = 0
     step = 0
     repeating = 0
-    failed = -1
+    failed = gl.to_tensor(-1)
     work_tile = take(queue, n)
     while work_tile < queue.n_work_tiles:
         b, h, m0 = locate(work_tile, scheduler, CONFIG)
