@@ -79,9 +79,9 @@ def configuration(row: dict[str, Any], kernel: Any, constants: dict[str, Any], t
     return Configuration(row, source, target_of(*ARCHITECTURES), {"num_warps": 4})
 
 
-def type_of(blank: host.Blank) -> str:
+def type_of(template: host.Template) -> str:
     """The type of a descriptor as the host makes it, in Triton's words."""
-    descriptor = blank.of(blank.fields["base"])
+    descriptor = template.of(template.fields["base"])
     layout = f",{descriptor.layout!r}" if hasattr(descriptor, "layout") else ""
     return f"tensordesc<{NAMES[descriptor.base.dtype]}{descriptor.block_shape}{layout}>"
 

@@ -335,8 +335,8 @@ def outweighs(block: Values, row_sum: Values) -> Values:
     return values(any_of_warp(block > row_sum * 0.8).int())
 
 
-def rounding_excess(p: Values, block: Values, wanted: Any) -> Values:
-    return values(torch.where(torch.as_tensor(wanted) != 0, p.float().sum(1, keepdim=True) / 4 - block, 0.0))
+def rounding_excess(p: Values, block: Values, outweighing: Any) -> Values:
+    return values(torch.where(torch.as_tensor(outweighing) != 0, p.float().sum(1, keepdim=True) / 4 - block, 0.0))
 
 
 def overflown(outs: tuple[Values, ...], row_sum: Values) -> Values:
@@ -440,7 +440,7 @@ def replaced(modules: dict[str, types.ModuleType]) -> Iterator[None]:
 def launch(self: Any, *tensors: Any) -> None:
     """For `host.Launch.__call__`: run a kernel's programs at once."""
     n = len(self.descriptors)
-    described = [blank.of(x) for blank, x in zip(self.descriptors, tensors, strict=False)]
+    described = [template.of(x) for template, x in zip(self.descriptors, tensors, strict=False)]
     pointers = [None if x is None else Pointer(x.view(-1)) for x in tensors[n:]]
     numbers = [values(torch.tensor(x)) if isinstance(x, float) else x for x in self.numbers]
     call = partial(self.kernel, **self.constants), (*described, *pointers, *numbers)

@@ -21,7 +21,7 @@ from kernels.flash_attention.hopper.backward_pass import backward_kernel
 from kernels.flash_attention.hopper.backward_split import dkdv_kernel, dq_kernel
 from kernels.flash_attention.hopper.config import Kind
 from kernels.flash_attention.hopper.forward_pass import forward_kernel
-from kernels.flash_attention.hopper.key_tiles import descends
+from kernels.flash_attention.hopper.key_tiles import queries_descend
 from kernels.flash_attention.hopper.preprocess import preprocess_kernel
 from kernels.flash_attention.hopper.scheduler import TileScheduler, is_interleaved, sort_kernel, tile_of
 
@@ -65,7 +65,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(1, 192, 2, 64, dtype=dtype)
 
 
-def rows_of(x: torch.Tensor, n_rows: int = 64) -> host.Blank:
+def rows_of(x: torch.Tensor, n_rows: int = 64) -> host.Template:
     return host.rows(x.shape, x.stride(), x.dtype, n_rows)
 
 
@@ -244,7 +244,7 @@ def test_deterministic_programs_end_at_about_the_same_time_too(
     waited = 0.0
     for work_tile in range(n_tiles * n_heads):
         head, tile = tile_of.fn(work_tile, scheduler, 1, kind)
-        descending = descends.fn(work_tile, scheduler, kind)
+        descending = queries_descend.fn(work_tile, scheduler, kind)
         queries = range(n_tiles - 1, tile - 1, -1) if descending else range(n_tiles - 1 - tile, n_tiles)  # `locate`
         now = ends[0]
         for t in queries:
@@ -323,7 +323,11 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
         kernel = launch.kernel
         names = list(inspect.signature(kernel.fn).parameters)
         launched.append(kernel.fn.__name__)
-        args = [*map(host.Blank.of, launch.descriptors, tensors), *tensors[len(launch.descriptors) :], *launch.numbers]
+        args = [
+            *map(host.Template.of, launch.descriptors, tensors),
+            *tensors[len(launch.descriptors) :],
+            *launch.numbers,
+        ]
         assert names[len(args) :] == list(launch.constants)
         for name, arg in zip(names, args, strict=False):
             if name.endswith("_rows"):

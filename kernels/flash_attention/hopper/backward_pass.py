@@ -56,7 +56,7 @@ from .dq_accumulator import (
     send_dq,
     wait_for_accumulator,
 )
-from .key_tiles import M, descends, first_query_tile, locate, needs_mask, next_query_tile
+from .key_tiles import M, first_query_tile, locate, needs_mask, next_query_tile, queries_descend
 from .mask import Mask, score_gradient, sees, weigh
 from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
 from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
@@ -140,7 +140,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
     query_tiles = gl.cdiv(mask.S, M)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
-    descending = descends(work_tile, scheduler, CONFIG)
+    descending = queries_descend(work_tile, scheduler, CONFIG)
     k_stage = n % CONFIG.key_stages
     full = keys.k.full.index(k_stage)
     keys.k.acquire(n)
@@ -198,7 +198,7 @@ def compute(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
     k_own, v_own = k.slice(c * OWN_KEYS, OWN_KEYS, 0), v.slice(c * OWN_KEYS, OWN_KEYS, 0)
     k_parts, v_parts = split_d.split(k_own, COLUMNS), split_d.split(v_own, COLUMNS)
     tile = locate(work_tile, scheduler, mask, CONFIG)
-    descending = descends(work_tile, scheduler, CONFIG)
+    descending = queries_descend(work_tile, scheduler, CONFIG)
     dk, dv = split_d.zeros(k_parts), split_d.zeros(v_parts)
     keys.k.wait(n)
     if tile.t0 < tile.t3:

@@ -12,9 +12,9 @@ A work tile waits only for earlier ones, and programs start in the order of thei
 
 The order of the sum. In the default mode tiles are added as they come, and the last bits of dQ differ between runs. In
 deterministic mode `semaphore_ptr` counts the key tiles that have been added to each tile of queries, and a tile waits
-until all before it have: from the last keys that the queries see down to the first, or from the first up where
-`descends` says that queries are taken from the last down (`additions_before`). An addition is two of TMA's, each of 64
-queries and one consumer's columns.
+until all before it have: from the last keys that the queries see down to the first, or from the first up where queries
+are taken from the last down (`queries_descend`, `additions_before`). An addition is two of TMA's, each of 64 queries
+and one consumer's columns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .key_tiles import M, descends, first_query_tile, locate, next_query_tile
+from .key_tiles import M, first_query_tile, locate, next_query_tile, queries_descend
 from .pipeline import (
     async_add,
     async_load,
@@ -119,7 +119,7 @@ def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CON
     ROWS: gl.constexpr = accum_rows[0].block_shape[0] + accum_rows[1].block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     keys = locate(work_tile, scheduler, mask, CONFIG)
-    descending = descends(work_tile, scheduler, CONFIG)
+    descending = queries_descend(work_tile, scheduler, CONFIG)
     head = keys.b * (CONFIG.heads // CONFIG.group) + keys.g
     n_steps = CONFIG.group * (keys.t3 - keys.t0)
     t = first_query_tile(keys, descending, CONFIG)
@@ -229,9 +229,9 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def load_chunk(chunk_rows, row, n, wanted, chunks):
-    """The n-th chunk, from a row on, if it is wanted."""
+def load_chunk(chunk_rows, row, n, pred, chunks):
+    """The n-th chunk, from a row on, if `pred`."""
     STAGES: gl.constexpr = chunks.sums.shape[0]
     full = chunks.full.index(n % STAGES)
-    mbarrier.expect(full, chunk_rows.block_shape[0] * chunk_rows.block_shape[1] * 4, pred=wanted)
-    async_load(chunk_rows, [row, 0], full, chunks.sums.index(n % STAGES), pred=wanted)
+    mbarrier.expect(full, chunk_rows.block_shape[0] * chunk_rows.block_shape[1] * 4, pred=pred)
+    async_load(chunk_rows, [row, 0], full, chunks.sums.index(n % STAGES), pred=pred)

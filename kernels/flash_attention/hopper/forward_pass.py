@@ -104,8 +104,8 @@ class QueryTile(NamedTuple):
     full_from: Any
     full_to: Any
     """The keys that all of the queries see."""
-    settled: Any
-    """Before a block that begins here or later each query has seen a key."""
+    online_until: Any
+    """Blocks that begin before this key update `row_max`: at their end each query has seen a key."""
     first: Any
     width: Any
     """[64]: the keys that each of them sees."""
@@ -143,9 +143,9 @@ def query_tile(work_tile, c: gl.constexpr, scheduler, mask, row: gl.constexpr, C
     first, end = seen_by(mask, m0 + gl.arange(0, QUERIES, row), b, CONFIG)
     first = gl.maximum(first, 0) + gl.zeros([QUERIES], gl.int32, row)
     seen = gl.maximum(full_from, 0)
-    settled = gl.where(seen < full_to, seen + 1, mask.S_k)
+    online_until = gl.where(seen < full_to, seen + 1, mask.S_k)
     return QueryTile(
-        b, h, m0, i0, i1, i0 - all_i0, all_i1 - i1, full_from, full_to, settled, first, gl.maximum(end - first, 0)
+        b, h, m0, i0, i1, i0 - all_i0, all_i1 - i1, full_from, full_to, online_until, first, gl.maximum(end - first, 0)
     )
 
 
@@ -331,13 +331,13 @@ def release_early(values, step, needed):
 
 @gluon.jit
 def begin(
-    c: gl.constexpr, HELD: gl.constexpr, n, repeating, step, after, queue, scheduler, buffers, mask,
+    c: gl.constexpr, IN_FLIGHT: gl.constexpr, n, repeating, step, after, queue, scheduler, buffers, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """The prologue: start the first scores of the program's n-th work tile, once `after` blocks of the one before are
     skipped.
 
-    If HELD, the P·V of the step before is still running, and the caller releases its V stage afterwards. But a consumer
+    If IN_FLIGHT, the P·V of the step before still runs, and the caller releases its V stage afterwards. But a consumer
     that first skips as many blocks as there are V stages would wait for a block that the producer cannot load before
     that stage is free: then it is released here.
 
@@ -347,16 +347,16 @@ def begin(
     queries, keys, values = buffers.q, buffers.k, buffers.v
     STAGES: gl.constexpr = CONFIG.value_stages
     row: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(CONFIG.n))
-    held = step - 1
-    if HELD:
-        release_early(values, held, after >= STAGES)
+    previous = step - 1
+    if IN_FLIGHT:
+        release_early(values, previous, after >= STAGES)
     step = skip_blocks(c, after, step, keys, values, CONFIG)
     work_tile = receive(queue, n + 2 * repeating)
     there_is = work_tile < queue.n_work_tiles
     tile = query_tile(gl.minimum(work_tile, queue.n_work_tiles - 1), c, scheduler, mask, row, CONFIG)
     before = gl.where(there_is, tile.before, 0)
-    if HELD:
-        release_early(values, held, (after < STAGES) & (after + before >= STAGES))
+    if IN_FLIGHT:
+        release_early(values, previous, (after < STAGES) & (after + before >= STAGES))
     step = skip_blocks(c, before, step, keys, values, CONFIG)
     stage = stage_of(c, n, CONFIG)
     mbarrier.wait(queries.full.index(stage), n // CONFIG.query_stages & 1, pred=there_is)
@@ -383,8 +383,8 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
     if c == CONFIG.consumers - 1:
         pass_turn(c, CONFIG)  # the first one begins
     while repeating < 2:
-        # Weights as float16 end at 65,504.
-        careful = (repeating > 0) | (dtype == gl.float16)
+        # All blocks update `row_max`. Weights as float16 end at 65,504.
+        online = (repeating > 0) | (dtype == gl.float16)
         work_tile, tile, step, s, _ = begin(c, False, n, repeating, step, 0, queue, scheduler, buffers, mask, CONFIG)
         s = warpgroup_mma_wait(0, deps=[s])
         if work_tile < queue.n_work_tiles:
@@ -397,7 +397,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
             keys.wait(step + 1, tile.i0 + 1 < tile.i1)
             values.wait(step, True)
             p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
-            wanted = gl.where(dtype == gl.float16, softmax.outweighs(block, row_sum), 0)
+            outweighing = gl.where(dtype == gl.float16, softmax.outweighs(block, row_sum), 0)
             if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
                 if n > 0:
                     release_queries(queries, c, n - 1, CONFIG)
@@ -410,14 +410,14 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[s])
                 keys.release(step + 1)
                 s, row_max, subtract, rescale, row_sum = softmax.maximum(
-                    s, row_max, row_sum, tile, i * N, careful, dtype, mask, CONFIG
+                    s, row_max, row_sum, tile, i * N, online, dtype, mask, CONFIG
                 )
                 # Here, and not where the tiles are used: under the maximum it takes no time, and its branch keeps the
                 # wait for P·V below in its place: compiler.py (L7).
                 keys.wait(step + 2, i + 1 < tile.i1)
                 values.wait(step + 1, True)
-                # While p is still there, and long after it was asked whether it is wanted.
-                excess += softmax.rounding_excess(p, block, wanted)
+                # While p is still there, and long after it was `outweighs` was asked.
+                excess += softmax.rounding_excess(p, block, outweighing)
                 outs = split_d.wait(0, outs)
                 values.release(step)
                 # Before the exponentials, whose gaps these products fill.
@@ -425,12 +425,12 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 excess *= split_d.along_rows(rescale, excess)
                 p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
                 # A block that was searched has no weight above 1, but in float16, where row_max may stay behind.
-                searched = careful | (i * N < tile.settled)
-                wanted = gl.where((dtype == gl.float16) | ~searched, softmax.outweighs(block, row_sum), 0)
+                searched = online | (i * N < tile.online_until)
+                outweighing = gl.where((dtype == gl.float16) | ~searched, softmax.outweighs(block, row_sum), 0)
                 step += 1
 
             outs = multiply_values(p, step, values, outs, CONFIG)
-            excess += softmax.rounding_excess(p, block, wanted)
+            excess += softmax.rounding_excess(p, block, outweighing)
             where = work_tile, tile.b, tile.h, tile.m0
             if not JOINED:
                 outs = split_d.wait(0, outs)
@@ -438,12 +438,12 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 store(c, n, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG)
                 release_queries(queries, c, n, CONFIG)
             n += 1
-            work_tile, tile, begun, s, held = begin(
+            work_tile, tile, begun, s, unreleased = begin(
                 c, JOINED, n, repeating, step + 1, tile.after, queue, scheduler, buffers, mask, CONFIG
             )
             if JOINED:
                 outs = split_d.wait(SCORE_PRODUCTS, outs)
-                if held:
+                if unreleased:
                     values.release(step)
                 store(
                     c, n - 1, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG

@@ -1,8 +1,8 @@
 """From PyTorch's tensors to a running kernel with little work for the host.
 
-A row of 4k tokens keeps an H100 busy for less time than Triton's own way to it takes the host, which looks at every
-argument of every launch anew and checks every descriptor. A `Launch` has all that does not depend on where tensors lie,
-so a call of a known shape sets addresses and launches: docs/lab (L6, L26) has the times.
+An H100 computes a row of 4k tokens in less time than Triton's own launch takes the host, which looks at every argument
+anew and checks every descriptor. A `Launch` has all that does not depend on where tensors lie, so a call of a known
+shape sets addresses and launches: docs/lab (L6, L26) has the times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-class Blank(NamedTuple):
+class Template(NamedTuple):
     """A tensor descriptor without its tensor.
 
     Triton's own check of a descriptor takes 10 µs; here it is done once for each tile. So shape and strides must be
@@ -49,8 +49,8 @@ class Blank(NamedTuple):
         descriptor.__dict__ = self.fields | {"base": base}
         return descriptor
 
-    def shaped(self, shape: Sequence[int], strides: Sequence[int]) -> Blank:
-        return Blank(self.cls, self.fields | {"shape": shape, "strides": strides})
+    def shaped(self, shape: Sequence[int], strides: Sequence[int]) -> Template:
+        return Template(self.cls, self.fields | {"shape": shape, "strides": strides})
 
 
 class Launch:
@@ -62,8 +62,8 @@ class Launch:
     """
 
     def __init__(
-        self, kernel: Any, device: torch.device, programs: int, descriptors: Sequence[Blank], numbers: Sequence[float],
-        **constants: Any,
+        self, kernel: Any, device: torch.device, programs: int, descriptors: Sequence[Template],
+        numbers: Sequence[float], **constants: Any,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -75,7 +75,7 @@ class Launch:
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Pointer) -> None:
-        described, pointers = map(Blank.of, self.descriptors, tensors), tensors[len(self.descriptors) :]
+        described, pointers = map(Template.of, self.descriptors, tensors), tensors[len(self.descriptors) :]
         args = (*described, *pointers, *self.numbers, *self.constants.values())
         if self.run is None:
             dtypes = [None if x is None else x.dtype for x in tensors]
@@ -87,20 +87,20 @@ class Launch:
         self.run(*args)
 
 
-def rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int, n_columns: int | None = None) -> Blank:
+def rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int, n_columns: int | None = None) -> Template:
     """A tensor (B, S, H, D) as TMA reads and writes it: tiles [1, 1, n_rows, n_columns] of (B, H, S, D); all columns,
     padded to `padded(D)` by zeros, unless said otherwise."""
     (B, S, H, D), (b, s, h, d) = shape, strides
     return _rows(dtype, n_rows, n_columns, D).shaped([B, H, S, D], [b, h, s, d])
 
 
-def plain_rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int) -> Blank:
+def plain_rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int) -> Template:
     """The same for kernels in plain Triton."""
     (B, S, H, D), (b, s, h, d) = shape, strides
     return _plain_rows(dtype, n_rows, D).shaped([B, H, S, D], [b, h, s, d])
 
 
-def floats(count: int, *tile: int) -> Blank:
+def floats(count: int, *tile: int) -> Template:
     """So many float32 numbers as TMA reads and writes them: tiles of them, in rows as wide as a tile's, which take 16
     bytes or more."""
     width = tile[-1]
@@ -173,24 +173,24 @@ def contiguous_strides(shape: Sizes) -> Sizes:
 
 
 @cache
-def _rows(dtype: torch.dtype, n_rows: int, n_columns: int | None, head_dim: int) -> Blank:
+def _rows(dtype: torch.dtype, n_rows: int, n_columns: int | None, head_dim: int) -> Template:
     width = n_columns or padded(head_dim)
     block, strides = [1, 1, n_rows, width], [width, width, width, 1]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
     descriptor = TensorDescriptor(torch.empty(0, dtype=dtype), block, strides, block, layout)
-    return Blank(TensorDescriptor, vars(descriptor))
+    return Template(TensorDescriptor, vars(descriptor))
 
 
 @cache
-def _plain_rows(dtype: torch.dtype, n_rows: int, head_dim: int) -> Blank:
+def _plain_rows(dtype: torch.dtype, n_rows: int, head_dim: int) -> Template:
     width = padded(head_dim)
     block, strides = [1, 1, n_rows, width], [width, width, width, 1]
-    return Blank(PlainDescriptor, vars(PlainDescriptor(torch.empty(0, dtype=dtype), block, strides, block)))
+    return Template(PlainDescriptor, vars(PlainDescriptor(torch.empty(0, dtype=dtype), block, strides, block)))
 
 
 @cache
-def _floats(tile: tuple[int, ...]) -> Blank:
+def _floats(tile: tuple[int, ...]) -> Template:
     strides, swizzle = ([tile[-1], 1], 128) if len(tile) > 1 else ([1], 0)
     layout = gl.NVMMASharedLayout(swizzle, element_bitwidth=32, rank=len(tile))
     descriptor = TensorDescriptor(torch.empty(0, dtype=torch.float32), list(tile), strides, list(tile), layout)
-    return Blank(TensorDescriptor, vars(descriptor))
+    return Template(TensorDescriptor, vars(descriptor))

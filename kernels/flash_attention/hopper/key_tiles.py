@@ -30,13 +30,13 @@ def locate(work_tile, scheduler, mask, CONFIG: gl.constexpr):
     """The tile of keys that a work tile is.
 
     Key tiles are issued in ascending order (under a causal mask the first keys have the most queries); in deterministic
-    mode in descending order, except where queries are taken in descending order (`descends`). With documents only the
-    interleaved heads are sorted, longest first; sorting all heads was slower (L9).
+    mode in descending order, except where queries are taken so (`queries_descend`). With documents only the interleaved
+    heads are sorted, longest first; sorting all heads was slower (L9).
     """
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
     head, tile = tile_of(work_tile, scheduler, 1, CONFIG)
     if CONFIG.deterministic:
-        tile = gl.where(descends(work_tile, scheduler, CONFIG), tile, scheduler.n_tiles - 1 - tile)
+        tile = gl.where(queries_descend(work_tile, scheduler, CONFIG), tile, scheduler.n_tiles - 1 - tile)
     b = head // HEADS_KV
     if scheduler.sorted_ptr is not None:
         interleaved = is_interleaved(work_tile, scheduler)
@@ -60,7 +60,7 @@ def locate(work_tile, scheduler, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def descends(work_tile, scheduler, CONFIG: gl.constexpr):
+def queries_descend(work_tile, scheduler, CONFIG: gl.constexpr):
     """Whether a work tile goes through its queries from the last one down; only in deterministic mode.
 
     There, heads are issued from the last keys to the first, so that no tile waits: the last keys are on the diagonal

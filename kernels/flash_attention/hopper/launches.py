@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...device import multiprocessors
 from ..problem import cdiv, scalars
 from . import host
 from .backward_pass import backward_kernel
@@ -28,7 +29,7 @@ from .config import (
 )
 from .dq_accumulator import CHUNK_COLUMNS, CHUNK_ROW, CONSUMERS
 from .forward_pass import forward_kernel
-from .host import Blank, Launch, Pointer, Scratch, Sizes, contiguous_strides, floats, plain_rows, rows
+from .host import Launch, Pointer, Scratch, Sizes, Template, contiguous_strides, floats, plain_rows, rows
 from .preprocess import preprocess_kernel
 from .scheduler import SORT_CHUNK, sort_kernel
 
@@ -50,7 +51,7 @@ class Call(NamedTuple):
     """Of q, k and v; in the backward also of dout and out."""
     starts: bool
     packed: bool
-    """Tokens may be nobody's: see nobody.py."""
+    """There are ends, and with them tokens that may be nobody's: see nobody.py."""
     causal: bool
     window: int | None
     softcap: float
@@ -74,7 +75,7 @@ class Call(NamedTuple):
         """(B, S, H, D_v), also dout's shape."""
         return *self.q[:3], self.v[3]
 
-    def rows(self, shape: Sizes, n_rows: int, strides: Sizes | None = None, n_columns: int | None = None) -> Blank:
+    def rows(self, shape: Sizes, n_rows: int, strides: Sizes | None = None, n_columns: int | None = None) -> Template:
         """The descriptor of a tensor with these strides, or a contiguous one."""
         return rows(shape, strides or contiguous_strides(shape), self.dtype, n_rows, n_columns)
 
@@ -105,7 +106,7 @@ def backward_launches(call: Call) -> FusedLaunches | SplitLaunches:
 
 
 class BackwardLaunches:
-    """The rows' statistics, which both ways of the backward begin with."""
+    """What the backward up to head_dim 128 and the one above have in common."""
 
     def __init__(self, call: Call, config: Backward) -> None:
         (B, S, H, _), (q, k, v, dout, _) = call.q, call.strides
@@ -118,7 +119,7 @@ class BackwardLaunches:
         )  # fmt: skip
         self.key_gradients = call.rows(call.k, config.n), call.rows(call.v, config.n)
 
-    def preprocess(self, call: Call, config: Backward, n_accumulators: int = 0, n_heads: int = 0) -> Launch:
+    def preprocess_launch(self, call: Call, config: Backward, n_accumulators: int = 0, n_heads: int = 0) -> Launch:
         """Writes the rows' statistics; with documents also the queries that see each tile of keys
         (`queries_by_starts`). Clears accumulators and counters of dQ where there are some."""
         (_, S, H, _), (*_, dout, out) = call.q, call.strides
@@ -130,7 +131,7 @@ class BackwardLaunches:
         )  # fmt: skip
 
     def delta(self, memory: Tensor) -> Tensor:
-        """Σ out · dout − dlse of each row, (B, H, S), where the first part of the scratch memory has it."""
+        """Σ out · dout − dlse of each row, (B, H, S): a view of the scratch memory, which begins with `row_stats`."""
         return memory[: prod(self.row_stats)].view(self.row_stats)[:, :, :, 1].flatten(2)[:, :, : self.S]
 
 
@@ -156,7 +157,7 @@ class FusedLaunches(BackwardLaunches):
             semaphores=(INT, B * H * query_tiles if config.deterministic else 0),
             sorted_tiles=(INT, B * n_tiles if sorts else 0),
         )
-        self.first = self.preprocess(call, config, n_accumulators, B * G)
+        self.preprocess = self.preprocess_launch(call, config, n_accumulators, B * G)
         self.sort = Launch(
             sort_kernel, call.device, B * cdiv(n_tiles, SORT_CHUNK), (), (S_k - S, n_tiles),
             N=config.n, CHUNK=SORT_CHUNK, CAUSAL=config.causal,
@@ -175,7 +176,7 @@ class FusedLaunches(BackwardLaunches):
         ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer, accum: Pointer,
         added: Pointer, cleared: Pointer, semaphores: Pointer, sorted_tiles: Pointer,
     ) -> None:  # fmt: skip
-        self.first(out, dout, lse, dlse, starts, ends, row_stats, queries, accum, added, cleared, semaphores)
+        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, queries, accum, added, cleared, semaphores)
         if self.sort is not None:
             self.sort(queries, sorted_tiles)
         self.fused(
@@ -194,7 +195,7 @@ class SplitLaunches(BackwardLaunches):
         self.scratch = Scratch.of(
             row_stats=(FLOAT, prod(self.row_stats)), queries=(INT, B * n_tiles * 2 if config.starts else 0)
         )
-        self.first = self.preprocess(call, config)
+        self.preprocess = self.preprocess_launch(call, config)
         work_tiles = (SPLIT_WAVES_DOCUMENTS if config.starts else SPLIT_WAVES) * multiprocessors(call.device)
         interleaved = log_interleaved(config, B * G, n_tiles, work_tiles)
         self.dkdv = Launch(
@@ -211,7 +212,7 @@ class SplitLaunches(BackwardLaunches):
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Pointer, dlse: Pointer, starts: Pointer,
         ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer,
     ) -> None:  # fmt: skip
-        self.first(out, dout, lse, dlse, starts, ends, row_stats, queries, None, None, None, None)
+        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, queries, None, None, None, None)
         self.dkdv(q, k, v, dout, row_stats, dk, dv, *sequences(starts, ends), queries)
         self.dq(q, k, v, dout, dq, row_stats, starts, ends)
 
@@ -222,8 +223,3 @@ def sequences(starts: Pointer, ends: Pointer) -> tuple[Pointer, Pointer]:
 
 
 _kind = cache(Kind)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

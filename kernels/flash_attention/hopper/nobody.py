@@ -66,7 +66,7 @@ def load_cleared(rows, at, tile, tokens, packed):
     mbarrier.expect(loaded, bytes_of(tile))
     async_load(rows, at, loaded, tile)
     mbarrier.wait(loaded, 0)
-    mbarrier.arrive(loaded, count=1)  # a phase of its own, so that the next tile's is 0 again
+    mbarrier.arrive(loaded, count=1)  # completes phase 1: the next tile waits for phase 0, too
     # In shared memory 64 columns of a row are 128 bytes, in some order, and after them come those of the next row.
     chunks = reinterpret(tile, gl.int32, [CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in range(CHUNKS):

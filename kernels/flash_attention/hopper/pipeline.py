@@ -150,10 +150,10 @@ class NamedBarrierChannel:
         async_load(rows, at, self.full.index(stage), self.tiles.index(stage))
 
     @gluon.jit
-    def wait(self, step, wanted):
-        """Consumer: wait until the step's tile is there, if it is wanted."""
+    def wait(self, step, pred):
+        """Consumer: wait until the step's tile is there, if `pred`."""
         STAGES: gl.constexpr = self.tiles.shape[0]
-        mbarrier.wait(self.full.index(step % STAGES), step // STAGES & 1, pred=wanted)
+        mbarrier.wait(self.full.index(step % STAGES), step // STAGES & 1, pred=pred)
 
     @gluon.jit
     def release(self, step):

@@ -47,7 +47,7 @@ def nothing_seen(s, sinks_ptr, tile):
 
 
 @gluon.jit
-def maximum(s, row_max, row_sum, tile, n0, careful, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
+def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
     """The first half of a block's online softmax.
 
     Returns the masked scores; `row_max`, −inf where nothing is seen yet; what to subtract; the factor for everything
@@ -61,7 +61,7 @@ def maximum(s, row_max, row_sum, tile, n0, careful, dtype: gl.constexpr, mask, C
         s = hide(s, n, tile.first, tile.width)
     subtract = row_max
     rescale = gl.full([64], 1.0, gl.float32, row_max.type.layout)
-    if careful | (n0 < tile.settled):
+    if online | (n0 < tile.online_until):
         highest = gl.max(s, 1) * mask.factor
         highest = gl.where(highest > row_max + RISE, highest, row_max)
         # A row that has seen nothing yet has nothing to subtract: −inf − (−inf) would be NaN.
@@ -121,16 +121,16 @@ def outweighs(block, row_sum):
 
 
 @gluon.jit
-def rounding_excess(p, block, wanted):
+def rounding_excess(p, block, outweighing):
     """[64, 4]: by how much a block's weights, rounded as in `p`, sum to more than themselves, `block`. A row's excess
-    is the sum over its four threads. 0 where `wanted` is 0, which all threads of a warp agree on.
+    is the sum over its four threads. 0 where `outweighing` is 0, which all threads of a warp agree on.
 
     In PTX, since Gluon branches for a whole warp group and synchronises it first.
     """
     N: gl.constexpr = p.shape[1] // 2  # numbers of a thread
     ASM: gl.constexpr = excess_of_rounding(N, p.dtype == gl.bfloat16)
     REGISTERS: gl.constexpr = registers_of_excess(N)
-    arguments = [p, as_product(block, p), as_product(wanted, p)]
+    arguments = [p, as_product(block, p), as_product(outweighing, p)]
     # Not pure, so that it stays where it is called.
     excess = gl.inline_asm_elementwise(ASM, REGISTERS, arguments, dtype=gl.float32, is_pure=False, pack=N)
     return first_of_rows(excess, block)
