@@ -133,8 +133,8 @@ def step_of_queries(
     next tile, at m0."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    KEYS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (4)
-    VALUES: gl.constexpr = len(CONFIG.columns_v)  # for (2) or (3)
+    K_PRODUCTS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (4)
+    V_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)  # for (2) or (3)
     k_stage = opaque_zero(m0, 30)
     k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
     stage = step % CONFIG.stages
@@ -148,7 +148,7 @@ def step_of_queries(
         mbarrier.wait(exchange.full.index(0), step & 1)
         dk = split_d.multiply(ds, q, dk)  # (4)
         dv = split_d.multiply(p, dout, dv)  # (3)
-        dk = split_d.wait(VALUES, dk)
+        dk = split_d.wait(V_PRODUCTS, dk)
         dv = split_d.wait(0, dv)
         queries.q.release(stage)
     else:
@@ -160,11 +160,11 @@ def step_of_queries(
         queries.dout.wait_at(next_stage, phase)
         dp = multiply_scores(c, queries.dout.tiles, next_stage, v, COLUMNS_V)  # (2) of the next tile
         dv = split_d.multiply(p, dout, dv)  # (3) dV += Pᵀ dO
-        s = warpgroup_mma_wait(KEYS + 2 * VALUES, deps=[s])
+        s = warpgroup_mma_wait(K_PRODUCTS + 2 * V_PRODUCTS, deps=[s])
         weights, s = weigh_own(c, following, s, m0, n0, masked, queries, mask, CONFIG)
-        dk = split_d.wait(2 * VALUES, dk)
+        dk = split_d.wait(2 * V_PRODUCTS, dk)
         queries.q.release(stage)
-        dp = warpgroup_mma_wait(VALUES, deps=[dp])
+        dp = warpgroup_mma_wait(V_PRODUCTS, deps=[dp])
         send(c, following, weights, s, dp, queries, exchange, CONFIG)
         dv = split_d.wait(0, dv)
     queries.dout.release(stage)
@@ -338,8 +338,8 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
     N: gl.constexpr = CONFIG.n
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    KEYS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (5)
-    VALUES: gl.constexpr = len(CONFIG.columns_v)  # for (2)
+    K_PRODUCTS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (5)
+    V_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)  # for (2)
     ROW_STATS: gl.constexpr = CONFIG.row_stats
     dtype: gl.constexpr = dq_rows.dtype
     row: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(N))
@@ -364,7 +364,7 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
         dout = split_d.of(streams.dout, c, COLUMNS_V)
         v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
         dp = split_d.multiply_transposed(dout, v)  # (2) dP = dO Vᵀ
-        s = warpgroup_mma_wait(VALUES, deps=[s])
+        s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
         ds = differentiate(s, dp, 0, lse, delta, m, start, i0 * N, masked, mask, CONFIG).to(dtype)
         streams.v.release(0)
@@ -380,9 +380,9 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             dp = split_d.multiply_transposed(dout, v)  # (2)
             # (5) dQ += dS K, of the step before
             dq = split_d.multiply(ds, split_d.of(streams.k.tiles, (step - 1) % 2, COLUMNS), dq)
-            s = warpgroup_mma_wait(VALUES + KEYS, deps=[s])
+            s = warpgroup_mma_wait(V_PRODUCTS + K_PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
-            next_ds = differentiate(s, dp, KEYS, lse, delta, m, start, i * N, masked, mask, CONFIG)
+            next_ds = differentiate(s, dp, K_PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
             streams.v.release(0)
             dq = split_d.wait(0, dq)
             streams.k.release((step - 1) % 2)

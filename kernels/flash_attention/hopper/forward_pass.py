@@ -206,7 +206,7 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
 
 @gluon.jit
 def load_values(v_rows, at, step, values, tokens, packed):
-    """The step's values. Keys of nobody may be anything: their scores are replaced."""
+    """The step's values. Keys of nobody may be anything: `hide` replaces their scores."""
     stage = values.acquire(step)
     load_tile(v_rows, at, values.full.index(stage), values.tiles, stage, tokens, packed)
 
@@ -375,8 +375,8 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
     dtype: gl.constexpr = keys.tiles.dtype
     JOINED: gl.constexpr = CONFIG.query_stages > 1  # one tile's epilogue and the next one's prologue
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    SCORE_PRODUCTS: gl.constexpr = len(CONFIG.columns)
-    VALUE_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)
+    K_PRODUCTS: gl.constexpr = len(CONFIG.columns)
+    V_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)
     n = 0
     step = 0
     repeating = 0
@@ -407,7 +407,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 s = multiply_scores(c, n, step + 1, queries, keys, CONFIG)
                 outs = multiply_values(p, step, values, outs, CONFIG)
                 pass_turn(c, CONFIG)
-                s = warpgroup_mma_wait(VALUE_PRODUCTS, deps=[s])
+                s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
                 keys.release(step + 1)
                 s, row_max, subtract, rescale, row_sum = softmax.maximum(
                     s, row_max, row_sum, tile, i * N, online, dtype, mask, CONFIG
@@ -442,7 +442,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 c, JOINED, n, repeating, step + 1, tile.after, queue, scheduler, buffers, mask, CONFIG
             )
             if JOINED:
-                outs = split_d.wait(SCORE_PRODUCTS, outs)
+                outs = split_d.wait(K_PRODUCTS, outs)
                 if unreleased:
                     values.release(step)
                 store(
