@@ -116,7 +116,6 @@ class Backward(BackwardTiles, Kind):
     columns_v: tuple[int, ...]
     """The parts of head_dim, of Q and K and of V: see split_d.py."""
     width: int
-    width_v: int
     """Columns of a tile in shared memory: head_dim, padded."""
     deterministic: bool
     """Programs add to a tile of dQ in a fixed order."""
@@ -161,7 +160,7 @@ def backward_config(kind: Kind, head_dim: int, head_dim_v: int, deterministic: b
     tiles = BACKWARD_256 if split else BACKWARD_128 if head_dim > 64 else BACKWARD_64
     return Backward(
         **vars(kind), **vars(tiles), columns=columns_of(head_dim), columns_v=columns_of(head_dim_v),
-        width=padded(head_dim), width_v=padded(head_dim_v),
+        width=padded(head_dim),
         deterministic=deterministic and not split, staggered=not (kind.causal or deterministic or split),
     )  # fmt: skip
 

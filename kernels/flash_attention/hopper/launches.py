@@ -26,6 +26,7 @@ from .config import (
     backward_config,
     forward_config,
     log_interleaved,
+    padded,
 )
 from .dq_accumulator import CHUNK_COLUMNS, CHUNK_ROW, CONSUMERS
 from .forward_pass import forward_kernel
@@ -126,7 +127,7 @@ class BackwardLaunches:
         return Launch(
             preprocess_kernel, call.device, prod(self.row_stats[:3]),
             (plain_rows(call.out, out, call.dtype, QUERIES), plain_rows(call.out, dout, call.dtype, QUERIES)),
-            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n, D=config.width_v,
+            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n, D=padded(call.v[3]),
             SUMMED=sum(config.dq_columns), ROW_STATS=config.row_stats,
         )  # fmt: skip
 
