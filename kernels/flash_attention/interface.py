@@ -90,7 +90,8 @@ def flash_attention(
     edge of the mask: a masked key has the weight 0, and 0 · NaN is NaN. PyTorch's kernels do the same.
 
     The backward pass computes a weight from its score and lse, a float32. With scores of 10⁶ and more, gradients are
-    exact for rows in which one key has all the weight; others are off by the rounding of lse. out is exact.
+    exact for rows in which one key has all the weight; others are off by the rounding of lse. out is exact; only the
+    Hopper kernels overflow with scores of 10⁹ and more: for these pass implementation="triton".
     """
     if others:
         refuse(others)
@@ -127,11 +128,11 @@ def flash_attention_backward(
     """The gradients of `flash_attention`, for code that keeps its inputs and results itself (context parallelism).
 
     Args:
-        dout: (B, S, H, D), the gradient of out.
+        dout: (B, S, H, D_v), the gradient of out.
         out, lse: what `flash_attention(..., return_lse=True)` returned; lse contiguous.
         q, k, v and the rest: as they were given there. They are not checked again.
     Returns:
-        dq (B, S, H, D), dk and dv (B, S_k, H_kv, D), contiguous.
+        dq (B, S, H, D), dk (B, S_k, H_kv, D) and dv (B, S_k, H_kv, D_v), contiguous.
     Raises:
         ValueError: dout has not the shape and dtype of out.
     """
