@@ -81,7 +81,7 @@ def test_what_lies_outside_of_packed_sequences_reaches_nobody(D, D_v, borders):
     first, end = borders
     cu_seqlens = torch.tensor([first, (first + end) // 2, end], dtype=torch.int32)
     starts, ends = intervals_from_cu_seqlens(cu_seqlens, 192, causal=True)
-    clean = inputs(192, D, D_v)
+    clean = inputs(192, D, D_v, heads=(1, 1))
     dirty = tuple(x.clone() for x in clean)
     for x in dirty:
         x[:, :first], x[:, end:] = math.nan, math.inf
