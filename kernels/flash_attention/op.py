@@ -186,7 +186,7 @@ class _FlashAttention(_OneLevel):
 
 def _nobody_looks_on(*tensors: Tensor) -> bool:
     """Whether calling what the dispatcher would call shows in nothing but the time: it takes 7 µs for the forward
-    operator and 23 for the backward (docs/lab, L20 and L26). It must be asked where a mode, a transform, a tracer or a
+    operator and 23 for the backward (docs/lab, L20 and L27). It must be asked where a mode, a transform, a tracer or a
     subclass of Tensor listens, or where there is no data."""
     return (
         not torch.compiler.is_compiling()

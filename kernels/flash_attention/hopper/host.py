@@ -2,7 +2,7 @@
 
 An H100 computes a row of 4k tokens in less time than Triton's own launch takes the host, which looks at every argument
 anew and checks every descriptor. A `Launch` has all that does not depend on where tensors lie, so a call of a known
-shape sets addresses and launches: docs/lab (L6, L26) has the times.
+shape sets addresses and launches: docs/lab (L6, L27) has the times.
 """
 
 from __future__ import annotations
