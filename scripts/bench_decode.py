@@ -81,7 +81,7 @@ def ours(inputs: Inputs, length: int) -> Attend:
     return lambda: flash_decode(inputs.q, inputs.k_cache, inputs.v_cache, inputs.lengths)  # type: ignore[return-value]
 
 
-def prefill_kernel(inputs: Inputs, length: int) -> Attend:
+def by_flash_attention(inputs: Inputs, length: int) -> Attend:
     k, v = inputs.views(length)
     return lambda: flash_attention(inputs.q, k, v)  # type: ignore[return-value]
 
@@ -118,7 +118,7 @@ def first_of(modules: Sequence[str]) -> Callable[..., Any]:
 
 PEERS: dict[str, Callable[[Inputs, int], Attend]] = {
     "flash_decode": ours,
-    "flash_attention": prefill_kernel,
+    "flash_attention": by_flash_attention,
     "sdpa": sdpa,
     "fa3": flash_attn("flash_attn_interface", "fa3_fwd_interface"),
     "fa2": flash_attn("flash_attn"),
