@@ -416,7 +416,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 # wait for P·V below in its place: compiler.py (L7).
                 keys.wait(step + 2, i + 1 < tile.i1)
                 values.wait(step + 1, True)
-                # While p is still there, and long after it was `outweighs` was asked.
+                # While p is still there, and long after `outweighs` was asked.
                 excess += softmax.rounding_excess(p, block, outweighing)
                 outs = split_d.wait(0, outs)
                 values.release(step)
