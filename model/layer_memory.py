@@ -41,6 +41,8 @@ class Workload:
     compiled: bool = True
     writes_scores: bool = False
     """Whether attention writes S × S scores to memory, as attention=math does."""
+    saves: bool = True
+    """Whether weights and moments are copied to the host's memory, for checkpoints."""
     ranks: int = 1
     """Of the run."""
     shards: int = 1

@@ -64,6 +64,7 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
         writes_scores=writes_scores(config),
+        saves=config.checkpoint.save,
         ranks=Launch.here().size,
         shards=parallel.shard_size(Launch.here()),
         reshards=getattr(parallel, "reshard", True),
@@ -284,7 +285,7 @@ def fits_in_shards(work: Workload, limit: float) -> bool:
 def snapshot_bytes(work: Workload) -> int:
     """Bytes of this node's host memory that a checkpoint is copied to: each rank writes its share of it."""
     weights, _, optimizer = state_bytes(work)
-    return Launch.here().local_size * work.shards * (weights + optimizer) // work.ranks
+    return work.saves * Launch.here().local_size * work.shards * (weights + optimizer) // work.ranks
 
 
 def host_bytes(work: Workload) -> tuple[int, int]:

@@ -49,8 +49,12 @@ def closing_lines(folder: Path, columns: int | None = None) -> list[str]:
         f"memory     {peak:.1f} GiB at most" if peak else f"memory     {host_peak():.1f} GiB of host memory at most"
     )
     run = shlex.quote(str(folder))
-    lines.append("next       " + _command(("python -m scripts.generate", run, '"Once upon a time"'), columns))
-    lines.append(" " * INDENT + _command(("python -m scripts.report", run), columns))
+    commands: list[tuple[str, ...]] = [("python -m scripts.report", run)]
+    if (folder / "model.safetensors").exists():
+        commands.insert(0, ("python -m scripts.generate", run, '"Once upon a time"'))
+    lines += [
+        head.ljust(INDENT) + _command(command, columns) for head, command in zip(("next", ""), commands, strict=False)
+    ]
     return lines
 
 

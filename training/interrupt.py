@@ -131,7 +131,8 @@ class Interrupt:
                     self.stop_file.unlink(missing_ok=True)
         return self._reason
 
-    def end(self, saved: Path, reason: str = "") -> Interrupted:
+    def end(self, saved: Path | None, reason: str = "") -> Interrupted:
         """What to raise once `saved` is written; `reason` is another process's, where that was asked."""
         reason = reason or self._reason
-        return Interrupted(f"interrupted by {reason}; saved {saved}", code_of(reason))
+        kept = "saved nothing, as checkpoint.save=false says" if saved is None else f"saved {saved}"
+        return Interrupted(f"interrupted by {reason}; {kept}", code_of(reason))

@@ -22,7 +22,7 @@ from training.loggers.jsonl import read_metrics
 Row = dict[str, Any]
 Settings = dict[str, str]
 
-QUIET = ["logger=none", "sample_tokens=0", "eval_every=0", "checkpoint.every=0"]
+QUIET = ["logger=none", "sample_tokens=0", "eval_every=0", "checkpoint.save=false"]
 OUT_OF_MEMORY = 3  # train.py's exit code
 KILLED = -9  # by the system, which is out of memory itself
 TOO_LARGE = {"out of memory", "does not fit"}
@@ -67,8 +67,6 @@ def run_job(settings: Settings, folder: Path, steps: int, limit_s: float) -> Row
     row = {"settings": settings, "command": command, "seconds": time.monotonic() - began, **_outcome(code, folder)}
     if row["outcome"] == "done":
         row |= _figures(run, peak_bytes)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # nobody goes on from them
-    (run / "model.safetensors").unlink(missing_ok=True)
     write(kept, json.dumps(row, indent=1) + "\n")
     return row
 

@@ -127,6 +127,17 @@ def test_a_run_ends_after_max_time(config: MakeConfig) -> None:
     assert interrupted.value.code == 75
 
 
+def test_a_run_that_is_not_to_save_writes_neither_checkpoints_nor_weights(config: MakeConfig, tmp_path: Path) -> None:
+    options = ["max_steps=4", "checkpoint.every=2", "checkpoint.save=false", f"run_dir={tmp_path / 'run'}"]
+    whole = fit(config(*options))
+    assert whole.run.progress.step == 4
+    with pytest.raises(Interrupted, match=r"interrupted by max_time; saved nothing, as checkpoint.save=false says"):
+        fit(config(*options, "max_time=0.001", f"run_dir={tmp_path / 'stopped'}"))
+    names = {path.name for folder in ("run", "stopped") for path in (tmp_path / folder).iterdir()}
+    assert "metrics.jsonl" in names
+    assert not names & {"checkpoints", "model.safetensors"}
+
+
 @pytest.mark.parametrize(
     ("stop_at", "during", "optimizer"),
     [

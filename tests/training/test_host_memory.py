@@ -36,6 +36,7 @@ def test_the_line_is_drawn_at_the_bytes_of_layers_and_checkpoints(
     pinned, saved = host_bytes(work)
     assert pinned == 7 * kept, "of eight layers the last stays on the device"
     assert saved > 0
+    assert host_bytes(replace(work, saves=False)) == (pinned, 0), "nothing is copied for checkpoints"
     monkeypatch.setattr(capacity, "host_memory", lambda: pinned + saved)
     check_host(work, H200)
     monkeypatch.setattr(capacity, "host_memory", lambda: pinned + saved - 1)

@@ -252,6 +252,7 @@ def test_the_summary_of_a_run_is_of_all_its_processes(tmp_path: Path) -> None:
         {"step": 30, "tokens": 4000, "val/loss": 3.5},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "model.safetensors").touch()
     assert closing_lines(folder) == [
         "best       validation loss 3.2500 at step 10",
         "speed      200 tokens/s on average, MFU 30.0%",
@@ -263,6 +264,8 @@ def test_the_summary_of_a_run_is_of_all_its_processes(tmp_path: Path) -> None:
 
 def test_a_command_that_is_longer_than_the_terminal_can_still_be_copied(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 40)
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
     wide, narrow = ("\n".join(closing_lines(folder, columns)) for columns in (None, 50))
     assert "\\" not in wide
     commands = [" ".join(text.partition("next ")[2].replace("\\\n", " ").split()) for text in (wide, narrow)]
@@ -274,7 +277,8 @@ def test_a_command_that_is_longer_than_the_terminal_can_still_be_copied(tmp_path
 def test_a_summary_leaves_out_what_no_record_says(tmp_path: Path, record: str | None) -> None:
     if record is not None:
         (tmp_path / "metrics.jsonl").write_text(record)
-    assert [line.split()[0] for line in closing_lines(tmp_path)] == ["memory", "next", "python"]
+    assert [line.split()[0] for line in closing_lines(tmp_path)] == ["memory", "next"]
+    assert closing_lines(tmp_path)[1].startswith("next       python -m scripts.report "), "no model is there"
 
 
 def train_in_terminal(folder: Path, *settings: str, columns: int) -> Screen:

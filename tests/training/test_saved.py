@@ -49,7 +49,10 @@ def test_the_same_command_is_the_same_settings(composed: Composed, tmp_path: Pat
     [
         ("learning_rate=2e-3", {"learning_rate": 2e-3}),
         ("seed=0", {"seed": 0}),  # the default, but typed
-        ("checkpoint.every=5", {"checkpoint": {"every": 5, "keep_last": 2, "keep_every": 0, "keep_best": True}}),
+        (
+            "checkpoint.every=5",
+            {"checkpoint": {"save": True, "every": 5, "keep_last": 2, "keep_every": 0, "keep_best": True}},
+        ),
         ("max_steps=9", {"max_steps": 9}),
         ("max_tokens=1000000", {"max_tokens": 1_000_000, "max_steps": None}),
         ("attention=math", {"attention": {"name": "math"}}),

@@ -11,6 +11,8 @@ from training.require import require
 class CheckpointConfig:
     """When checkpoints are written, and which stay."""
 
+    save: bool = True
+    """False: the run saves nothing, neither checkpoints nor its weights."""
     every: int = 250
     """Steps between checkpoints; 0: only at the end and when interrupted."""
     keep_last: int = 2

@@ -39,6 +39,7 @@ OTHER_NAMES: dict[str, str] = {
         "sample_every": "sample_interval generate_every",
         "sample_tokens": "max_new_tokens",
         "sample_prompt": "prompt",
+        "checkpoint.save": "save_model save_checkpoint save_checkpoints save_final",
         "checkpoint.every": "save_every save_interval save_steps checkpoint_interval ckpt_every checkpoint_every",
         "checkpoint.keep_last": "save_total_limit keep_last_k max_checkpoints",
         "run_dir": "out_dir output_dir out save_dir log_dir checkpoint_dir ckpt_dir workdir dump_folder run_name",

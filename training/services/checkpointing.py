@@ -15,12 +15,15 @@ from .base import Service
 
 
 class Checkpointing(Service):
-    """Saves every `checkpoint.every` steps, and the weights alone when the run is finished."""
+    """Saves every `checkpoint.every` steps, and the weights alone when the run is finished. `checkpoint.save=false`:
+    nothing."""
 
     def __init__(self) -> None:
         self.has_memory = False
 
     def after_step(self, run: Run) -> None:
+        if not run.config.checkpoint.save:
+            return
         if not self.has_memory:  # now the optimizer's moments are there, and no step is measured yet
             self.has_memory = True
             run.saver.reserve(_written(run).tensors)
@@ -31,7 +34,7 @@ class Checkpointing(Service):
     def end(self, run: Run, status: str) -> None:
         """Raises SaveFailed where a run that finished could not save what it trained."""
         try:
-            if status == "finished":
+            if status == "finished" and run.config.checkpoint.save:
                 save_weights(run.model, run.folder, run.together)
                 run.saver.finish(raises=True)
         finally:

@@ -1,4 +1,4 @@
-"""Answers a request to stop: a signal, a STOP file, max_time. The run saves itself and ends."""
+"""Answers a request to stop: a signal, a STOP file, max_time. The run saves itself, if it saves at all, and ends."""
 
 from __future__ import annotations
 
@@ -21,5 +21,7 @@ class Stopping(Service):
         is_done = progress.step == run.plan.max_steps and not progress.unfinished
         reason = run.stop_reason()
         if reason and not is_done:
+            if not run.config.checkpoint.save:
+                raise run.interrupt.end(None, reason)
             save(run, wait=True)
             raise run.interrupt.end(checkpoints.path_of(run.folder, progress.step), reason)
