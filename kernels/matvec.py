@@ -9,6 +9,8 @@ Shape suffixes: K inputs, N outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,34 +69,16 @@ def matvec_reference(
     return (y if residual is None else y + residual).to(dtype)
 
 
-def _matvec(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _matvec(x: Tensor, *inputs: Any) -> Tensor:
     if not x.is_cuda:
-        return matvec_reference(x, weight, bias, norm, eps, swiglu, residual, dtype)
+        return matvec_reference(x, *inputs)
     from .matvec_kernel import matvec
 
-    residual = None if residual is None else residual.contiguous()
-    return matvec(x.contiguous(), weight.contiguous(), bias, norm, eps, swiglu, residual, dtype)
+    return matvec(x, *inputs)
 
 
-def _matvec_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _matvec_fake(x: Tensor, weight: Tensor, *inputs: Any) -> Tensor:
+    _, _, _, swiglu, _, dtype = inputs
     return x.new_empty((*x.shape[:-1], len(weight) // 2 if swiglu else len(weight)), dtype=dtype)
 
 

@@ -112,7 +112,8 @@ def matvec(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float, swiglu: bool,
     residual: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`matvec.matvec` on a GPU, of contiguous inputs."""
+    """`matvec.matvec` on a GPU."""
+    x, weight, residual = x.contiguous(), weight.contiguous(), None if residual is None else residual.contiguous()
     M, K = weight.shape
     out = x.new_empty((*x.shape[:-1], M // 2 if swiglu else M), dtype=dtype)
     tiles = choose_tiles(K, weight.element_size(), swiglu)
