@@ -146,7 +146,7 @@ def test_every_configuration_compiles_and_does_not_spill(architecture):
     assert len(found) == 12
     for row in found:
         assert row["stack"] == 0, row
-        assert row["registers"] <= 136 or row["dtype"] == "fp32", row
+        assert row["registers"] <= 144 or row["dtype"] == "fp32", row
 
 
 # ---- on a GPU, at real sizes
