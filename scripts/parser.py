@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from training.parallel.launch import Launch
 from training.terminal import tell
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        # --tokens would be --tokens-per-second, and its number a prompt.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         """What argparse finds wrong."""
-        self.refuse(f"{message}; {self.prog} --help shows what there is")
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        self.refuse(f"{message}{hint}; {self.prog} --help shows what there is")
 
     def refuse(self, message: str) -> NoReturn:
         """End the process with exit code 2 and one line, which says what to do instead."""

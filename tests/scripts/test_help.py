@@ -90,6 +90,16 @@ def test_how_many_is_a_whole_number_from_1(text: str, capsys: pytest.CaptureFixt
     assert f"argument --repeat: {text} is not possible; use a whole number from 1" in capsys.readouterr().err
 
 
+def test_the_beginning_of_an_option_is_not_that_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parsing = parser.parser_of("generate", "")
+    parsing.add_argument("--max-tokens")
+    parsing.add_argument("--tokens-per-second", action="store_true")
+    with pytest.raises(SystemExit) as ended:
+        parsing.parse_args(["--tokens", "40"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --tokens 40 (did you mean --max-tokens?); " in capsys.readouterr().err
+
+
 # ---- under a launcher of several processes
 
 
