@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """What argparse finds wrong."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        near = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.7) if unknown else []
         hint = f" (did you mean {near[0]}?)" if near else ""
         self.refuse(f"{message}{hint}; {self.prog} --help shows what there is")
 
