@@ -167,7 +167,8 @@ def kept_when_compiled(model: GPT) -> int:
     """Bytes that the graph of a compiled model keeps for its backward pass, without the weights."""
     torch._dynamo.reset()
     model.compile("model", backend="aot_eager", fullgraph=True)
-    node = model(*batch()).grad_fn
+    loss = model(*batch())
+    node = loss.grad_fn
     while not type(node).__name__.startswith("CompiledFunction"):
         node = node.next_functions[0][0]
     weights = {weight.data_ptr() for weight in model.parameters()}

@@ -127,13 +127,13 @@ def test_a_difference_is_named_and_ends_with_1(
     assert script.main(["--against", str(file)]) == 0
     assert "2 compared" in capsys.readouterr().out
     record = json.loads(file.read_text())
-    record["configurations"][name_of(rows[1])]["code"] = "another"
+    record["configurations"][name_of(rows[1])]["ptx"] = "another"
     file.write_text(json.dumps(record))
     assert script.main(["--against", str(file)]) == 1
     differing = [line for line in capsys.readouterr().out.splitlines() if "DIFFERENT" in line]
     assert len(differing) == 1
     assert differing[0].startswith("hopper forward D64 ")
-    assert differing[0].endswith("code was another")
+    assert differing[0].endswith("ptx was another")
     assert script.main(["--only", "softcap", "--against", str(file)]) == 0
     removed = rows.pop(0)
     assert script.main(["--against", str(file)]) == 1
