@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import define
+
 
 def to_float8(
     x_RK: Tensor, row_scale: Tensor | None, column_scale: Tensor | None, dtype: torch.dtype, multiple: int = 16
@@ -59,11 +61,9 @@ def _cast_fake(
     return [x_RK.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
-if not hasattr(torch.ops.flash_gpt, "to_float8"):  # imported as kernels and as flash_gpt: the first one's serve
-    _library.define(
-        "to_float8(Tensor x, Tensor? row_scale, Tensor? column_scale, ScalarType dtype, int multiple) -> Tensor[]",
-        tags=[torch.Tag.pt2_compliant_tag],
-    )
-    _library.impl("to_float8", _cast, "CompositeExplicitAutograd")
-    torch.library.register_fake("flash_gpt::to_float8", _cast_fake, lib=_library)
+define(
+    "to_float8",
+    "(Tensor x, Tensor? row_scale, Tensor? column_scale, ScalarType dtype, int multiple) -> Tensor[]",
+    _cast,
+    _cast_fake,
+)

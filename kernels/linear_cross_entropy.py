@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from .flash_attention.op import why_not_on
+from .operators import define
 
 IGNORE_INDEX = -100
 ALIGNMENT = 64
@@ -252,18 +252,15 @@ def _flops(
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1] * (1 + wants_x + wants_weight)
 
 
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
-if not hasattr(torch.ops.flash_gpt, "linear_cross_entropy"):  # see flash_attention/op.py
-    _library.define(
-        "linear_cross_entropy(Tensor x, Tensor weight, Tensor? operand, Tensor targets, SymInt chunk_size, "
-        "int ignore_index, float softcap, float z_loss, float label_smoothing, bool per_token, bool wants_x, "
-        "bool wants_weight) -> (Tensor, Tensor, Tensor)",
-        tags=[torch.Tag.pt2_compliant_tag],
-    )
-    _library.impl("linear_cross_entropy", _run, "CompositeExplicitAutograd")
-    _library.impl("linear_cross_entropy", _LinearCrossEntropy.apply, "Autograd")
-    torch.library.register_fake("flash_gpt::linear_cross_entropy", _fake, lib=_library)
-    register_flop_formula(torch.ops.flash_gpt.linear_cross_entropy)(_flops)
+define(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor? operand, Tensor targets, SymInt chunk_size, int ignore_index, float softcap, "
+    "float z_loss, float label_smoothing, bool per_token, bool wants_x, bool wants_weight) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    derivative=_LinearCrossEntropy.apply,
+    flops=_flops,
+)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import define
+
 
 def matvec(
     x: Tensor,
@@ -32,7 +34,7 @@ def matvec(
     Args:
         x: (…, K), float, all of it one row: of two, cuBLAS takes less time.
         weight: (N, K), contiguous, float of any dtype; with `swiglu` (2N, K), the gates before what they gate. On a GPU
-            it must not be the kernel launched just before that writes it (see `matvec_kernel`).
+            the kernel launched just before must not write it (see `matvec_kernel`).
         bias: (N,) or (2N,).
         norm: (K,): x is divided by √(mean x² + eps) and multiplied with this first; None: x as it is.
         swiglu: f(gate, up) = silu(gate) · up; else f is the identity.
@@ -82,12 +84,10 @@ def _matvec_fake(x: Tensor, weight: Tensor, *inputs: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], len(weight) // 2 if swiglu else len(weight)), dtype=dtype)
 
 
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
-if not hasattr(torch.ops.flash_gpt, "matvec"):  # imported as kernels and as flash_gpt: the first one's serve
-    _library.define(
-        "matvec(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool swiglu, Tensor? residual, "
-        "ScalarType dtype) -> Tensor",
-        tags=[torch.Tag.pt2_compliant_tag],
-    )
-    _library.impl("matvec", _matvec, "CompositeExplicitAutograd")
-    torch.library.register_fake("flash_gpt::matvec", _matvec_fake, lib=_library)
+define(
+    "matvec",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, float eps, bool swiglu, Tensor? residual, ScalarType dtype) "
+    "-> Tensor",
+    _matvec,
+    _matvec_fake,
+)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators import define
 from . import op
 from .checks import autocast, check_by_head, check_qkv, check_scaling, check_window, shapes
 
@@ -93,12 +94,10 @@ def _decode_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
-if not hasattr(torch.ops.flash_gpt, "flash_decode"):  # imported as kernels and as flash_gpt: the first one's serve
-    _library.define(
-        "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, SymInt? window, "
-        "float softcap, float scale) -> (Tensor, Tensor)",
-        tags=[torch.Tag.pt2_compliant_tag],
-    )
-    _library.impl("flash_decode", _decode, "CompositeExplicitAutograd")
-    torch.library.register_fake("flash_gpt::flash_decode", _decode_fake, lib=_library)
+define(
+    "flash_decode",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, SymInt? window, float softcap, "
+    "float scale) -> (Tensor, Tensor)",
+    _decode,
+    _decode_fake,
+)

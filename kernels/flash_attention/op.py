@@ -24,8 +24,8 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
-from torch.utils.flop_counter import register_flop_formula
 
+from ..operators import define
 from . import batching
 
 IMPLEMENTATIONS = {"triton": ".portable", "hopper": ".hopper"}
@@ -254,30 +254,25 @@ def _backward_flops(
 
 INPUTS = "Tensor? starts, Tensor? ends, Tensor? sinks, Tensor? slopes"
 OPTIONS = "bool causal, SymInt? window, float softcap, float scale, bool deterministic, str implementation"
-SCHEMAS = {
-    "flash_attention": f"(Tensor q, Tensor k, Tensor v, {INPUTS}, {OPTIONS}) -> (Tensor, Tensor)",
-    "flash_attention_backward": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{INPUTS}, {OPTIONS}, bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
-if not hasattr(torch.ops.flash_gpt, "flash_attention"):  # imported as kernels and as flash_gpt: the first one's serve
-    for name, function, fake, flops, derivative, rule in (
-        ("flash_attention", forward, _forward_fake, _forward_flops, _FlashAttention, batching.forward),
-        (
-            "flash_attention_backward",
-            _backward_operator,
-            _backward_fake,
-            _backward_flops,
-            _DifferentiatedOnce,
-            batching.backward,
-        ),
-    ):
-        _library.define(name + SCHEMAS[name], tags=[torch.Tag.pt2_compliant_tag])
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        _library.impl(name, _differentiable(derivative), "Autograd")
-        torch.library.register_fake(f"flash_gpt::{name}", fake, lib=_library)
-        torch.library.register_vmap(f"flash_gpt::{name}", rule, lib=_library)
-        register_flop_formula(getattr(torch.ops.flash_gpt, name))(flops)
+define(
+    "flash_attention",
+    f"(Tensor q, Tensor k, Tensor v, {INPUTS}, {OPTIONS}) -> (Tensor, Tensor)",
+    forward,
+    _forward_fake,
+    derivative=_differentiable(_FlashAttention),
+    vmap=batching.forward,
+    flops=_forward_flops,
+)
+define(
+    "flash_attention_backward",
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {INPUTS}, {OPTIONS}, "
+    "bool[5] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_operator,
+    _backward_fake,
+    derivative=_differentiable(_DifferentiatedOnce),
+    vmap=batching.backward,
+    flops=_backward_flops,
+)
 
 
 FLASH_ATTENTION_OPS = [torch.ops.flash_gpt.flash_attention.default]

@@ -25,7 +25,8 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from kernels.operators import define
 
 from ..base import AttentionBackend
 from ..spec import AttentionSpec
@@ -172,16 +173,19 @@ def _backward_flops(
     return 5 * 2 * B * H * S * S * _BY_KEY[key].exchange.size * D
 
 
-_library = torch.library.Library("flash_gpt", "FRAGMENT")
 _MASK = "Tensor? starts, Tensor split, str key"
-for _name, _schema, _function, _fake, _flops in (
-    ("context_attention", f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)",
-     forward, _forward_fake, _forward_flops),
-    ("context_attention_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-     f"{_MASK}) -> (Tensor, Tensor, Tensor)", backward, _backward_fake, _backward_flops),
-):  # fmt: skip
-    _library.define(_name + _schema, tags=[torch.Tag.pt2_compliant_tag])
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flash_gpt::{_name}", _fake, lib=_library)
-    register_flop_formula(getattr(torch.ops.flash_gpt, _name))(_flops)
-_library.impl("context_attention", _ContextAttention.apply, "Autograd")
+define(
+    "context_attention",
+    f"(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor, Tensor)",
+    forward,
+    _forward_fake,
+    derivative=_ContextAttention.apply,
+    flops=_forward_flops,
+)
+define(
+    "context_attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}) -> (Tensor, Tensor, Tensor)",
+    backward,
+    _backward_fake,
+    flops=_backward_flops,
+)
