@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from training.checkpoint import folder as checkpoints
 from training.checkpoint.state import Written, written
 from training.checkpoint.weights import save_weights
 from training.hardware import versions
@@ -41,15 +43,20 @@ class Checkpointing(Service):
             run.saver.finish()
 
 
-def save(run: Run, wait: bool = False) -> None:
+def save(run: Run, wait: bool = False) -> Path | None:
     """A checkpoint of this step, unless it is there; with `wait`, come back when it is.
 
+    Returns:
+        where it is; None with checkpoint.save=false.
     Raises:
         NonFiniteError: the run must stop, and is not saved over a good one. SaveFailed: with `wait`.
     """
+    if not run.config.checkpoint.save:
+        return None
     progress = run.progress
+    path = checkpoints.path_of(run.folder, progress.step)
     if progress.saved == progress.step:
-        return
+        return path
     run.guard.report(run.rows_of)
     step, val_loss = progress.val_loss
     facts: dict[str, Any] = {
@@ -61,6 +68,7 @@ def save(run: Run, wait: bool = False) -> None:
     }
     run.saver.save(_written(run), facts, wait)
     progress.saved = progress.step
+    return path
 
 
 def _written(run: Run) -> Written:

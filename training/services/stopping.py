@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from training.checkpoint import folder as checkpoints
 from training.run import Run
 
 from .base import Service
@@ -21,7 +20,4 @@ class Stopping(Service):
         is_done = progress.step == run.plan.max_steps and not progress.unfinished
         reason = run.stop_reason()
         if reason and not is_done:
-            if not run.config.checkpoint.save:
-                raise run.interrupt.end(None, reason)
-            save(run, wait=True)
-            raise run.interrupt.end(checkpoints.path_of(run.folder, progress.step), reason)
+            raise run.interrupt.end(save(run, wait=True), reason)
