@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -15,12 +14,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
-def has_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch, on NVIDIA's GPUs from sm_90 on: a kernel may begin before the one launched before
-    it has ended, and waits for it (`gdc_wait`) before it reads what that one writes or writes anything."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def pdl_options(pdl: bool) -> dict[str, Any]:
-    """Of a launch; AMD's compiler has no such option."""
-    return {"launch_pdl": True} if pdl else {}
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Of the GPU; None in the interpreter, and (0, 0) for a GPU that is not NVIDIA's, whatever PyTorch calls it."""
+    if device.type == "cpu":
+        return None
+    return torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)

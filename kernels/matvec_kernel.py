@@ -5,8 +5,8 @@ matrix, and the next one is under way while this one is multiplied: two programs
 multiprocessor. RMSNorm costs a sum of squares, for its factor can be multiplied with the outputs. With SwiGLU the rows
 of a tile are gate, up, gate, up, …, so that a program has both.
 
-On Hopper and newer (programmatic dependent launch) a program is there, and its first weights are on the way, before the
-kernel that writes its input ends. So that kernel must not be the one that writes the weights.
+On Hopper and newer, programmatic dependent launch starts the kernel before the one that writes its input ends. It loads
+its first weights at once, and waits for that one before it reads the input. So that one must not write the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import has_pdl, multiprocessors, pdl_options
+from .device import capability_of, multiprocessors
+from .flash_attention.problem import cdiv, padded
 
 
 @triton.jit
@@ -102,7 +103,7 @@ MOST_WEIGHTS = 64
 
 def choose_tiles(K: int, element_size: int, swiglu: bool) -> Tiles:
     """As many whole rows as make `BYTES`."""
-    tile_k = max(16, 1 << (K - 1).bit_length())
+    tile_k = max(16, padded(K))
     least = 2 if swiglu else 1
     rows = max(least, BYTES // (tile_k * element_size))
     return Tiles(rows, tile_k, max(8, rows * tile_k // (32 * MOST_WEIGHTS)))
@@ -117,12 +118,13 @@ def matvec(
     M, K = weight.shape
     out = x.new_empty((*x.shape[:-1], M // 2 if swiglu else M), dtype=dtype)
     tiles = choose_tiles(K, weight.element_size(), swiglu)
-    programs = min(triton.cdiv(M, tiles.m), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
-    pdl = has_pdl(x.device)
+    programs = min(cdiv(M, tiles.m), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
+    pdl = (capability_of(x.device) or (0, 0)) >= (9, 0)
+    options = {"launch_pdl": True} if pdl else {}  # which AMD's compiler does not know
     with torch.cuda.device_of(x):
         matvec_kernel[(programs,)](
             x, weight, bias, norm, residual, out, M, eps,
             K=K, TILE_M=tiles.m, TILE_K=tiles.k, SWIGLU=swiglu, PDL=pdl,
-            num_warps=tiles.num_warps, **pdl_options(pdl),
+            num_warps=tiles.num_warps, **options,
         )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ from kernels.matvec import matvec
 
 def is_one_row(x: Tensor) -> bool:
     """Whether `matvec` is the way to multiply x (…, inputs): one row, on a GPU, without a gradient, as in decoding."""
-    return x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and x.is_cuda and x.numel() == x.shape[-1]
 
 
 class Linear(nn.Linear):

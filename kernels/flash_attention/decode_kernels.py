@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import multiprocessors
+from ..device import capability_of, multiprocessors
 from .config import DecodeTiles, choose_decode_tiles
-from .portable import INTERPRETED, _capability
+from .portable import INTERPRETED
 from .problem import cdiv, padded
 from .scores import LN2, LOG2E, capped
 
@@ -184,7 +184,7 @@ def decode(
         return out.to(q.dtype), lse
     (B, S, H, D), (capacity, G) = q.shape, k_cache.shape[1:3]
     group = H // G
-    tiles = tiles or choose_decode_tiles(D, S * group, q.element_size(), _capability(q.device))
+    tiles = tiles or choose_decode_tiles(D, S * group, q.element_size(), capability_of(q.device))
     programs = B * G * cdiv(S * group, tiles.m)
     splits = splits or choose_splits(programs, cdiv(capacity, tiles.n * tiles.least), multiprocessors(q.device))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -110,8 +110,8 @@ class CachedAttention(AttentionBackend):
     # ---- adding tokens
 
     def advance(self, seq_len: int = 1) -> None:
-        """Count the next S tokens of each row, at most MOST_QUERIES. Not to be compiled with what follows: a sum that
-        is an argument of the layers' attention is computed for each of them again."""
+        """Count the next S tokens of each row, at most MOST_QUERIES. Call it outside what is compiled: Inductor would
+        compute the new lengths again for each layer."""
         assert seq_len <= MOST_QUERIES
         self.lengths_B += seq_len
 

@@ -22,7 +22,6 @@ docs/lab (L1) has the measurements behind these, and what was tried besides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...device import capability_of
 from ..config import Tiles, choose_tiles, why_not_so_wide
 from ..problem import Problem, aligned, cdiv, dsinks_of, padded
 from .kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
@@ -194,7 +194,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, problem: Problem) -> Tiles:
     Raises:
         ValueError: the GPU has no room for such a head_dim.
     """
-    flags, head_dim, capability = problem.flags, max(q.shape[3], v.shape[3]), _capability(q.device)
+    flags, head_dim, capability = problem.flags, max(q.shape[3], v.shape[3]), capability_of(q.device)
     is_float32 = q.dtype == torch.float32
     if reason := why_not_so_wide(head_dim, capability, float32=is_float32):
         raise ValueError(reason)
@@ -214,19 +214,11 @@ def _rows(x_BSHD: Tensor, rows: int, tma: bool) -> Any:
     return TensorDescriptor(x_BSHD, [B, H, S, D], [b, h, s, d], [1, 1, rows, padded(D)])
 
 
-@cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Of the GPU; None in the interpreter, and (0, 0) for a GPU that is not NVIDIA's, whatever PyTorch calls it."""
-    if device.type == "cpu":
-        return None
-    return torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
-
-
 def _uses_descriptors(q: Tensor, v: Tensor, problem: Problem | None = None) -> bool:
     """Where there is TMA, and for 16 bits: Triton takes a descriptor on sm_80 apart into pointers of unknown strides,
     whose loads it neither vectorises nor pipelines, and its float32 products spill operands that come by TMA. A box of
     TMA has at most 256 columns, and no rows of nobody that read as 0."""
-    capability = _capability(q.device)
+    capability = capability_of(q.device)
     fits = max(q.shape[3], v.shape[3]) <= 256 and not (problem and problem.flags["ENDS"])
     return fits and q.element_size() == 2 and (capability is None or capability >= (9, 0))
 
