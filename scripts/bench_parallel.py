@@ -15,27 +15,40 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_training.ladder import CHECKED, MOST_CHECKED, TOLERANCES, complaint, profile_lines, reason, run
+from scripts.bench_training.ladder import (
+    CHECKED,
+    CHECKED_AT_ONCE,
+    MOST_CHECKED,
+    TOLERANCES,
+    complaint,
+    profile_lines,
+    reason,
+    run,
+)
 from scripts.parser import parser_of, positive
 from scripts.record import Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
 
 BASE = "attention=flash tokenizer=bytes batch_size=1"
 LLAMA_1B = "model=llama-1b"
-WHOLE, PACKED = f"{LLAMA_1B} data.document_mask=false", f"{LLAMA_1B} data.document_mask=true"
+WHOLE = f"{LLAMA_1B} data.document_mask=false"
+PACKED = f"{LLAMA_1B} data=synthetic data.length=4096 data.documents=4000 data.document_mask=true"
+"""Documents of 4,096 bytes."""
 LONG = "precision=bf16-residual memory=full"
+LLAMA_8B = f"model=llama-8b data.document_mask=false parallel=fsdp {LONG} precision.moments=bfloat16"
 
 
 @dataclass(frozen=True)
 class Line:
     settings: str
     """Of train.py, on any number of GPUs."""
-    tokens: int
+    tokens: int = 0
     """Of a row, for each GPU that shares it."""
     steps: int = 6
     window: int = 1
@@ -53,7 +66,7 @@ class Line:
         return words if gpus > 1 else [word for word in words if not word.startswith("parallel=")]
 
 
-def _context(name: str, settings: str, tokens: int, **more: Any) -> dict[str, Line]:
+def _context(name: str, settings: str, tokens: int = 0, **more: Any) -> dict[str, Line]:
     return {f"{name}-{method}": Line(settings, tokens, method=method, **more) for method in ("ulysses", "all-gather")}
 
 
@@ -61,15 +74,16 @@ LINES: dict[str, Line] = {
     "data": Line(f"{WHOLE} parallel=data", 16384, steps=30, window=5),
     "fsdp": Line(f"{WHOLE} parallel=fsdp", 16384, steps=30, window=5),
     **_context("row-32k-each", WHOLE, 32768),
-    **_context("packed-32k-each", PACKED, 32768),
     **_context("row-128k-each", f"{WHOLE} {LONG}", 131072, steps=3),
-    **_context("packed-128k-each", f"{PACKED} {LONG}", 131072, steps=4),
-    **_context("packed-256k", f"{PACKED} {LONG}", 262144, steps=4, row=262144),
-    "llama-8b-128k": Line(
-        f"model=llama-8b data.document_mask=false parallel=fsdp {LONG} precision.moments=bfloat16",
-        131072, steps=2, method="ulysses", row=131072,
+    **_context("packed-32k-each", PACKED, 32768),
+    **_context("packed-256k", f"{PACKED} {LONG}", steps=4, row=262144),
+    # Without the results of attention, which one GPU cannot keep.
+    **_context("packed-1m", f"{PACKED} {LONG} memory.keep_attention=0", steps=2, row=1048576),
+    "llama-8b-128k": Line(LLAMA_8B, steps=3, method="ulysses", row=131072),
+    "llama-8b-1m": Line(
+        f"{LLAMA_8B} memory.keep_attention=0.25 memory.head_groups=2", steps=1, method="ulysses", row=1048576
     ),
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     words = sys.argv[1:] if argv is None else argv
     record = record_at(args.out, collect_facts("bench_parallel", words, need_cuda("bench_parallel")))
+    several = [(name, gpus) for name in args.lines for gpus in args.gpus if gpus > 1]
+    complaints = {} if args.no_check else complaints_about(several)
     code = 0
     for name in args.lines:
         for gpus in args.gpus:
             if gpus == 1 and alone(record.rows, LINES[name]):
                 continue  # another line's, too
-            found = measure(LINES[name], gpus, checks=not args.no_check, profiles=args.profile and gpus > 1)
-            row = {"line": name, **found, "commit": record.facts["commit"]}
+            wrong = complaints.get((name, gpus))
+            found: Row = {"wrong": wrong} if wrong else measure(LINES[name], gpus, args.profile and gpus > 1)
+            row = {"line": name, "gpus": gpus, **found, "command": command(LINES[name], gpus)}
+            row |= {"checked": (name, gpus) in complaints, "commit": record.facts["commit"]}
             record.put(row)
             print(cells(row, alone(record.rows, LINES[name])), flush=True)
             if "profile" in found:
@@ -102,28 +120,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def measure(line: Line, gpus: int, checks: bool, profiles: bool) -> Row:
-    words = line.words(gpus)
-    is_checked = checks and gpus > 1
-    wrong = difference(line, gpus) if is_checked else None
-    timed = [*words, f"max_steps={line.steps}", f"log_every={line.window}"]
-    found: Row = {"wrong": wrong} if wrong else run(timed, profiles, gpus)
-    return {"gpus": gpus, "method": line.method, **found, "command": command(line, gpus), "checked": is_checked}
+def measure(line: Line, gpus: int, profiles: bool) -> Row:
+    return run([*line.words(gpus), f"max_steps={line.steps}", f"log_every={line.window}"], profiles, gpus)
 
 
-def difference(line: Line, gpus: int) -> str | None:
-    """How the first steps of a small run on so many GPUs differ from those of one."""
+def complaints_about(several: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str | None]:
+    """How the first steps of each line, small, on so many GPUs differ from those of one; None: they do not.
+
+    Small runs are not timed, so several share the GPUs.
+    """
+    pairs = {(name, gpus): small_runs(LINES[name], gpus) for name, gpus in several}
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        each = dict.fromkeys(chain.from_iterable(pairs.values()))
+        futures = {(words, gpus): pool.submit(run, words, gpus=gpus) for words, gpus in each}
+        return {
+            key: complaint(futures[ours].result(), futures[theirs].result(), TOLERANCES)
+            for key, (ours, theirs) in pairs.items()
+        }
+
+
+def small_runs(line: Line, gpus: int) -> list[tuple[tuple[str, ...], int]]:
+    """Settings of three steps of a model with few layers, and on how many GPUs: on all, and on one with as many tokens
+    a step."""
     seq_len = min(line.seq_len(gpus), MOST_CHECKED)
-    tokens = seq_len * (1 if line.method else gpus)
-    small = [*CHECKED, f"seq_len={seq_len}", f"tokens_per_step={tokens}"]
-    with ThreadPoolExecutor() as pool:  # not timed, so both at once
-        ours = pool.submit(run, [*_without_length(line.words(gpus)), *small], gpus=gpus)
-        theirs = pool.submit(run, [*_without_length(line.words(1)), *small])
-        return complaint(ours.result(), theirs.result(), TOLERANCES)
-
-
-def _without_length(words: Sequence[str]) -> Iterator[str]:
-    return (word for word in words if not word.startswith("seq_len="))
+    small = (*CHECKED, f"seq_len={seq_len}", f"tokens_per_step={seq_len * (1 if line.method else gpus)}")
+    words = {n: (word for word in line.words(n) if not word.startswith("seq_len=")) for n in (gpus, 1)}
+    return [((*words[n], *small), n) for n in (gpus, 1)]
 
 
 def command(line: Line, gpus: int) -> str:
@@ -157,17 +179,16 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None) -> st
 
 
 def chart(rows: Sequence[Row]) -> str | None:
-    """Of each line TFLOP/s of a GPU against the number of GPUs."""
+    """Of each line the efficiency against the number of GPUs."""
     series: dict[str, list[tuple[float, float]]] = {}
     for name, line in LINES.items():
-        several = [row for row in rows if row["line"] == name and row["gpus"] > 1]
-        points = [(row["gpus"], per_gpu(row)) for row in several if not reason(row)]
-        if points and (one := alone(rows, line)):
-            series[name] = [(1, per_gpu(one)), *sorted(points)]
+        several = [row for row in rows if row["line"] == name and row["gpus"] > 1 and not reason(row)]
+        if several and (one := alone(rows, line)):
+            series[name] = [(1, 100.0), *sorted((row["gpus"], 100 * per_gpu(row) / per_gpu(one)) for row in several)]
     if not series:
         return None
-    panel = Panel("of a GPU, by the number of GPUs", series)
-    return line_chart("One GPU and several", "TFLOP/s", [[panel]], list(series))
+    panel = Panel("of one GPU, by the number of GPUs", series)
+    return line_chart("TFLOP/s of a GPU among several", "%", [[panel]], list(series))
 
 
 def per_gpu(row: Row) -> float:
@@ -177,25 +198,28 @@ def per_gpu(row: Row) -> float:
 
 
 HEAD = (
-    "| | GPUs | tokens a row | tokens/s | s per step | TFLOP/s a GPU | beside one GPU | peak GiB a GPU | predicted |\n"
-    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| | GPUs | tokens a row | tokens/s | s per step | TFLOP/s a GPU | MFU | beside one GPU | peak GiB a GPU "
+    "| predicted |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 EXPLANATION = """\
 Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
-over windows of steps without the first, which compiles. TFLOP/s count 6 for each weight and token and 12 for each layer
-and (query, key) pair that the mask lets through, and no recomputation. Peaks are of the GPU that has most. Losses and
-gradient norms of the first three steps of four layers were compared with those of one GPU, with as many tokens a step.
-"beside one GPU": TFLOP/s a GPU, divided by those of one GPU that trains its share of the tokens alone."""
+over windows of steps without the first, which compiles, unless it is the only one. TFLOP/s count 6 for each weight and
+token and 12 for each layer and (query, key) pair that the mask lets through, and no recomputation; MFU counts the same.
+Peaks are of the GPU that has most. Losses and gradient norms of the first three steps of four layers were compared with
+those of one GPU, with as many tokens a step. "beside one GPU": TFLOP/s a GPU, divided by those of one GPU alone. That
+one has the same row in packed-256k and packed-1m, and in the other lines one GPU's share of the tokens."""
 
 
 def cells(row: Row, one: Row | None) -> str:
     """A row of the table; `one`: its line's on one GPU."""
     if why := reason(row):
-        return f"| {row['line']} | {row['gpus']} | {why.replace('|', '/')} |{' |' * 6}"
+        return f"| {row['line']} | {row['gpus']} | {why.replace('|', '/')} |{' |' * 7}"
     beside = f"{100 * per_gpu(row) / per_gpu(one):.1f} %" if one and row["gpus"] > 1 else "–"
+    mfu = 100 * row["mfu"] * row["attended_tflops"] / row["tflops"]
     return (
         f"| {row['line']} | {row['gpus']} | {row['seq_len']:,} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} "
-        f"| {per_gpu(row):.0f} | {beside} | {row['peak_allocated_gib']:.1f} | {row['predicted_gib']:.1f} |"
+        f"| {per_gpu(row):.0f} | {mfu:.1f} % | {beside} | {row['peak_allocated_gib']:.1f} "
+        f"| {row['predicted_gib']:.1f} |"
     )
 
 

@@ -7,6 +7,7 @@ A process is started on the same run folder until the run has finished; every pr
 them inside a save (while a temporary checkpoint folder exists), the others at a random instant. The final weights,
 optimizer state, random numbers and record must equal those of the uninterrupted run, byte for byte. Of several ranks,
 which share the parameters, one is killed at random, and the others must end by themselves within a minute.
+`--device cuda` does it on GPUs, one for each rank, with deterministic algorithms.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from training.loggers.jsonl import read_metrics
 from training.parallel.launch import local_launch
 
 SMALL = ["model=tiny", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.dim=32", "model.ffn_dim=64"]
-SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0", "device=cpu"]
+SMALL += ["model.vocab_size=300", "seq_len=32", "eval_tokens=128", "eval_every=50", "sample_tokens=0"]
 SMALL += ["logger=none", "data=text", "data.val_fraction=0.3", "log_every=1", "checkpoint.every=2"]
+ON_GPUS = ["deterministic=true", "compile=false"]
 STEPS_PER_KILL = 120  # a process advances some 40 steps before it is killed, more on a machine that gets faster
 STEPS_PER_KILL_OF_RANKS = 30  # which wait for each other
 SECONDS_OF_TRAINING = 1.0
@@ -51,6 +53,7 @@ def main() -> None:
     parser = parser_of("kill_test", __doc__)
     parser.add_argument("--kills", type=positive, default=200, help="how often (default 200)")
     parser.add_argument("--ranks", type=positive, default=1, help="processes of a run (default 1)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
@@ -61,6 +64,7 @@ def main() -> None:
 
     steps = (STEPS_PER_KILL if options.ranks == 1 else STEPS_PER_KILL_OF_RANKS) * (options.kills + 1)
     settings = [*SMALL, f"data.path={text}", f"data.cache_dir={options.out / 'cache'}", f"max_steps={steps}"]
+    settings += [f"device={options.device}", *(ON_GPUS if options.device == "cuda" else ())]
     if options.ranks > 1:
         settings += ["parallel=fsdp", "batch_size=2", f"tokens_per_step={64 * options.ranks}"]
     peaceful, killed = options.out / "peaceful", options.out / "killed"
@@ -100,7 +104,7 @@ def main() -> None:
 
     differences = compare(peaceful, killed)
     record = {
-        **collect_facts("kill_test", sys.argv[1:], torch.device("cpu")),
+        **collect_facts("kill_test", sys.argv[1:], torch.device(options.device)),
         "ranks": options.ranks,
         "kills": kills,
         "kills_inside_a_save": inside,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from scripts import bench_parallel
-from scripts.bench_parallel import LINES, Line, cells, command, difference, main, record_at
+from scripts.bench_parallel import LINES, cells, command, complaints_about, main, record_at
 from scripts.settings import train_config
 
 FACTS = {"device": {"name": "CARD"}, "versions": {"torch": "2.13"}, "commit": "abc", "command": "run"}
@@ -28,7 +28,7 @@ def test_every_line_is_a_run_on_one_gpu_and_on_several(name: str, monkeypatch: p
 def measured(line: str, gpus: int, tflops: float) -> dict[str, Any]:
     return {
         "line": line, "gpus": gpus, "commit": "abc", "command": command(LINES[line], gpus), "seq_len": 16384,
-        "tokens_per_second": 1e5, "step_s": 0.5, "attended_tflops": tflops,
+        "tokens_per_second": 1e5, "step_s": 0.5, "attended_tflops": tflops, "tflops": 2 * tflops, "mfu": 0.8,
         "peak_allocated_gib": 30.0, "predicted_gib": 31.0,
     }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_a_line_is_held_against_one_gpu_whichever_line_that_ran_for(tmp_path: Pa
     record.put(measured("fsdp", 2, 960.0))  # of two GPUs, whose one is the same command
     record.put({"commit": "abc", "line": "data", "gpus": 4, "command": "c", "failed": "a rank | died"})
     text = (tmp_path / "out.md").read_text()
-    assert "| fsdp | 2 | 16,384 | 100,000 | 0.500 | 480 | 96.0 % | 30.0 | 31.0 |" in text
+    assert "| fsdp | 2 | 16,384 | 100,000 | 0.500 | 480 | 40.0 % | 96.0 % | 30.0 | 31.0 |" in text
     assert "| data | 4 | failed: a rank / died |" in text
     assert "CARD" in text
     assert (tmp_path / "out.svg").exists()
@@ -52,19 +52,20 @@ def test_without_one_gpu_there_is_no_efficiency() -> None:
     assert "| – |" in cells(measured("data", 2, 900.0), None)
 
 
-@pytest.mark.parametrize(("line", "tokens"), [(Line("", 512), 1024), (Line("", 512, method="ulysses"), 1024)])
-def test_the_numbers_are_those_of_one_gpu_with_as_many_tokens_a_step(
-    line: Line, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_numbers_are_those_of_one_gpu_with_as_many_tokens_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def run(words: list[str], gpus: int = 1) -> dict[str, Any]:
-        asked.append(words)
+    def run(words: tuple[str, ...], gpus: int = 1) -> dict[str, Any]:
+        asked.append((gpus, [word for word in words if "tokens_per_step" in word or "seq_len" in word]))
         return {"losses": [2.0 if gpus == 1 else 2.1], "grad_norms": [1.0]}
 
     monkeypatch.setattr(bench_parallel, "run", run)
-    assert "losses of step 1: 2.10000, and 2.00000" in str(difference(line, 2))
-    assert all(f"tokens_per_step={tokens}" in words for words in asked)
+    several = [("data", 2), ("row-32k-each-ulysses", 2), ("row-32k-each-all-gather", 2)]
+    wrong = complaints_about(several)
+    assert list(wrong) == several
+    assert all("losses of step 1: 2.10000, and 2.00000" in str(complaint) for complaint in wrong.values())
+    own, shared = ["seq_len=16384", "tokens_per_step=32768"], ["seq_len=16384", "tokens_per_step=16384"]
+    assert sorted(asked) == [(1, shared), (1, own), (2, shared), (2, shared), (2, own)]  # both methods have one beside
 
 
 def test_the_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
