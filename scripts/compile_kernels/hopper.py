@@ -114,7 +114,10 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
 def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: bool = False) -> Configuration:
     head_dim, dtype = row["head_dim"], row["dtype"]
     head_dim_v = row.get("head_dim_v", head_dim)
-    constants = config.backward_config(kind, head_dim, head_dim_v, deterministic)
+    split = kernel is not backward_pass.backward_kernel
+    constants: config.Backward | config.Split = config.backward_config(kind, head_dim, deterministic)
+    if split:
+        constants = config.split_config(kind, head_dim, head_dim_v)
     m, n = QUERIES, constants.n
     scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
     types = (
@@ -123,12 +126,13 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     )
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
-    types |= {name: rows(m, head_dim, dtype) for name in ("q_rows", "dq_rows")}
-    types |= {name: rows(n, head_dim, dtype) for name in ("k_rows", "dk_rows")}
-    types |= {name: rows(n, head_dim_v, dtype) for name in ("v_rows", "dv_rows")}
-    types["dout_rows"] = rows(m, head_dim_v, dtype)
+    panel = constants.panel if isinstance(constants, config.Split) else None
+    types |= {name: rows(m, head_dim, dtype, n_columns=panel) for name in ("q_rows", "dq_rows")}
+    types |= {name: rows(n, head_dim, dtype, n_columns=panel) for name in ("k_rows", "dk_rows")}
+    types |= {name: rows(n, head_dim_v, dtype, n_columns=panel) for name in ("v_rows", "dv_rows")}
+    types["dout_rows"] = rows(m, head_dim_v, dtype, n_columns=panel)
     types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
-    if kernel is backward_pass.backward_kernel:
+    if isinstance(constants, config.Backward):
         for i, columns in enumerate(constants.dq_columns):
             types[f"accum{i}_rows"] = type_of(host.floats(m * columns, m * columns // 32, 32))
         types["chunk_rows"] = type_of(host.floats(1024, 32, 32))

@@ -30,7 +30,7 @@ INSTRUCTIONS = {
 STACK = {"forward": 24, "backward": 32, "dkdv": 0, "dq": 32, "preprocess": 0, "sort": 0}
 STACK_LOCAL = {"dq": 256}
 STACK_PACKED = {"forward": 40, "backward": 40, "dq": 384}
-STACK_SOFTCAP = {"forward": 96, "backward": 128, "dq": 448}
+STACK_SOFTCAP = {"forward": 96, "backward": 128, "dkdv": 32, "dq": 448}
 # Versions that the kernels were not written with put more there: up to 224 in a deterministic backward, 560 in `dq`.
 OTHERS = ("3.8.0", "3.9.0")
 TRITONS = ["", *filter(None, os.environ.get("FLASH_GPT_TRITONS", "").split(os.pathsep))]

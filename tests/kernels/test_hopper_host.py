@@ -237,7 +237,7 @@ def test_deterministic_programs_end_at_about_the_same_time_too(
 ) -> None:
     """And none waits for an addition of a program that starts later, or long for that of one that has started."""
     monkeypatch.setattr(key_tiles, "is_interleaved", is_interleaved.fn)
-    kind = config.backward_config(CAUSAL, 128, 128, True)
+    kind = config.backward_config(CAUSAL, 128, True)
     scheduler = TileScheduler(n_tiles, n_heads, config.log_interleaved(CAUSAL, n_heads, n_tiles, PROGRAMS))
     ends = [0.0] * PROGRAMS
     added: dict[tuple[int, int], float] = {}  # when a tile of queries was last added to

@@ -134,7 +134,6 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
     """The program's n-th work tile; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
     D: gl.constexpr = q_rows.block_shape[3]
-    D_V: gl.constexpr = v_rows.block_shape[3]
     ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
     BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
@@ -150,7 +149,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
         load_cleared(v_rows, [b, g, n0, 0], keys.v.index(k_stage), tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
-        mbarrier.expect(full, CONFIG.n * (D + D_V) * BYTES)
+        mbarrier.expect(full, 2 * CONFIG.n * D * BYTES)
         async_load(k_rows, [b, g, n0, 0], full, keys.k.tiles.index(k_stage))
         async_load(v_rows, [b, g, n0, 0], full, keys.v.index(k_stage))
     for i in range(0, CONFIG.group):

@@ -4,17 +4,17 @@ Wide tiles leave a program 64 keys, and it would add to dQ twice as often as bac
 global memory, not products, would set the speed. So these kernels compute the scores twice and accumulate nothing in
 memory: seven products instead of five, in the same order in every run (L5).
 
-`dkdv_kernel`: a program owns 64 keys. Its two consumers share the columns: each has dK and dV of one half of each part
-of head_dim. The scores cannot be shared that way (their sums run over all of head_dim), so each consumer computes those
-of 32 of a tile's 64 queries, and they exchange P and dS through shared memory.
+`dkdv_kernel`: a program owns 64 keys. One consumer has P and dV, the other dS and dK: each computes two of the four
+products, and the left side of its second is in its registers. P, which dS is made of, goes from one to the other (L22).
 
     time →        step i                                                                         step i + 1
-    producer      TMA: Q and dO of i + 2, as stages become free
-    consumer 0    (1) of i + 1, (4) of i, (2) of i + 1, (3) of i │ P and dS of i + 1 → shared │ (1) of i + 2 …
-    consumer 1    the same for the other 32 queries, and the other halves of dK and dV
+    producer      TMA: Q and dO of the steps after, as stages become free
+    weights       (1) of i + 1, (3) of i │ P of i + 1 → shared                                    │ (1) of i + 2 …
+    gradients     (2) of i + 1, (4) of i │ P of i + 1 from shared, dS of i + 1                    │ (2) of i + 2 …
 
-    Q, dO         producer → both consumers; Q is freed after (4), dO after (3) (`step_of_queries`)
-    P, dS         both consumers → both; two stages: a consumer writes step i + 1 once both have written step i
+    Q             producer → both; freed after (1) by one, after (4) by the other
+    dO            producer → both; freed after (3) by one, after (2) by the other
+    P             weights → gradients, in float32; two stages
 
 `dq_kernel`: a program owns 128 queries, 64 for each consumer. Tiles of 64 keys stream past; dS goes from the registers
 into the product with K, which runs one step later, under the next scores.
@@ -25,7 +25,9 @@ into the product with K, which runs one step later, under the next scores.
     K             producer → both consumers; freed after (5), a step later than its (1) (`dq_partition`)
     V             producer → both consumers; freed after (2)
 
-(1) S = Q Kᵀ  (2) dP = dO Vᵀ  (3) dV += Pᵀ dO  (4) dK += dSᵀ Q  (5) dQ += dS K, as in backward_pass.py.
+(1) S = Q Kᵀ  (2) dP = dO Vᵀ  (3) dV += Pᵀ dO  (4) dK += dSᵀ Q  (5) dQ += dS K, as in backward_pass.py; in `dkdv_kernel`
+(1) and (2) are transposed. Up to head_dim 192 tiles are in panels of 64 columns (`split_d.panels`), so that they take
+no room for 256.
 """
 
 # mypy: disable-error-code="assignment"
@@ -44,184 +46,274 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import config, split_d
-from .backward_pass import Queries, load, make_keys
 from .compiler import opaque_zero
 from .dq_accumulator import CONSUMERS
 from .key_tiles import M, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
-from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
-from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
+from .nobody import Packed, is_border, load_cleared, tokens_of_sequences
+from .pipeline import Channel, allocate_barriers, async_load, async_store
 from .scheduler import TileScheduler, tile_of
 from .softcap import capped
 
-OWN = gl.constexpr(32)  # of a tile's queries, those whose scores a consumer of `dkdv_kernel` computes
+N = gl.constexpr(64)  # keys in a tile
 REGISTERS = gl.constexpr(config.SPLIT_REGISTERS)
+
+
+@gluon.jit
+def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
+    """Start TMA's loads of a tile's panels, for which `full` expects `bytes_of(PANELS, rows)`."""
+    for i in gl.static_range(PANELS):
+        async_load(rows, [b, h, row, i * rows.block_shape[3]], full, tiles.index(stage * PANELS + i))
+
+
+@gluon.jit
+def load_cleared_panels(rows, b, h, row, tiles, stage, PANELS: gl.constexpr, tokens, packed):
+    for i in gl.static_range(PANELS):
+        load_cleared(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i), tokens, packed)
+
+
+@gluon.jit
+def load_tile(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr, tokens, packed):
+    """Load a tile, after which `full` completes."""
+    if packed.ends_ptr is not None and is_border(row, N, tokens):
+        load_cleared_panels(rows, b, h, row, tiles, stage, PANELS, tokens, packed)
+        mbarrier.arrive(full, count=1)
+    else:
+        mbarrier.expect(full, bytes_of(PANELS, rows))
+        load_panels(rows, b, h, row, full, tiles, stage, PANELS)
+
+
+@gluon.jit
+def store_panels(rows, b, h, row, tiles, stage, PANELS: gl.constexpr):
+    fence_async_shared()
+    for i in gl.static_range(PANELS):
+        async_store(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i))
+    tma.store_wait(0)
+
+
+@gluon.constexpr_function
+def bytes_of(panels, rows):
+    return panels * rows.block_shape[2] * rows.block_shape[3] * rows.dtype.primitive_bitwidth // 8
+
+
+@gluon.jit
+def allocate_panels(rows, N_PANELS: gl.constexpr):
+    return gl.allocate_shared_memory(rows.dtype, [N_PANELS] + rows.block_shape, rows.layout)
+
 
 # ---- dkdv_kernel
 
 
-class Exchange(NamedTuple):
-    """P and dS, [stage, 64 keys, 64 queries], of both consumers' queries: of two stages one is being read."""
+class Keys(NamedTuple):
+    """K and V, which stay, and where dK and dV leave."""
 
-    p: Any
-    ds: Any
+    k: Any
+    v: Any
     full: Any
-    """Both consumers have written a step's."""
+    done: Any
+    """Both consumers have read K and V for the last time."""
+
+
+class Queries(NamedTuple):
+    q: Any
+    """A `Channel`; its barriers are those of the row statistics, too."""
+    row_stats: Any
+    dout: Any
+    """A `Channel`."""
+    p: Any
+    """A `Channel`: P, times the derivative of a soft cap, in the order in which threads hold it (`by_thread`)."""
 
 
 @gluon.jit
-def multiply_scores(c: gl.constexpr, tiles, stage, keys, COLUMNS: gl.constexpr):
-    """Start keys · rowsᵀ for the consumer's own rows of a tile of Q or dO."""
-    rows = matrix(tiles, stage).slice(c * OWN, OWN, 0)
-    return split_d.multiply_transposed(split_d.split(keys, COLUMNS), split_d.split(rows, COLUMNS))
+def by_thread(p):
+    """[64, 64] in the order in which the threads hold it, as in `dq_accumulator.send_dq`: each writes 4 numbers at
+    once, and a warp's are 512 bytes in a row."""
+    return p.reshape([4, 2, 8, N // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * N])
 
 
 @gluon.jit
-def halves(c: gl.constexpr, tile, COLUMNS: gl.constexpr):
-    """The consumer's half of each of a tile's parts."""
-    parts = ()
-    for i in gl.static_range(len(COLUMNS)):
-        parts += (half(c, split_d.part(tile, i, COLUMNS)),)
-    return parts
+def as_scores(p, like):
+    """What `by_thread` gave, as it was."""
+    p = p.reshape([N // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, N])
+    return gl.convert_layout(p, like.type.layout, assert_trivial=True)
 
 
 @gluon.jit
-def half(c: gl.constexpr, part):
-    COLUMNS: gl.constexpr = part.shape[1] // CONSUMERS
-    return part.slice(c * COLUMNS, COLUMNS, 1)
+def multiply_keys(operand, keys, tiles, stage, IN_REGISTERS: gl.constexpr, step, COLUMNS: gl.constexpr):
+    """Start keys · rowsᵀ for a stage of Q or dO."""
+    if not IN_REGISTERS:
+        operand = split_d.panels(keys, opaque_zero(step, 26), COLUMNS)
+    return split_d.multiply_transposed(operand, split_d.panels(tiles, stage, COLUMNS))
 
 
 @gluon.jit
-def weigh_own(c: gl.constexpr, step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr):
-    """P, and the capped scores, of what `multiply_scores` gave."""
-    N: gl.constexpr = CONFIG.n
+def weigh_and_send(step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr):
+    """P of a step's scores, which the other consumer gets, too."""
     query: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     key: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    row_stats = queries.row_stats.index(step % CONFIG.stages)
+    row_stats = queries.row_stats.index(step % CONFIG.query_stages)
     s = capped(s, mask.cap, CONFIG.softcap)
-    lse = row_stats.slice(c * OWN, OWN, 0).load(query)
+    lse = row_stats.slice(0, M, 0).load(query)
     p = weigh(s, gl.expand_dims(lse, 0), mask.factor)
     if masked:
-        m = gl.expand_dims(m0 + c * OWN + gl.arange(0, OWN, query), 0)
+        m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + gl.arange(0, N, key), 1)
         start = 0
         if CONFIG.starts:
-            start = row_stats.slice(2 * M + c * OWN, OWN, 0).load(query)
-            start = gl.expand_dims(start.to(gl.int32, bitcast=True), 0)
+            start = gl.expand_dims(row_stats.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
         p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
-    return p, s
+    # dP − delta is still to come, and dS is linear in it.
+    sent = score_gradient(p, 1.0, 0.0, s, CONFIG.softcap)
+    queries.p.acquire(step)
+    queries.p.tiles.index(step % 2).store(by_thread(sent))
+    mbarrier.arrive(queries.p.full.index(step % 2), count=1)
+    return p.to(queries.q.tiles.dtype)
 
 
 @gluon.jit
-def send(c: gl.constexpr, step, p, s, dp, queries, exchange, CONFIG: gl.constexpr):
-    """Put the consumer's P and dS where both consumers read them."""
-    query: gl.constexpr = gl.SliceLayout(0, p.type.layout)
-    delta = queries.row_stats.index(step % CONFIG.stages).slice(M + c * OWN, OWN, 0).load(query)
-    ds = score_gradient(p, dp, gl.expand_dims(delta, 0), s, CONFIG.softcap)
-    exchange.p.index(step % 2).slice(c * OWN, OWN, 1).store(p.to(exchange.p.dtype))
-    exchange.ds.index(step % 2).slice(c * OWN, OWN, 1).store(ds.to(exchange.ds.dtype))
-    fence_async_shared()
-    mbarrier.arrive(exchange.full.index(0), count=1)
-
-
-@gluon.jit
-def step_of_queries(
-    c: gl.constexpr, LAST: gl.constexpr, step, m0, n0, masked, dk, dv, keys, queries, exchange, mask,
-    CONFIG: gl.constexpr,
-):  # fmt: skip
-    """One tile of queries, whose P and dS have been sent: adds to dK and dV. Unless LAST, also sends P and dS of the
-    next tile, at m0."""
+def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+    """P and dV."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    K_PRODUCTS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (4)
-    V_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)  # for (2) or (3)
-    k_stage = opaque_zero(m0, 30)
-    k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
-    stage = step % CONFIG.stages
-    following = step + 1
-    phase = following // CONFIG.stages & 1
-    q = halves(c, matrix(queries.q.tiles, stage), COLUMNS)
-    dout = halves(c, matrix(queries.dout.tiles, stage), COLUMNS_V)
-    p = exchange.p.index(step % 2)
-    ds = exchange.ds.index(step % 2)
-    if LAST:
-        mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = split_d.multiply(ds, q, dk)  # (4)
-        dv = split_d.multiply(p, dout, dv)  # (3)
-        dk = split_d.wait(V_PRODUCTS, dk)
-        dv = split_d.wait(0, dv)
-        queries.q.release(stage)
-    else:
-        next_stage = following % CONFIG.stages
-        queries.q.wait_at(next_stage, phase)
-        s = multiply_scores(c, queries.q.tiles, next_stage, k, COLUMNS)  # (1) of the next tile
-        mbarrier.wait(exchange.full.index(0), step & 1)
-        dk = split_d.multiply(ds, q, dk)  # (4) dK += dSᵀ Q
-        queries.dout.wait_at(next_stage, phase)
-        dp = multiply_scores(c, queries.dout.tiles, next_stage, v, COLUMNS_V)  # (2) of the next tile
-        dv = split_d.multiply(p, dout, dv)  # (3) dV += Pᵀ dO
-        s = warpgroup_mma_wait(K_PRODUCTS + 2 * V_PRODUCTS, deps=[s])
-        weights, s = weigh_own(c, following, s, m0, n0, masked, queries, mask, CONFIG)
-        dk = split_d.wait(2 * V_PRODUCTS, dk)
-        queries.q.release(stage)
-        dp = warpgroup_mma_wait(V_PRODUCTS, deps=[dp])
-        send(c, following, weights, s, dp, queries, exchange, CONFIG)
-        dv = split_d.wait(0, dv)
-    queries.dout.release(stage)
-    return dk, dv
-
-
-@gluon.jit
-def dkdv_partition(
-    c: gl.constexpr, dk_rows, dv_rows, scale, scheduler, keys, queries, exchange, mask, CONFIG: gl.constexpr
-):
-    """Consumer c: the c-th halves of the parts of dK and dV."""
-    COLUMNS: gl.constexpr = CONFIG.columns
-    COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    k, v = matrix(keys.k.tiles, 0), matrix(keys.v, 0)
+    IN_REGISTERS: gl.constexpr = CONFIG.k_in_registers
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    k_halves, v_halves = halves(c, k, COLUMNS), halves(c, v, COLUMNS_V)
-    dk, dv = split_d.zeros(k_halves), split_d.zeros(v_halves)
-    keys.k.wait_at(0, 0)
+    v = split_d.panels(keys.v, 0, COLUMNS_V)
+    dv = split_d.zeros(v)
+    mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
+        k = split_d.panels(keys.k, 0, COLUMNS)
+        if IN_REGISTERS:
+            k = split_d.load(k)
         t = t0
-        queries.q.wait_at(0, 0)
-        s = multiply_scores(c, queries.q.tiles, 0, k, COLUMNS)
-        queries.dout.wait_at(0, 0)
-        dp = multiply_scores(c, queries.dout.tiles, 0, v, COLUMNS_V)
-        s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
-        p, s = weigh_own(c, 0, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        send(c, 0, p, s, dp, queries, exchange, CONFIG)
+        queries.q.wait(0)
+        s = multiply_keys(k, keys.k, queries.q.tiles, 0, IN_REGISTERS, t, COLUMNS)  # (1)
+        s = warpgroup_mma_wait(0, deps=[s])
+        p = weigh_and_send(0, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
+        queries.q.release(0)
         last = CONFIG.group * (t3 - t0) - 1
         for step in range(0, last):
             t = next_query_tile(t, tile, False)
-            masked = needs_mask(t, tile)
-            dk, dv = step_of_queries(c, False, step, t * M, n0, masked, dk, dv, keys, queries, exchange, mask, CONFIG)
-        dk, dv = step_of_queries(c, True, last, t * M, n0, False, dk, dv, keys, queries, exchange, mask, CONFIG)
+            next_stage = (step + 1) % CONFIG.query_stages
+            stage = step % CONFIG.dout_stages
+            queries.q.wait(step + 1)
+            s = multiply_keys(k, keys.k, queries.q.tiles, next_stage, IN_REGISTERS, t, COLUMNS)  # (1) of the next tile
+            queries.dout.wait(step)
+            dv = split_d.multiply(p, split_d.panels(queries.dout.tiles, stage, COLUMNS_V), dv)  # (3) dV += Pᵀ dO
+            s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
+            next_p = weigh_and_send(step + 1, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
+            queries.q.release(next_stage)
+            dv = split_d.wait(0, dv)
+            queries.dout.release(stage)
+            p = next_p
+        queries.dout.wait(last)
+        stage = last % CONFIG.dout_stages
+        dv = split_d.wait(0, split_d.multiply(p, split_d.panels(queries.dout.tiles, stage, COLUMNS_V), dv))
+        queries.dout.release(stage)
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
-    split_d.store(split_d.scale(dk, scale), k_halves)
-    split_d.store(dv, v_halves)
-    fence_async_shared()
-    mbarrier.arrive(keys.replaced.index(0), count=1)
-    if c == 0:
-        mbarrier.wait(keys.replaced.index(0), 0)
-        async_store(dk_rows, [b, g, n0, 0], keys.k.tiles.index(0))
-        async_store(dv_rows, [b, g, n0, 0], keys.v.index(0))
-        tma.store_wait(0)
+    split_d.store(dv, v)
+    store_panels(dv_rows, b, g, n0, keys.v, 0, len(CONFIG.columns_v))
+
+
+@gluon.jit
+def differentiate_received(step, dp, queries, CONFIG: gl.constexpr):
+    """dS of a step, once the other consumer has sent its P."""
+    query: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
+    ORDER: gl.constexpr = by_thread(dp).type.layout
+    delta = queries.row_stats.index(step % CONFIG.query_stages).slice(M, M, 0).load(query)
+    queries.p.wait(step)
+    p = as_scores(queries.p.tiles.index(step % 2).load(ORDER), dp)
+    queries.p.release(step % 2)
+    return (p * (dp - gl.expand_dims(delta, 0))).to(queries.q.tiles.dtype)
+
+
+@gluon.jit
+def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+    """dS and dK."""
+    COLUMNS: gl.constexpr = CONFIG.columns
+    COLUMNS_V: gl.constexpr = CONFIG.columns_v
+    IN_REGISTERS: gl.constexpr = CONFIG.v_in_registers
+    tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
+    b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
+    k = split_d.panels(keys.k, 0, COLUMNS)
+    dk = split_d.zeros(k)
+    mbarrier.wait(keys.full.index(0), 0)
+    if t0 < t3:
+        v = split_d.panels(keys.v, 0, COLUMNS_V)
+        if IN_REGISTERS:
+            v = split_d.load(v)
+        queries.dout.wait(0)
+        dp = multiply_keys(v, keys.v, queries.dout.tiles, 0, IN_REGISTERS, t0, COLUMNS_V)  # (2)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        queries.dout.release(0)
+        queries.q.wait(0)
+        ds = differentiate_received(0, dp, queries, CONFIG)
+        last = CONFIG.group * (t3 - t0) - 1
+        for step in range(0, last):
+            next_stage = (step + 1) % CONFIG.dout_stages
+            stage = step % CONFIG.query_stages
+            queries.dout.wait(step + 1)
+            dp = multiply_keys(v, keys.v, queries.dout.tiles, next_stage, IN_REGISTERS, step, COLUMNS_V)  # (2), next
+            dk = split_d.multiply(ds, split_d.panels(queries.q.tiles, stage, COLUMNS), dk)  # (4) dK += dSᵀ Q
+            dp = warpgroup_mma_wait(len(CONFIG.columns), deps=[dp])
+            queries.dout.release(next_stage)
+            queries.q.wait(step + 1)
+            next_ds = differentiate_received(step + 1, dp, queries, CONFIG)
+            dk = split_d.wait(0, dk)
+            queries.q.release(stage)
+            ds = next_ds
+        stage = last % CONFIG.query_stages
+        dk = split_d.wait(0, split_d.multiply(ds, split_d.panels(queries.q.tiles, stage, COLUMNS), dk))
+        queries.q.release(stage)
+
+    mbarrier.arrive(keys.done.index(0), count=1)
+    mbarrier.wait(keys.done.index(0), 0)
+    split_d.store(split_d.scale(dk, scale), k)
+    store_panels(dk_rows, b, g, n0, keys.k, 0, len(CONFIG.columns))
 
 
 @gluon.jit
 def dkdv_load_partition(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr
 ):
-    descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
-    n = 0
+    PANELS: gl.constexpr = len(CONFIG.columns)
+    PANELS_V: gl.constexpr = len(CONFIG.columns_v)
+    ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
+    query_tiles = gl.cdiv(mask.S, M)
+    tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
+    b, g, n0 = tile.b, tile.g, tile.n0
+    tokens = tokens_of_sequences(b, mask.S, packed)
+    full = keys.full.index(0)
+    if packed.ends_ptr is not None and is_border(n0, N, tokens):
+        load_cleared_panels(k_rows, b, g, n0, keys.k, 0, PANELS, tokens, packed)
+        load_cleared_panels(v_rows, b, g, n0, keys.v, 0, PANELS_V, tokens, packed)
+        mbarrier.arrive(full, count=1)
+    else:
+        mbarrier.expect(full, bytes_of(PANELS, k_rows) + bytes_of(PANELS_V, v_rows))
+        load_panels(k_rows, b, g, n0, full, keys.k, 0, PANELS)
+        load_panels(v_rows, b, g, n0, full, keys.v, 0, PANELS_V)
     step = 0
-    load(gl.program_id(0), n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG)
+    for i in range(0, CONFIG.group):
+        h = g * CONFIG.group + i
+        for t in range(tile.t0, tile.t3):
+            stage = step % CONFIG.query_stages
+            queries.q.acquire(step)
+            full = queries.q.full.index(stage)
+            if packed.ends_ptr is not None and is_border(t * M, M, tokens):
+                load_cleared_panels(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
+                mbarrier.expect(full, ROW_STATS * 4)
+            else:
+                mbarrier.expect(full, bytes_of(PANELS, q_rows) + ROW_STATS * 4)
+                load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, PANELS)
+            row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
+            async_load(stat_rows, [row], full, queries.row_stats.index(stage))
+            stage = step % CONFIG.dout_stages
+            queries.dout.acquire(step)
+            full = queries.dout.full.index(stage)
+            load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, PANELS_V, tokens, packed)
+            step += 1
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
@@ -230,28 +322,30 @@ def dkdv_kernel(
     n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV."""
-    dtype: gl.constexpr = q_rows.dtype
-    STAGES: gl.constexpr = CONFIG.stages
+    PANELS: gl.constexpr = len(CONFIG.columns)
+    PANELS_V: gl.constexpr = len(CONFIG.columns_v)
+    QUERY_STAGES: gl.constexpr = CONFIG.query_stages
+    DOUT_STAGES: gl.constexpr = CONFIG.dout_stages
     mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // n_tiles, log_interleaved)
-    keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
-    q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
-    dout = gl.allocate_shared_memory(dtype, [STAGES] + dout_rows.block_shape, dout_rows.layout)
-    row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
-    q_full, dout_full = allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1)
-    q_empty, dout_empty = allocate_barriers(STAGES, CONSUMERS), allocate_barriers(STAGES, CONSUMERS)
-    queries = Queries(Channel(q, q_full, q_empty), row_stats, Channel(dout, dout_full, dout_empty))
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
-    p = gl.allocate_shared_memory(dtype, [2, CONFIG.n, M], layout)
-    ds = gl.allocate_shared_memory(dtype, [2, CONFIG.n, M], layout)
-    exchange = Exchange(p, ds, allocate_barriers(1, CONSUMERS))
+    k, v = allocate_panels(k_rows, PANELS), allocate_panels(v_rows, PANELS_V)
+    keys = Keys(k, v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
+    q, dout = allocate_panels(q_rows, QUERY_STAGES * PANELS), allocate_panels(dout_rows, DOUT_STAGES * PANELS_V)
+    row_stats = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES] + stat_rows.block_shape, stat_rows.layout)
+    p = gl.allocate_shared_memory(gl.float32, [2, N * M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    queries = Queries(
+        Channel(q, allocate_barriers(QUERY_STAGES, 1), allocate_barriers(QUERY_STAGES, CONSUMERS)),
+        row_stats,
+        Channel(dout, allocate_barriers(DOUT_STAGES, 1), allocate_barriers(DOUT_STAGES, CONSUMERS)),
+        Channel(p, allocate_barriers(2, 1), allocate_barriers(2, 1)),
+    )
     loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
     packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (dkdv_partition, (0, dk_rows, dv_rows, scale, scheduler, keys, queries, exchange, mask, CONFIG)),
-            (dkdv_partition, (1, dk_rows, dv_rows, scale, scheduler, keys, queries, exchange, mask, CONFIG)),
+            (weights_partition, (dv_rows, scheduler, keys, queries, mask, CONFIG)),
+            (gradients_partition, (dk_rows, scale, scheduler, keys, queries, mask, CONFIG)),
             (
                 dkdv_load_partition,
                 (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG),
@@ -266,7 +360,7 @@ def dkdv_kernel(
 
 
 class Streams(NamedTuple):
-    """Each consumer's Q and dO, and K and V that stream past: two stages of K, which is used twice, and one of V."""
+    """Each consumer's Q and dO, and K and V that stream past."""
 
     q: Any
     dout: Any
@@ -287,42 +381,41 @@ def locate_queries(scheduler, mask, CONFIG: gl.constexpr):
     b = head // CONFIG.heads
     m0 = (scheduler.n_tiles - 1 - tile) * M2
     some_from, some_to, _, _ = keys_of_queries(mask, m0, M2, b, CONFIG)
-    i0 = gl.maximum(some_from, 0) // CONFIG.n
-    return b, head % CONFIG.heads, m0, i0, gl.maximum(gl.cdiv(some_to, CONFIG.n), i0)
+    i0 = gl.maximum(some_from, 0) // N
+    return b, head % CONFIG.heads, m0, i0, gl.maximum(gl.cdiv(some_to, N), i0)
 
 
 @gluon.jit
 def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, packed, CONFIG: gl.constexpr):
-    D: gl.constexpr = q_rows.block_shape[3]
-    D_V: gl.constexpr = v_rows.block_shape[3]
-    BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
+    PANELS: gl.constexpr = len(CONFIG.columns)
+    PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     b, h, m0, i0, i1 = locate_queries(scheduler, mask, CONFIG)
     tokens = tokens_of_sequences(b, mask.S, packed)
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
-        if packed.ends_ptr is not None and is_border(m0 + c * M, M, tokens):
-            load_cleared(q_rows, [b, h, m0 + c * M, 0], streams.q.index(c), tokens, packed)
-            load_cleared(dout_rows, [b, h, m0 + c * M, 0], streams.dout.index(c), tokens, packed)
+        row = m0 + c * M
+        if packed.ends_ptr is not None and is_border(row, M, tokens):
+            load_cleared_panels(q_rows, b, h, row, streams.q, c, PANELS, tokens, packed)
+            load_cleared_panels(dout_rows, b, h, row, streams.dout, c, PANELS_V, tokens, packed)
             mbarrier.arrive(full, count=1)
         else:
-            mbarrier.expect(full, M * (D + D_V) * BYTES)
-            async_load(q_rows, [b, h, m0 + c * M, 0], full, streams.q.index(c))
-            async_load(dout_rows, [b, h, m0 + c * M, 0], full, streams.dout.index(c))
+            mbarrier.expect(full, bytes_of(PANELS, q_rows) + bytes_of(PANELS_V, dout_rows))
+            load_panels(q_rows, b, h, row, full, streams.q, c, PANELS)
+            load_panels(dout_rows, b, h, row, full, streams.dout, c, PANELS_V)
+    g = h // CONFIG.group
     for i in range(i0, i1):
         step = i - i0
-        at = [b, h // CONFIG.group, i * CONFIG.n, 0]
-        full = streams.k.full.index(step % 2)
+        stage = step % CONFIG.key_stages
         streams.k.acquire(step)
-        load_tile(k_rows, at, full, streams.k.tiles, step % 2, tokens, packed)
-        full = streams.v.full.index(0)
+        load_tile(k_rows, b, g, i * N, streams.k.full.index(stage), streams.k.tiles, stage, PANELS, tokens, packed)
+        stage = step % CONFIG.value_stages
         streams.v.acquire(step)
-        load_tile(v_rows, at, full, streams.v.tiles, 0, tokens, packed)
+        load_tile(v_rows, b, g, i * N, streams.v.full.index(stage), streams.v.tiles, stage, PANELS_V, tokens, packed)
 
 
 @gluon.jit
 def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, mask, CONFIG: gl.constexpr):
     """dS [64 queries, 64 keys], once dP is complete, which AFTER products were started after."""
-    N: gl.constexpr = CONFIG.n
     s = capped(s, mask.cap, CONFIG.softcap)
     p = weigh(s, gl.expand_dims(lse, 1), mask.factor)
     if masked:
@@ -335,7 +428,6 @@ def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, 
 @gluon.jit
 def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG: gl.constexpr):
     """Consumer c: dQ of queries [64 c, 64 c + 64) of the tile."""
-    N: gl.constexpr = CONFIG.n
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
     K_PRODUCTS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (5)
@@ -354,15 +446,15 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
     lse = gl.load(stat_ptr)
     delta = gl.load(stat_ptr + M)
     start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
-    q = split_d.of(streams.q, c, COLUMNS)
+    q = split_d.panels(streams.q, c, COLUMNS)
     dq = split_d.zeros(q)
     mbarrier.wait(streams.queries_full.index(c), 0)
     if i0 < i1:
         streams.k.wait_at(0, 0)
-        s = split_d.multiply_transposed(q, split_d.of(streams.k.tiles, 0, COLUMNS))  # (1) S = Q Kᵀ
+        s = split_d.multiply_transposed(q, split_d.panels(streams.k.tiles, 0, COLUMNS))  # (1) S = Q Kᵀ
         streams.v.wait_at(0, 0)
-        dout = split_d.of(streams.dout, c, COLUMNS_V)
-        v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
+        dout = split_d.panels(streams.dout, c, COLUMNS_V)
+        v = split_d.panels(streams.v.tiles, 0, COLUMNS_V)
         dp = split_d.multiply_transposed(dout, v)  # (2) dP = dO Vᵀ
         s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
@@ -370,28 +462,30 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
         streams.v.release(0)
         for i in range(i0 + 1, i1):
             step = i - i0
-            k = split_d.of(streams.k.tiles, step % 2, COLUMNS)
+            stage = step % CONFIG.key_stages
+            stage_v = step % CONFIG.value_stages
+            before = (step - 1) % CONFIG.key_stages
+            k = split_d.panels(streams.k.tiles, stage, COLUMNS)
             streams.k.wait(step)
             own = c + opaque_zero(i, 26)
-            s = split_d.multiply_transposed(split_d.of(streams.q, own, COLUMNS), k)  # (1)
+            s = split_d.multiply_transposed(split_d.panels(streams.q, own, COLUMNS), k)  # (1)
             streams.v.wait(step)
-            dout = split_d.of(streams.dout, own, COLUMNS_V)
-            v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
+            dout = split_d.panels(streams.dout, own, COLUMNS_V)
+            v = split_d.panels(streams.v.tiles, stage_v, COLUMNS_V)
             dp = split_d.multiply_transposed(dout, v)  # (2)
             # (5) dQ += dS K, of the step before
-            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, (step - 1) % 2, COLUMNS), dq)
+            dq = split_d.multiply(ds, split_d.panels(streams.k.tiles, before, COLUMNS), dq)
             s = warpgroup_mma_wait(V_PRODUCTS + K_PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
             next_ds = differentiate(s, dp, K_PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
-            streams.v.release(0)
+            streams.v.release(stage_v)
             dq = split_d.wait(0, dq)
-            streams.k.release((step - 1) % 2)
+            streams.k.release(before)
             ds = next_ds.to(dtype)
-        dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, (i1 - 1 - i0) % 2, COLUMNS), dq))
+        stage = (i1 - 1 - i0) % CONFIG.key_stages
+        dq = split_d.wait(0, split_d.multiply(ds, split_d.panels(streams.k.tiles, stage, COLUMNS), dq))
     split_d.store(split_d.scale(dq, scale), q)
-    fence_async_shared()
-    async_store(dq_rows, [b, h, m0, 0], streams.q.index(c))
-    tma.store_wait(0)
+    store_panels(dq_rows, b, h, m0, streams.q, c, len(CONFIG.columns))
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
@@ -400,16 +494,17 @@ def dq_kernel(
     n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ."""
-    dtype: gl.constexpr = q_rows.dtype
+    PANELS: gl.constexpr = len(CONFIG.columns)
+    PANELS_V: gl.constexpr = len(CONFIG.columns_v)
+    KEY_STAGES: gl.constexpr = CONFIG.key_stages
+    VALUE_STAGES: gl.constexpr = CONFIG.value_stages
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_interleaved)
-    q = gl.allocate_shared_memory(dtype, [CONSUMERS] + q_rows.block_shape, q_rows.layout)
-    dout = gl.allocate_shared_memory(dtype, [CONSUMERS] + dout_rows.block_shape, dout_rows.layout)
-    k = gl.allocate_shared_memory(dtype, [2] + k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, [1] + v_rows.block_shape, v_rows.layout)
+    q, dout = allocate_panels(q_rows, CONSUMERS * PANELS), allocate_panels(dout_rows, CONSUMERS * PANELS_V)
+    k, v = allocate_panels(k_rows, KEY_STAGES * PANELS), allocate_panels(v_rows, VALUE_STAGES * PANELS_V)
     queries_full = allocate_barriers(CONSUMERS, 1)
-    k_channel = Channel(k, allocate_barriers(2, 1), allocate_barriers(2, CONSUMERS))
-    v_channel = Channel(v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
+    k_channel = Channel(k, allocate_barriers(KEY_STAGES, 1), allocate_barriers(KEY_STAGES, CONSUMERS))
+    v_channel = Channel(v, allocate_barriers(VALUE_STAGES, 1), allocate_barriers(VALUE_STAGES, CONSUMERS))
     streams = Streams(q, dout, queries_full, k_channel, v_channel)
     loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
     packed = Packed(starts_ptr, sequence_ends_ptr, loaded)

@@ -95,8 +95,27 @@ BACKWARD_64 = BackwardTiles(
 )
 # There is no room for two tiles of keys, and persistent programs are slower: 602, not 630.
 BACKWARD_128 = BackwardTiles(128, 2, 1, 3, False, False, 24)
-# Two kernels (backward_split.py): 64 keys, whose dK and dV fill the registers.
-BACKWARD_256 = BackwardTiles(64, 2, 1, 3, False, False, 24)
+
+
+@dataclass(frozen=True)
+class SplitTiles:
+    """The two kernels above head_dim 128 (backward_split.py): tiles of 64 keys, whose dK and dV fill the registers."""
+
+    query_stages: int
+    dout_stages: int
+    """Tiles of Q and of dO in shared memory, for dK and dV."""
+    k_in_registers: bool
+    v_in_registers: bool
+    """K and V are read from registers there."""
+    key_stages: int
+    value_stages: int
+    """Tiles of K and of V in shared memory, for dQ. K is read again a step after its scores."""
+    panel: int
+    """Columns that lie together in shared memory: with 64, tiles of 192 columns take no room for 256."""
+
+
+SPLIT_192 = SplitTiles(3, 2, False, False, 2, 2, 64)
+SPLIT_256 = SplitTiles(2, 2, False, False, 2, 1, 256)
 
 
 @dataclass(frozen=True)
@@ -113,8 +132,7 @@ class Backward(BackwardTiles, Kind):
     """The constants of the backward's kernels."""
 
     columns: tuple[int, ...]
-    columns_v: tuple[int, ...]
-    """The parts of head_dim, of Q and K and of V: see split_d.py."""
+    """The parts of head_dim: see split_d.py."""
     width: int
     """Columns of a tile in shared memory: head_dim, padded."""
     deterministic: bool
@@ -131,9 +149,30 @@ class Backward(BackwardTiles, Kind):
 
     @property
     def row_stats(self) -> int:
-        """float32 numbers that `preprocess_kernel` writes for a tile of queries: two per query, or with documents three
-        and one unused."""
-        return (4 if self.starts else 2) * QUERIES
+        return row_stats_of(self)
+
+
+@dataclass(frozen=True)
+class Split(SplitTiles, Kind):
+    """The constants of the split backward's kernels."""
+
+    columns: tuple[int, ...]
+    columns_v: tuple[int, ...]
+    """Of each panel of Q and K, and of V; products have a power of two of columns."""
+    n: int = QUERIES
+    """Keys in a tile."""
+    deterministic: bool = False
+    """The order of all sums is fixed anyway."""
+
+    @property
+    def row_stats(self) -> int:
+        return row_stats_of(self)
+
+
+def row_stats_of(kind: Kind) -> int:
+    """float32 numbers that `preprocess_kernel` writes for a tile of queries: two per query, or with documents three and
+    one unused."""
+    return (4 if kind.starts else 2) * QUERIES
 
 
 def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window: int | None) -> Forward:
@@ -154,15 +193,27 @@ def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int, head_dim_v: int) ->
 
 
 @cache
-def backward_config(kind: Kind, head_dim: int, head_dim_v: int, deterministic: bool) -> Backward:
-    """Above head_dim 128 the backward is deterministic whatever is asked for."""
-    split = head_dim > 128
-    tiles = BACKWARD_256 if split else BACKWARD_128 if head_dim > 64 else BACKWARD_64
+def backward_config(kind: Kind, head_dim: int, deterministic: bool) -> Backward:
+    """Up to head_dim 128."""
+    tiles = BACKWARD_128 if head_dim > 64 else BACKWARD_64
     return Backward(
-        **vars(kind), **vars(tiles), columns=columns_of(head_dim), columns_v=columns_of(head_dim_v),
-        width=padded(head_dim),
-        deterministic=deterministic and not split, staggered=not (kind.causal or deterministic or split),
+        **vars(kind), **vars(tiles), columns=columns_of(head_dim), width=padded(head_dim), deterministic=deterministic,
+        staggered=not (kind.causal or deterministic),
     )  # fmt: skip
+
+
+@cache
+def split_config(kind: Kind, head_dim: int, head_dim_v: int) -> Split:
+    """Above head_dim 128: the backward is deterministic whatever is asked for."""
+    tiles = SPLIT_192 if head_dim <= 192 else SPLIT_256
+    columns, columns_v = (panels_of(D, tiles.panel) for D in (head_dim, head_dim_v))
+    return Split(**vars(kind), **vars(tiles), columns=columns, columns_v=columns_v)
+
+
+def panels_of(head_dim: int, panel: int) -> tuple[int, ...]:
+    """The columns of each panel: 192 is three times 64, 136 twice and 8, padded to 16."""
+    rest = head_dim % panel
+    return (panel,) * (head_dim // panel) + ((max(16, power_of_2(rest)),) if rest else ())
 
 
 def padded(D: int) -> int:

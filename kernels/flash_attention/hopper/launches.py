@@ -22,11 +22,13 @@ from .config import (
     SPLIT_WAVES_DOCUMENTS,
     Backward,
     Kind,
+    Split,
     accumulator_plan,
     backward_config,
     forward_config,
     log_interleaved,
     padded,
+    split_config,
 )
 from .dq_accumulator import CHUNK_COLUMNS, CHUNK_ROW, CONSUMERS
 from .forward_pass import forward_kernel
@@ -102,33 +104,39 @@ def forward_launch(call: Call) -> Launch:
 
 @lru_cache(maxsize=CALLS)
 def backward_launches(call: Call) -> FusedLaunches | SplitLaunches:
-    config = backward_config(call.kind, call.q[3], call.v[3], call.deterministic)
-    return SplitLaunches(call, config) if call.q[3] > 128 else FusedLaunches(call, config)
+    D, D_v = call.q[3], call.v[3]
+    if D > 128:
+        return SplitLaunches(call, split_config(call.kind, D, D_v))
+    return FusedLaunches(call, backward_config(call.kind, D, call.deterministic))
 
 
 class BackwardLaunches:
     """What the backward up to head_dim 128 and the one above have in common."""
 
-    def __init__(self, call: Call, config: Backward) -> None:
+    def __init__(self, call: Call, config: Backward | Split, panel: int | None = None) -> None:
         (B, S, H, _), (q, k, v, dout, _) = call.q, call.strides
         self.S = S
         # Tile after tile of queries: LSE, delta, and with documents starts.
         self.row_stats = B, H, cdiv(S, QUERIES), config.row_stats // QUERIES, QUERIES
         self.inputs = (
-            call.rows(call.q, QUERIES, q), call.rows(call.k, config.n, k), call.rows(call.v, config.n, v),
-            call.rows(call.out, QUERIES, dout), floats(prod(self.row_stats), config.row_stats),
+            call.rows(call.q, QUERIES, q, panel), call.rows(call.k, config.n, k, panel),
+            call.rows(call.v, config.n, v, panel), call.rows(call.out, QUERIES, dout, panel),
+            floats(prod(self.row_stats), config.row_stats),
         )  # fmt: skip
-        self.key_gradients = call.rows(call.k, config.n), call.rows(call.v, config.n)
+        self.key_gradients = tuple(call.rows(x, config.n, n_columns=panel) for x in (call.k, call.v))
 
-    def preprocess_launch(self, call: Call, config: Backward, n_accumulators: int = 0, n_heads: int = 0) -> Launch:
+    def preprocess_launch(
+        self, call: Call, config: Backward | Split, n_accumulators: int = 0, n_heads: int = 0
+    ) -> Launch:
         """Writes the rows' statistics; with documents also the queries that see each tile of keys
         (`queries_by_starts`). Clears accumulators and counters of dQ where there are some."""
         (_, S, H, _), (*_, dout, out) = call.q, call.strides
         return Launch(
             preprocess_kernel, call.device, prod(self.row_stats[:3]),
             (plain_rows(call.out, out, call.dtype, QUERIES), plain_rows(call.out, dout, call.dtype, QUERIES)),
-            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n, D=padded(call.v[3]),
-            SUMMED=sum(config.dq_columns), ROW_STATS=config.row_stats,
+            (S, call.k[1], self.row_stats[2], n_accumulators, n_heads), H=H, M=QUERIES, N=config.n,
+            D=padded(call.v[3]), SUMMED=sum(config.dq_columns) if isinstance(config, Backward) else 0,
+            ROW_STATS=config.row_stats,
         )  # fmt: skip
 
     def delta(self, memory: Tensor) -> Tensor:
@@ -189,8 +197,8 @@ class FusedLaunches(BackwardLaunches):
 class SplitLaunches(BackwardLaunches):
     """The backward above head_dim 128: dK and dV, then dQ."""
 
-    def __init__(self, call: Call, config: Backward) -> None:
-        super().__init__(call, config)
+    def __init__(self, call: Call, config: Split) -> None:
+        super().__init__(call, config, config.panel)
         (B, S, H, _), (_, S_k, G, _) = call.q, call.k
         n_tiles, m_tiles = cdiv(S_k, config.n), cdiv(cdiv(S, QUERIES), CONSUMERS.value)
         self.scratch = Scratch.of(
@@ -205,7 +213,8 @@ class SplitLaunches(BackwardLaunches):
         )  # fmt: skip
         interleaved = log_interleaved(config, B * G, m_tiles * config.group, work_tiles)
         self.dq = Launch(
-            dq_kernel, call.device, m_tiles * B * H, (*self.inputs[:4], call.rows(call.q, QUERIES)),
+            dq_kernel, call.device, m_tiles * B * H,
+            (*self.inputs[:4], call.rows(call.q, QUERIES, n_columns=config.panel)),
             (m_tiles, interleaved, *call.numbers, call.scale), CONFIG=config,
         )  # fmt: skip
 

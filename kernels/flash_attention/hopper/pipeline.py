@@ -88,19 +88,19 @@ class Channel:
     @gluon.jit
     def slot(self, step):
         """The stage of the step's tile, and the phase that its barriers complete with it."""
-        STAGES: gl.constexpr = self.tiles.shape[0]
+        STAGES: gl.constexpr = self.full.shape[0]
         return step % STAGES, step // STAGES & 1
 
     @gluon.jit
     def acquire(self, step):
         """Producer: wait until all consumers have released the step's stage."""
-        STAGES: gl.constexpr = self.tiles.shape[0]
+        STAGES: gl.constexpr = self.full.shape[0]
         mbarrier.wait(self.empty.index(step % STAGES), (step // STAGES & 1) ^ 1)
 
     @gluon.jit
     def wait(self, step):
         """Consumer: wait until the step's tile is there."""
-        STAGES: gl.constexpr = self.tiles.shape[0]
+        STAGES: gl.constexpr = self.full.shape[0]
         mbarrier.wait(self.full.index(step % STAGES), step // STAGES & 1)
 
     @gluon.jit

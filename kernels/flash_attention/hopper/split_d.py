@@ -46,6 +46,37 @@ def part(tile, i: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def panels(tiles, stage, COLUMNS: gl.constexpr):
+    """The parts of a stage of tiles that are in panels, [stages · panels, 1, 1, rows, columns]."""
+    parts = ()
+    for i in gl.static_range(len(COLUMNS)):
+        parts += (first_columns(matrix(tiles, stage * len(COLUMNS) + i), COLUMNS[i]),)
+    return parts
+
+
+@gluon.jit
+def first_columns(tile, COLUMNS: gl.constexpr):
+    if tile.shape[1] > COLUMNS:
+        tile = tile.slice(0, COLUMNS, 1)
+    return tile
+
+
+@gluon.jit
+def load(tile):
+    """A tile of 64 rows, in registers as the left side of a product."""
+    parts = ()
+    for i in gl.static_range(len(tile)):
+        parts += (load_part(tile[i]),)
+    return parts
+
+
+@gluon.jit
+def load_part(part):
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma_layout(64), 2)
+    return part.load(layout)
+
+
+@gluon.jit
 def zeros(like):
     """[64, columns], float32, with the columns of a tile that is split."""
     tile = ()
