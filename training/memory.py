@@ -22,6 +22,8 @@ from .runtime import Runtime
 
 NOTICEABLY = 0.9
 """Fraction of the predicted peak that a policy must stay below to be of help."""
+OF_CUDA_ITSELF = 2 * GIB
+"""More than the driver, kernels and communication take of a card, beside what PyTorch reserves."""
 
 
 def memory_metrics(world: World, replayed: int = 0) -> dict[str, float]:
@@ -49,12 +51,14 @@ def out_of_memory_explained(config: TrainConfig, runtime: Runtime) -> Iterator[N
     try:
         yield
     except torch.OutOfMemoryError as error:
-        stats = torch.cuda.memory_stats()
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        stats, (free, total) = torch.cuda.memory_stats(), torch.cuda.mem_get_info()
+        reserved = stats["reserved_bytes.all.current"]
         held = (
-            f"{stats['allocated_bytes.all.current'] / GIB:.1f} GiB allocated and "
-            f"{stats['reserved_bytes.all.current'] / GIB:.1f} GiB reserved of {total / GIB:.1f} GiB"
+            f"{stats['allocated_bytes.all.current'] / GIB:.1f} GiB allocated and {reserved / GIB:.1f} GiB reserved of "
+            f"{total / GIB:.1f} GiB"
         )
+        if (others := total - free - reserved) > OF_CUDA_ITSELF:
+            held += f", {others / GIB:.1f} GiB held by other programs (nvidia-smi lists them)"
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         raise OutOfMemory(
             f"out of GPU memory: {held}, {wanted[1] if wanted else 'more'} wanted. {advice(config, runtime)}"

@@ -120,19 +120,17 @@ def test_any_other_error_passes_unchanged(config: MakeConfig, error: Exception) 
     assert raised.value is error
 
 
-def test_a_gpus_refusal_says_what_was_held_and_wanted(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("free", "others"), [(4, ""), (1, ", 4.0 GiB held by other programs (nvidia-smi lists them)")])
+def test_a_gpus_refusal_says_what_was_held_and_wanted(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch, free: int, others: str
+) -> None:
     held = {"allocated_bytes.all.current": 70 * 2**30, "reserved_bytes.all.current": 75 * 2**30}
-
-    class Card:
-        total_memory = 80 * 2**30
-
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda *_: held)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free * 2**30, 80 * 2**30))
     with pytest.raises(OutOfMemory) as refused, out_of_memory_explained(config(), CPU):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has ...")
-    line = "out of GPU memory: 70.0 GiB allocated and 75.0 GiB reserved of 80.0 GiB, 12.50 GiB wanted. What helps: "
-    assert str(refused.value).startswith(line)
+    line = f"out of GPU memory: 70.0 GiB allocated and 75.0 GiB reserved of 80.0 GiB{others}, 12.50 GiB wanted. "
+    assert str(refused.value).startswith(line + "What helps: ")
 
 
 def test_a_cpu_has_no_memory_peaks() -> None:
