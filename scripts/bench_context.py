@@ -194,9 +194,9 @@ def measure(
 ) -> dict[str, Any]:
     """A row of the table: of a method, or of one GPU (None)."""
 
-    def build(of_each: int) -> tuple[Attention, int, Tensor | None]:
+    def build(of_each: int, documents: int | None) -> tuple[Attention, int, Tensor | None]:
         seq_len = of_each * (1 if method is None else world.size)
-        starts = None if documents is None else packed_starts(seq_len, min(documents, max(2, seq_len // 4)))
+        starts = None if documents is None else packed_starts(seq_len, documents)
         if method is None:
             return whole(shape, name, seq_len, starts), seq_len, starts
         return shared(shape, name, method, world, seq_len, starts), seq_len, starts
@@ -207,13 +207,14 @@ def measure(
         "method": method or "one GPU",
         "gpus": 1 if method is None else world.size,
     }
-    checked, seq_len, starts = build(min(tokens, CHECKED))
+    short = min(tokens, CHECKED)
+    checked, seq_len, starts = build(short, documents and min(documents, max(2, short // 4)))
     row["errors"] = dict(zip(("out", "dq", "dk", "dv"), errors(shape, checked, seq_len, starts, world), strict=True))
     beyond = [f"{part} is off by {error:.1f} ×" for part, error in row["errors"].items() if not error <= 2]
     if beyond:
         return row | {"wrong": ", ".join(beyond)}
-    attention, _, _ = build(tokens)
-    row["imbalance"] = attention.imbalance
+    attention, seq_len, _ = build(tokens, documents)
+    row |= {"imbalance": attention.imbalance, "keys": attention.pairs * row["gpus"] / seq_len}
     forward, backward = seconds(shape, attention, world, repeat)
     flops = 2 * shape.n_heads * shape.head_dim * attention.pairs / 1e12
     row |= {"forward_ms": 1e3 * forward, "backward_ms": 1e3 * backward}
@@ -222,18 +223,19 @@ def measure(
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "| rows | tokens of a GPU | GPUs | | forward TFLOP/s | backward TFLOP/s | forward ms | backward ms "
-        "| most pairs ÷ mean | largest error |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| rows | tokens of a GPU | GPUs | | keys of a query | forward TFLOP/s | backward TFLOP/s | forward ms "
+        "| backward ms | most pairs ÷ mean | largest error |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         head = [row["rows"], f"{row['tokens']:,}", str(row["gpus"]), row["method"]]
         error = f"{max(row['errors'].values()):.2f}"
         if "wrong" in row:
-            lines.append(f"| {' | '.join([*head, row['wrong'], '–', '–', '–', '–', error])} |")
+            lines.append(f"| {' | '.join([*head, '–', row['wrong'], '–', '–', '–', '–', error])} |")
             continue
         speed = [f"{row[name]:.1f}" for name in ("forward_tflops", "backward_tflops")]
         times = [f"{row[name]:.2f}" for name in ("forward_ms", "backward_ms")]
+        head.append(f"{row['keys']:,.0f}")
         lines.append(f"| {' | '.join([*head, *speed, *times, format(row['imbalance'], '.3f'), error])} |")
     return lines
 
@@ -242,8 +244,9 @@ def markdown(rows: Sequence[dict[str, Any]], facts: dict[str, Any], args: argpar
     text = (
         f"One layer's attention={args.attention} over one row, with all exchanges, {args.heads} query:key/value heads, "
         f"head_dim {args.head_dim}, {args.dtype}.\nTFLOP/s of each GPU count the visible pairs. Packed rows: documents "
-        f"of {args.documents:,} tokens on average, exponential.\nErrors: against float64, divided by standard "
-        "attention's in the same dtype; below 2 is right."
+        f'of {args.documents:,} tokens on average, exponential,\none draw for each length of a row; "keys of a query" '
+        "are the mean.\nErrors: against float64, divided by standard attention's in the same dtype, on a row of "
+        f"{CHECKED} tokens for each GPU;\nbelow 2 is right."
     )
     return "\n".join([*heading("Attention under context parallelism", facts), text, "", *table(rows)]) + "\n"
 
@@ -263,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", type=positive, default=8192, help="mean length in packed rows")
     parser.add_argument("--repeat", type=positive, default=10, help="calls of which the median is taken (default 10)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default cuda")
-    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
+    parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json, over what is there")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         stop("scripts.bench_context needs CUDA GPUs, and this machine has none; --device=cpu tries it out")

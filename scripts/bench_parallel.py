@@ -134,7 +134,7 @@ def complaints_about(several: Iterable[tuple[str, int]]) -> dict[tuple[str, int]
         each = dict.fromkeys(chain.from_iterable(pairs.values()))
         futures = {(words, gpus): pool.submit(run, words, gpus=gpus) for words, gpus in each}
         return {
-            key: complaint(futures[ours].result(), futures[theirs].result(), TOLERANCES)
+            key: complaint(futures[ours].result(), futures[theirs].result(), TOLERANCES, "on one GPU")
             for key, (ours, theirs) in pairs.items()
         }
 
@@ -204,10 +204,10 @@ HEAD = (
 EXPLANATION = """\
 Each row is a run of its own: a `train.py` command, without evaluation, samples and checkpoints. A step is the median
 over windows of steps without the first, which compiles, unless it is the only one. TFLOP/s count 6 for each weight and
-token and 12 for each layer and (query, key) pair that the mask lets through, and no recomputation; MFU counts the same.
-Peaks are of the GPU that has most. Losses and gradient norms of the first three steps of four layers were compared with
-those of one GPU, with as many tokens a step. "beside one GPU": TFLOP/s a GPU, divided by those of one GPU alone. That
-one has the same row in packed-256k and packed-1m, and in the other lines one GPU's share of the tokens."""
+token, 12 · heads · head_dim for each layer and (query, key) pair that the mask lets through, and no recomputation; MFU
+counts the same. Peaks are of the GPU that has most. Losses and gradient norms of the first three steps of four layers
+were compared with those of one GPU, with as many tokens a step. "beside one GPU": TFLOP/s a GPU, divided by those of
+one GPU alone. That one has the same row where the line's name has the row's length, and else one GPU's share of it."""
 
 
 def cells(row: Row, one: Row | None) -> str:

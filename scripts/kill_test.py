@@ -4,9 +4,10 @@
     python -m scripts.kill_test --ranks 4 --kills 20 --out runs/kill-test
 
 A process is started on the same run folder until the run has finished; every process but the last is killed: half of
-them inside a save (while a temporary checkpoint folder exists), the others at a random instant. The final weights,
-optimizer state, random numbers and record must equal those of the uninterrupted run, byte for byte. Of several ranks,
-which share the parameters, one is killed at random, and the others must end by themselves within a minute.
+them while a save is under way (a temporary checkpoint folder exists), where it does not end first, the others at a
+random instant. The final weights, optimizer state, random numbers and record must equal those of the uninterrupted run,
+byte for byte. Of several ranks, which share the parameters, one is killed at random, and the others must end by
+themselves within a minute.
 `--device cuda` does it on GPUs, one for each rank, with deterministic algorithms.
 """
 
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ def main() -> None:
             time.sleep(chance.uniform(0, startup + SECONDS_OF_TRAINING))
         victim.kill()
         code = victim.wait()
-        alone = max(alone, end_of(rank for rank in ranks if rank is not victim))
+        alone = max(alone, end_of([rank for rank in ranks if rank is not victim]))
         if code == 0:
             break  # it came to the end before it was killed
         if code != -9:
@@ -133,13 +134,15 @@ def start(run: Path, settings: list[str], ranks: int) -> list[subprocess.Popen[b
     ]
 
 
-def end_of(ranks: Iterable[subprocess.Popen[bytes]]) -> float:
+def end_of(ranks: Sequence[subprocess.Popen[bytes]]) -> float:
     """Seconds until the ranks have ended that lost one of theirs."""
     began = time.monotonic()
     try:
         for rank in ranks:
             rank.wait(max(0.0, MOST_SECONDS_ALONE - (time.monotonic() - began)))
     except subprocess.TimeoutExpired as error:
+        for rank in ranks:
+            rank.kill()
         raise SystemExit(f"after {MOST_SECONDS_ALONE:.0f} s a rank is still there that lost another") from error
     return time.monotonic() - began
 

@@ -40,7 +40,7 @@ def test_two_ranks_write_a_record(tmp_path: Path) -> None:
 def test_a_wrong_method_gets_no_time() -> None:
     row: dict[str, Any] = {"rows": "causal", "tokens": 64, "gpus": 2, "method": "ulysses"}
     wrong = row | {"errors": {"out": 1.0, "dq": 7.5}, "wrong": "dq is off by 7.5 ×"}
-    assert table([wrong])[-1] == "| causal | 64 | 2 | ulysses | dq is off by 7.5 × | – | – | – | – | 7.50 |"
+    assert table([wrong])[-1] == "| causal | 64 | 2 | ulysses | – | dq is off by 7.5 × | – | – | – | – | 7.50 |"
 
 
 def test_packed_rows_are_documents() -> None:
