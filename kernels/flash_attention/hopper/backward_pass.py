@@ -145,8 +145,8 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
     keys.k.acquire(n)
     tokens = tokens_of_sequences(b, mask.S, packed)
     if packed.ends_ptr is not None and is_border(n0, CONFIG.n, tokens):
-        load_cleared(k_rows, [b, g, n0, 0], keys.k.tiles.index(k_stage), tokens, packed)
-        load_cleared(v_rows, [b, g, n0, 0], keys.v.index(k_stage), tokens, packed)
+        load_cleared(k_rows, b, g, n0, keys.k.tiles, k_stage, 1, tokens, packed)
+        load_cleared(v_rows, b, g, n0, keys.v, k_stage, 1, tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
         mbarrier.expect(full, 2 * CONFIG.n * D * BYTES)
@@ -160,7 +160,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
             queries.q.acquire(step)
             full = queries.q.full.index(stage)
             if packed.ends_ptr is not None and is_border(t * M, M, tokens):
-                load_cleared(q_rows, [b, h, t * M, 0], queries.q.tiles.index(stage), tokens, packed)
+                load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, 1, tokens, packed)
                 mbarrier.expect(full, ROW_STATS * 4)
             else:
                 mbarrier.expect(full, M * D * BYTES + ROW_STATS * 4)
@@ -169,7 +169,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
             async_load(stat_rows, [row], full, queries.row_stats.index(stage))
             queries.dout.acquire(step)
             full = queries.dout.full.index(stage)
-            load_tile(dout_rows, [b, h, t * M, 0], full, queries.dout.tiles, stage, tokens, packed)
+            load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, 1, tokens, packed)
             t = next_query_tile(t, tile, descending)
             step += 1
     return step

@@ -50,8 +50,16 @@ from .compiler import opaque_zero
 from .dq_accumulator import CONSUMERS
 from .key_tiles import M, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
-from .nobody import Packed, is_border, load_cleared, tokens_of_sequences
-from .pipeline import Channel, allocate_barriers, async_load, async_store
+from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
+from .pipeline import (
+    Channel,
+    allocate_barriers,
+    allocate_panels,
+    async_load,
+    async_store,
+    bytes_of,
+    load_panels,
+)
 from .scheduler import TileScheduler, tile_of
 from .softcap import capped
 
@@ -60,45 +68,11 @@ REGISTERS = gl.constexpr(config.SPLIT_REGISTERS)
 
 
 @gluon.jit
-def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
-    """Start TMA's loads of a tile's panels, for which `full` expects `bytes_of(PANELS, rows)`."""
-    for i in gl.static_range(PANELS):
-        async_load(rows, [b, h, row, i * rows.block_shape[3]], full, tiles.index(stage * PANELS + i))
-
-
-@gluon.jit
-def load_cleared_panels(rows, b, h, row, tiles, stage, PANELS: gl.constexpr, tokens, packed):
-    for i in gl.static_range(PANELS):
-        load_cleared(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i), tokens, packed)
-
-
-@gluon.jit
-def load_tile(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr, tokens, packed):
-    """Load a tile, after which `full` completes."""
-    if packed.ends_ptr is not None and is_border(row, N, tokens):
-        load_cleared_panels(rows, b, h, row, tiles, stage, PANELS, tokens, packed)
-        mbarrier.arrive(full, count=1)
-    else:
-        mbarrier.expect(full, bytes_of(PANELS, rows))
-        load_panels(rows, b, h, row, full, tiles, stage, PANELS)
-
-
-@gluon.jit
 def store_panels(rows, b, h, row, tiles, stage, PANELS: gl.constexpr):
     fence_async_shared()
     for i in gl.static_range(PANELS):
         async_store(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i))
     tma.store_wait(0)
-
-
-@gluon.constexpr_function
-def bytes_of(panels, rows):
-    return panels * rows.block_shape[2] * rows.block_shape[3] * rows.dtype.primitive_bitwidth // 8
-
-
-@gluon.jit
-def allocate_panels(rows, N_PANELS: gl.constexpr):
-    return gl.allocate_shared_memory(rows.dtype, [N_PANELS] + rows.block_shape, rows.layout)
 
 
 # ---- dkdv_kernel
@@ -142,8 +116,8 @@ def as_scores(p, like):
 def multiply_keys(operand, keys, tiles, stage, IN_REGISTERS: gl.constexpr, step, COLUMNS: gl.constexpr):
     """Start keys · rowsᵀ for a stage of Q or dO."""
     if not IN_REGISTERS:
-        operand = split_d.panels(keys, opaque_zero(step, 26), COLUMNS)
-    return split_d.multiply_transposed(operand, split_d.panels(tiles, stage, COLUMNS))
+        operand = split_d.of(keys, opaque_zero(step, 26), COLUMNS)
+    return split_d.multiply_transposed(operand, split_d.of(tiles, stage, COLUMNS))
 
 
 @gluon.jit
@@ -178,11 +152,11 @@ def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.conste
     IN_REGISTERS: gl.constexpr = CONFIG.k_in_registers
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    v = split_d.panels(keys.v, 0, COLUMNS_V)
+    v = split_d.of(keys.v, 0, COLUMNS_V)
     dv = split_d.zeros(v)
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
-        k = split_d.panels(keys.k, 0, COLUMNS)
+        k = split_d.of(keys.k, 0, COLUMNS)
         if IN_REGISTERS:
             k = split_d.load(k)
         t = t0
@@ -199,7 +173,7 @@ def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.conste
             queries.q.wait(step + 1)
             s = multiply_keys(k, keys.k, queries.q.tiles, next_stage, IN_REGISTERS, t, COLUMNS)  # (1) of the next tile
             queries.dout.wait(step)
-            dv = split_d.multiply(p, split_d.panels(queries.dout.tiles, stage, COLUMNS_V), dv)  # (3) dV += Pᵀ dO
+            dv = split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv)  # (3) dV += Pᵀ dO
             s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
             next_p = weigh_and_send(step + 1, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
             queries.q.release(next_stage)
@@ -208,7 +182,7 @@ def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.conste
             p = next_p
         queries.dout.wait(last)
         stage = last % CONFIG.dout_stages
-        dv = split_d.wait(0, split_d.multiply(p, split_d.panels(queries.dout.tiles, stage, COLUMNS_V), dv))
+        dv = split_d.wait(0, split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv))
         queries.dout.release(stage)
 
     mbarrier.arrive(keys.done.index(0), count=1)
@@ -237,11 +211,11 @@ def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: 
     IN_REGISTERS: gl.constexpr = CONFIG.v_in_registers
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    k = split_d.panels(keys.k, 0, COLUMNS)
+    k = split_d.of(keys.k, 0, COLUMNS)
     dk = split_d.zeros(k)
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
-        v = split_d.panels(keys.v, 0, COLUMNS_V)
+        v = split_d.of(keys.v, 0, COLUMNS_V)
         if IN_REGISTERS:
             v = split_d.load(v)
         queries.dout.wait(0)
@@ -256,7 +230,7 @@ def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: 
             stage = step % CONFIG.query_stages
             queries.dout.wait(step + 1)
             dp = multiply_keys(v, keys.v, queries.dout.tiles, next_stage, IN_REGISTERS, step, COLUMNS_V)  # (2), next
-            dk = split_d.multiply(ds, split_d.panels(queries.q.tiles, stage, COLUMNS), dk)  # (4) dK += dSᵀ Q
+            dk = split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk)  # (4) dK += dSᵀ Q
             dp = warpgroup_mma_wait(len(CONFIG.columns), deps=[dp])
             queries.dout.release(next_stage)
             queries.q.wait(step + 1)
@@ -265,7 +239,7 @@ def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: 
             queries.q.release(stage)
             ds = next_ds
         stage = last % CONFIG.query_stages
-        dk = split_d.wait(0, split_d.multiply(ds, split_d.panels(queries.q.tiles, stage, COLUMNS), dk))
+        dk = split_d.wait(0, split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk))
         queries.q.release(stage)
 
     mbarrier.arrive(keys.done.index(0), count=1)
@@ -287,8 +261,8 @@ def dkdv_load_partition(
     tokens = tokens_of_sequences(b, mask.S, packed)
     full = keys.full.index(0)
     if packed.ends_ptr is not None and is_border(n0, N, tokens):
-        load_cleared_panels(k_rows, b, g, n0, keys.k, 0, PANELS, tokens, packed)
-        load_cleared_panels(v_rows, b, g, n0, keys.v, 0, PANELS_V, tokens, packed)
+        load_cleared(k_rows, b, g, n0, keys.k, 0, PANELS, tokens, packed)
+        load_cleared(v_rows, b, g, n0, keys.v, 0, PANELS_V, tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
         mbarrier.expect(full, bytes_of(PANELS, k_rows) + bytes_of(PANELS_V, v_rows))
@@ -302,7 +276,7 @@ def dkdv_load_partition(
             queries.q.acquire(step)
             full = queries.q.full.index(stage)
             if packed.ends_ptr is not None and is_border(t * M, M, tokens):
-                load_cleared_panels(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
+                load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
                 mbarrier.expect(full, ROW_STATS * 4)
             else:
                 mbarrier.expect(full, bytes_of(PANELS, q_rows) + ROW_STATS * 4)
@@ -395,8 +369,8 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
         full = streams.queries_full.index(c)
         row = m0 + c * M
         if packed.ends_ptr is not None and is_border(row, M, tokens):
-            load_cleared_panels(q_rows, b, h, row, streams.q, c, PANELS, tokens, packed)
-            load_cleared_panels(dout_rows, b, h, row, streams.dout, c, PANELS_V, tokens, packed)
+            load_cleared(q_rows, b, h, row, streams.q, c, PANELS, tokens, packed)
+            load_cleared(dout_rows, b, h, row, streams.dout, c, PANELS_V, tokens, packed)
             mbarrier.arrive(full, count=1)
         else:
             mbarrier.expect(full, bytes_of(PANELS, q_rows) + bytes_of(PANELS_V, dout_rows))
@@ -446,15 +420,15 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
     lse = gl.load(stat_ptr)
     delta = gl.load(stat_ptr + M)
     start = gl.expand_dims(start_of(mask, m, b, CONFIG), 1) if CONFIG.starts else 0
-    q = split_d.panels(streams.q, c, COLUMNS)
+    q = split_d.of(streams.q, c, COLUMNS)
     dq = split_d.zeros(q)
     mbarrier.wait(streams.queries_full.index(c), 0)
     if i0 < i1:
         streams.k.wait_at(0, 0)
-        s = split_d.multiply_transposed(q, split_d.panels(streams.k.tiles, 0, COLUMNS))  # (1) S = Q Kᵀ
+        s = split_d.multiply_transposed(q, split_d.of(streams.k.tiles, 0, COLUMNS))  # (1) S = Q Kᵀ
         streams.v.wait_at(0, 0)
-        dout = split_d.panels(streams.dout, c, COLUMNS_V)
-        v = split_d.panels(streams.v.tiles, 0, COLUMNS_V)
+        dout = split_d.of(streams.dout, c, COLUMNS_V)
+        v = split_d.of(streams.v.tiles, 0, COLUMNS_V)
         dp = split_d.multiply_transposed(dout, v)  # (2) dP = dO Vᵀ
         s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
@@ -465,16 +439,16 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             stage = step % CONFIG.key_stages
             stage_v = step % CONFIG.value_stages
             before = (step - 1) % CONFIG.key_stages
-            k = split_d.panels(streams.k.tiles, stage, COLUMNS)
+            k = split_d.of(streams.k.tiles, stage, COLUMNS)
             streams.k.wait(step)
             own = c + opaque_zero(i, 26)
-            s = split_d.multiply_transposed(split_d.panels(streams.q, own, COLUMNS), k)  # (1)
+            s = split_d.multiply_transposed(split_d.of(streams.q, own, COLUMNS), k)  # (1)
             streams.v.wait(step)
-            dout = split_d.panels(streams.dout, own, COLUMNS_V)
-            v = split_d.panels(streams.v.tiles, stage_v, COLUMNS_V)
+            dout = split_d.of(streams.dout, own, COLUMNS_V)
+            v = split_d.of(streams.v.tiles, stage_v, COLUMNS_V)
             dp = split_d.multiply_transposed(dout, v)  # (2)
             # (5) dQ += dS K, of the step before
-            dq = split_d.multiply(ds, split_d.panels(streams.k.tiles, before, COLUMNS), dq)
+            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, before, COLUMNS), dq)
             s = warpgroup_mma_wait(V_PRODUCTS + K_PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
             next_ds = differentiate(s, dp, K_PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
@@ -483,7 +457,7 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             streams.k.release(before)
             ds = next_ds.to(dtype)
         stage = (i1 - 1 - i0) % CONFIG.key_stages
-        dq = split_d.wait(0, split_d.multiply(ds, split_d.panels(streams.k.tiles, stage, COLUMNS), dq))
+        dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, stage, COLUMNS), dq))
     split_d.store(split_d.scale(dq, scale), q)
     store_panels(dq_rows, b, h, m0, streams.q, c, len(CONFIG.columns))
 

@@ -46,6 +46,8 @@ class ForwardTiles:
     key_stages: int
     value_stages: int
     """Blocks of keys, and of values, in shared memory. Values are read a step after the keys of their block."""
+    panel: int
+    """Columns that lie together in shared memory, if tiles have more: with 64, those of 192 take no room for 256."""
 
     @property
     def registers(self) -> list[int]:
@@ -53,15 +55,17 @@ class ForwardTiles:
         return [CONSUMER_REGISTERS[self.consumers]] * (self.consumers - 1) + [PRODUCER_REGISTERS]
 
 
-# Head_dim up to 64: three consumers hide more of the softmax, which sets the limit there.
-FORWARD_64 = ForwardTiles(consumers=3, n=128, query_stages=2, key_stages=4, value_stages=4)  # 641; two consumers: 553
+# Head_dim up to 64: three consumers hide more of the softmax, which sets the limit there: 641; two consumers: 553.
+FORWARD_64 = ForwardTiles(consumers=3, n=128, query_stages=2, key_stages=4, value_stages=4, panel=64)
 # Rows up to 2,048: tiles of 192 queries leave too much of themselves unused.
-FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three consumers: 320
+FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4, 64)  # 1k: 350; three consumers: 320
 # Documents, and windows up to 2,048: blocks of 64 keys waste less at the ends, and masked blocks are half as much code,
 # which passes through the instruction cache.
-FORWARD_64_LOCAL = ForwardTiles(3, 64, 2, 4, 4)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
-FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3)  # 711; three consumers and 64 keys: 629
-FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3)  # 762: two stages of 128 keys do not fit
+FORWARD_64_LOCAL = ForwardTiles(
+    3, 64, 2, 4, 4, 64
+)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
+FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3, 128)  # 711; three consumers and 64 keys: 629
+FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3, 256)  # 762: two stages of 128 keys do not fit
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,9 @@ def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window:
 
 @cache
 def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int, head_dim_v: int) -> Forward:
-    columns, columns_v = columns_of(head_dim), columns_of(head_dim_v)
+    columns, columns_v = (
+        panels_of(D, tiles.panel) if head_dim > tiles.panel else columns_of(D) for D in (head_dim, head_dim_v)
+    )
     return Forward(**vars(kind), **vars(tiles), columns=columns, columns_v=columns_v)
 
 

@@ -50,10 +50,12 @@ from .pipeline import (
     WARP_GROUP,
     NamedBarrierChannel,
     allocate_barriers,
-    async_load,
+    allocate_panels,
     async_store,
     barrier_arrive,
     barrier_sync,
+    bytes_of,
+    load_panels,
     matrix,
     wait_until_added,
 )
@@ -162,8 +164,8 @@ def stage_of(c: gl.constexpr, n, CONFIG: gl.constexpr):
 def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG: gl.constexpr):
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
-    BYTES: gl.constexpr = QUERIES * queries.tiles.shape[4] * queries.tiles.dtype.primitive_bitwidth // 8
     CONSUMERS: gl.constexpr = CONFIG.consumers
+    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
     n = 0
     step = 0
     repeating = 0
@@ -176,20 +178,21 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
         for c in gl.static_range(CONSUMERS):
             stage = stage_of(c, n, CONFIG)
             mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
-            mbarrier.expect(queries.full.index(stage), BYTES)
-            async_load(q_rows, [b, h, m0 + c * QUERIES, 0], queries.full.index(stage), queries.tiles.index(stage))
+            full = queries.full.index(stage)
+            mbarrier.expect(full, bytes_of(PANELS, q_rows))
+            load_panels(q_rows, b, h, m0 + c * QUERIES, full, queries.tiles, stage, PANELS)
         if repeating == 0:
             failed = note_failed(n, failed, lse_ptr, queries, scheduler, mask, CONFIG)
         for i in range(i0, i1 - 1):
-            keys.load(k_rows, [b, h // CONFIG.group, i * N, 0], step)
-            load_values(v_rows, [b, h // CONFIG.group, i * N, 0], step, values, tokens, packed)
+            keys.load(k_rows, b, h // CONFIG.group, i * N, step)
+            load_values(v_rows, b, h // CONFIG.group, i * N, step, values, tokens, packed)
             step += 1
         n += 1
         # Taken before the last loads, so that no warp waits for it; earlier, and work would be shared less evenly (L8).
         if repeating == 0:
             work_tile = take(queue, n)
-        keys.load(k_rows, [b, h // CONFIG.group, i1 * N - N, 0], step)
-        load_values(v_rows, [b, h // CONFIG.group, i1 * N - N, 0], step, values, tokens, packed)
+        keys.load(k_rows, b, h // CONFIG.group, i1 * N - N, step)
+        load_values(v_rows, b, h // CONFIG.group, i1 * N - N, step, values, tokens, packed)
         step += 1
         # The second pass is in this loop, not in one around it: compiler.py (L11).
         if (work_tile >= queue.n_work_tiles) & (repeating == 0):
@@ -205,10 +208,11 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
 
 
 @gluon.jit
-def load_values(v_rows, at, step, values, tokens, packed):
+def load_values(v_rows, b, g, row, step, values, tokens, packed):
     """The step's values. Keys of nobody may be anything: `hide` replaces their scores."""
+    PANELS: gl.constexpr = values.tiles.shape[0] // values.full.shape[0]
     stage = values.acquire(step)
-    load_tile(v_rows, at, values.full.index(stage), values.tiles, stage, tokens, packed)
+    load_tile(v_rows, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
 
 
 @gluon.jit
@@ -281,8 +285,9 @@ def store(
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
     work_tile, b, h, m0 = where
     row: gl.constexpr = row_max.type.layout
-    D_V: gl.constexpr = out_rows.block_shape[3]
+    WIDTH: gl.constexpr = out_rows.block_shape[3]
     COLUMNS: gl.constexpr = CONFIG.columns_v
+    QUERY_PANELS: gl.constexpr = split_d.n_panels(WIDTH, CONFIG.columns)
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
         # NaN in rows that overflew, and so are their out and LSE until the work tile is repeated.
         row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.overflown(outs, row_sum))
@@ -291,9 +296,14 @@ def store(
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     outs = split_d.scale(outs, 1 / (row_sum + excess))
-    split_d.store(outs, split_d.split(matrix(queries.tiles, stage).slice(0, D_V, 1), COLUMNS))
+    if QUERY_PANELS > 1:
+        split_d.store(outs, split_d.panels(queries.tiles, stage * QUERY_PANELS, COLUMNS))
+    else:
+        split_d.store(outs, split_d.split(matrix(queries.tiles, stage).slice(0, WIDTH, 1), COLUMNS))
     fence_async_shared()
-    async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage).slice(0, D_V, 3))
+    for i in gl.static_range(split_d.n_panels(WIDTH, COLUMNS)):
+        out = queries.tiles.index(stage * QUERY_PANELS + i).slice(0, WIDTH, 3)
+        async_store(out_rows, [b, h, m0, i * WIDTH], out)
     queries.failed.index(stage).store(gl.where(row_sum < softmax.LIMIT, -1, work_tile))
     m = m0 + gl.arange(0, QUERIES, row)
     lse = (row_max + gl.log2(row_sum)) * LN2
@@ -470,18 +480,19 @@ def forward_kernel(
     n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE."""
-    dtype: gl.constexpr = q_rows.dtype
     CONSUMERS: gl.constexpr = CONFIG.consumers
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
-    k = gl.allocate_shared_memory(dtype, [CONFIG.key_stages] + k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(dtype, [CONFIG.value_stages] + v_rows.block_shape, v_rows.layout)
+    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
+    PANELS_V: gl.constexpr = split_d.n_panels(v_rows.block_shape[3], CONFIG.columns_v)
+    k = allocate_panels(k_rows, CONFIG.key_stages * PANELS)
+    v = allocate_panels(v_rows, CONFIG.value_stages * PANELS_V)
     READ: gl.constexpr = TURN_BARRIER + CONSUMERS
     THREADS: gl.constexpr = PRODUCER_WARP + WARP_GROUP * CONSUMERS
     gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= NAMED_BARRIERS)
     keys = NamedBarrierChannel(k, allocate_barriers(CONFIG.key_stages, 1), READ, THREADS)
     values = NamedBarrierChannel(v, allocate_barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages, THREADS)
     STAGES: gl.constexpr = CONSUMERS * CONFIG.query_stages
-    q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
+    q = allocate_panels(q_rows, STAGES * PANELS)
     failed = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         failed.index(i).store(gl.full([QUERIES], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .pipeline import async_load, reinterpret
+from .pipeline import async_load, bytes_of, load_panels, reinterpret
 
 LANES = gl.constexpr(gl.BlockedLayout([4], [32], [1], [0]))
 CHUNK = gl.constexpr(128)
@@ -47,23 +47,30 @@ def is_border(row, ROWS: gl.constexpr, tokens):
 
 
 @gluon.jit
-def load_tile(rows, at, full, tiles, stage, tokens, packed):
-    """Load one of several tiles of tokens [1, 1, rows, columns], after which `full` completes."""
-    if packed.ends_ptr is not None and is_border(at[2], tiles.shape[3], tokens):
-        load_cleared(rows, at, tiles.index(stage), tokens, packed)
+def load_tile(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr, tokens, packed):
+    """Load one of several tiles of tokens, after which `full` completes."""
+    ROWS: gl.constexpr = rows.block_shape[2]
+    if packed.ends_ptr is not None and is_border(row, ROWS, tokens):
+        load_cleared(rows, b, h, row, tiles, stage, PANELS, tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
-        mbarrier.expect(full, bytes_of(tiles))
-        async_load(rows, at, full, tiles.index(stage))
+        mbarrier.expect(full, bytes_of(PANELS, rows))
+        load_panels(rows, b, h, row, full, tiles, stage, PANELS)
 
 
 @gluon.jit
-def load_cleared(rows, at, tile, tokens, packed):
-    """Load a tile with 0 for tokens of nobody; it is there on return."""
-    ROWS: gl.constexpr = tile.shape[2]
-    CHUNKS: gl.constexpr = bytes_of(tile) // (4 * CHUNK)
+def load_cleared(rows, b, h, row, tiles, stage, PANELS: gl.constexpr, tokens, packed):
+    """Load one of several tiles with 0 for tokens of nobody; it is there on return."""
+    for i in gl.static_range(PANELS):
+        load_cleared_panel(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i), tokens, packed)
+
+
+@gluon.jit
+def load_cleared_panel(rows, at, tile, tokens, packed):
+    ROWS: gl.constexpr = rows.block_shape[2]
+    CHUNKS: gl.constexpr = bytes_of(1, rows) // (4 * CHUNK)
     loaded = packed.loaded.index(0)
-    mbarrier.expect(loaded, bytes_of(tile))
+    mbarrier.expect(loaded, bytes_of(1, rows))
     async_load(rows, at, loaded, tile)
     mbarrier.wait(loaded, 0)
     mbarrier.arrive(loaded, count=1)  # completes phase 1: the next tile waits for phase 0, too
@@ -74,8 +81,3 @@ def load_cleared(rows, at, tile, tokens, packed):
         chunk = chunks.index(i)
         chunk.store(gl.where((token >= tokens[0]) & (token < tokens[1]), chunk.load(LANES), 0))
     fence_async_shared()
-
-
-@gluon.constexpr_function
-def bytes_of(tile):
-    return tile.shape[-2] * tile.shape[-1] * tile.dtype.primitive_bitwidth // 8

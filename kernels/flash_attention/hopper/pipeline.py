@@ -51,6 +51,24 @@ def matrix(tiles, stage):
     return tiles.index(stage).reshape([tiles.shape[3], tiles.shape[4]])
 
 
+@gluon.jit
+def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
+    """Start TMA's loads of a tile's panels of columns, for which `full` expects `bytes_of(PANELS, rows)`."""
+    for i in gl.static_range(PANELS):
+        async_load(rows, [b, h, row, i * rows.block_shape[3]], full, tiles.index(stage * PANELS + i))
+
+
+@gluon.constexpr_function
+def bytes_of(panels, rows):
+    """Of so many tiles or panels as a descriptor has."""
+    return panels * rows.block_shape[2] * rows.block_shape[3] * rows.dtype.primitive_bitwidth // 8
+
+
+@gluon.jit
+def allocate_panels(rows, N_PANELS: gl.constexpr):
+    return gl.allocate_shared_memory(rows.dtype, [N_PANELS] + rows.block_shape, rows.layout)
+
+
 @gl._core.builtin
 def _async_add(descriptor, coordinates, tile, _semantic=None):
     """TMA's reduction: add a float32 tile in shared memory to global memory."""
@@ -135,30 +153,30 @@ class NamedBarrierChannel:
     @gluon.jit
     def acquire(self, step):
         """Producer: wait until all consumers have released the step's stage."""
-        STAGES: gl.constexpr = self.tiles.shape[0]
+        STAGES: gl.constexpr = self.full.shape[0]
         stage = step % STAGES
         if step >= STAGES:
             barrier_sync(self.read + stage, self.threads)
         return stage
 
     @gluon.jit
-    def load(self, rows, at, step):
+    def load(self, rows, b, h, row, step):
         """Producer: the step's tile, over one that all consumers have released."""
-        BYTES: gl.constexpr = self.tiles.shape[3] * self.tiles.shape[4] * self.tiles.dtype.primitive_bitwidth // 8
+        PANELS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
         stage = self.acquire(step)
-        mbarrier.expect(self.full.index(stage), BYTES)
-        async_load(rows, at, self.full.index(stage), self.tiles.index(stage))
+        mbarrier.expect(self.full.index(stage), bytes_of(PANELS, rows))
+        load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, PANELS)
 
     @gluon.jit
     def wait(self, step, pred):
         """Consumer: wait until the step's tile is there, if `pred`."""
-        STAGES: gl.constexpr = self.tiles.shape[0]
+        STAGES: gl.constexpr = self.full.shape[0]
         mbarrier.wait(self.full.index(step % STAGES), step // STAGES & 1, pred=pred)
 
     @gluon.jit
     def release(self, step):
         """Consumer: it has read the step's tile."""
-        barrier_arrive(self.read + step % self.tiles.shape[0], self.threads)
+        barrier_arrive(self.read + step % self.full.shape[0], self.threads)
 
 
 @gluon.jit

@@ -22,10 +22,21 @@ def mma_layout(columns):
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
+@gluon.constexpr_function
+def n_panels(width, columns):
+    """The panels of a tile: one for each part where each is as wide as a part, else one for all."""
+    return len(columns) if width < sum(columns) else 1
+
+
 @gluon.jit
 def of(tiles, stage, COLUMNS: gl.constexpr):
     """One of several tiles in shared memory, split."""
-    return split(matrix(tiles, stage), COLUMNS)
+    PANELS: gl.constexpr = n_panels(tiles.shape[4], COLUMNS)
+    if PANELS > 1:  # noqa: SIM108  # Gluon's conditional expressions are of numbers
+        parts = panels(tiles, stage * PANELS, COLUMNS)
+    else:
+        parts = split(matrix(tiles, stage), COLUMNS)
+    return parts
 
 
 @gluon.jit
@@ -46,11 +57,11 @@ def part(tile, i: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def panels(tiles, stage, COLUMNS: gl.constexpr):
-    """The parts of a stage of tiles that are in panels, [stages · panels, 1, 1, rows, columns]."""
+def panels(tiles, first, COLUMNS: gl.constexpr):
+    """The parts of a tile that is in panels, [stages · panels, 1, 1, rows, columns], from `first` on."""
     parts = ()
     for i in gl.static_range(len(COLUMNS)):
-        parts += (first_columns(matrix(tiles, stage * len(COLUMNS) + i), COLUMNS[i]),)
+        parts += (first_columns(matrix(tiles, first + i), COLUMNS[i]),)
     return parts
 
 
