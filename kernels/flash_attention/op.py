@@ -358,9 +358,9 @@ def hopper_lacks(
         return f"the Hopper kernels have one head_dim of at most 256 for q, k and v, or 192 and 128, not {D} and {D_v}"
     if S_k < S:
         return f"the Hopper kernels have no more queries than keys, not {S} and {S_k}"
-    if B * H * (S_k + 192) >= 2**31:
+    if 4 * B * H * (S_k + 192) >= 2**31:  # the backward's statistics: up to four numbers a row, at 32-bit places
         return (
-            f"the Hopper kernels have fewer than 2³¹ rows, with those that fill a tile; {B} × {H} of {S_k} are too many"
+            f"the Hopper kernels have fewer than 2²⁹ rows, with those that fill a tile; {B} × {H} of {S_k} are too many"
         )
     return None
 

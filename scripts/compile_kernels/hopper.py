@@ -126,7 +126,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
         dict.fromkeys(("count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
         | scalars
     )
-    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "query_ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     panel = constants.panel if isinstance(constants, config.Split) else None
     types |= {name: rows(m, head_dim, dtype, n_columns=panel) for name in ("q_rows", "dq_rows")}
@@ -139,7 +139,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
             types[f"accum{i}_rows"] = type_of(host.floats(m * columns, m * columns // 32, 32))
         types["chunk_rows"] = type_of(host.floats(1024, 32, 32))
         types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
-    absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "ends_ptr": None}
+    absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "query_ends_ptr": None}
     if not row["packed"]:
         absent |= {"starts_ptr": None} if kernel is not backward_split.dq_kernel else {}
         absent["sequence_ends_ptr"] = None
@@ -159,7 +159,7 @@ def preprocess(head_dim: int, dtype: str, packed: bool = False) -> Configuration
     constants: dict[str, Any] = {"H": 8, "M": m, "N": 128, "D": width, "SUMMED": width, "ROW_STATS": 4 * m}
     constants |= {} if packed else {"sequence_ends_ptr": None}
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "accum_ptr"), "*fp32")
-    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "ends_ptr"), "*i32")
+    types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "query_ends_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
     types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_accumulators", "n_heads"), "i32")
@@ -167,7 +167,7 @@ def preprocess(head_dim: int, dtype: str, packed: bool = False) -> Configuration
 
 
 def sort() -> Configuration:
-    types = {"ends_ptr": "*i32", "sorted_ptr": "*i32", "shift": "i32", "n_tiles": "i32"}
+    types = {"query_ends_ptr": "*i32", "sorted_ptr": "*i32", "shift": "i32", "n_tiles": "i32"}
     return configuration(
         {"kernel": "sort"}, scheduler.sort_kernel, {"N": 128, "CHUNK": scheduler.SORT_CHUNK, "CAUSAL": True}, types
     )

@@ -339,13 +339,13 @@ def rounding_excess(p: Values, block: Values, outweighing: Any) -> Values:
     return values(torch.where(torch.as_tensor(outweighing) != 0, p.float().sum(1, keepdim=True) / 4 - block, 0.0))
 
 
-def overflown(outs: tuple[Values, ...], row_sum: Values) -> Values:
+def not_finite(outs: tuple[Values, ...], row_sum: Values) -> Values:
     finite = torch.stack([out.isfinite().all(1) for out in outs]).all(0)[:, None]
     return values(torch.where(finite, 0.0, float("nan")).expand(row_sum.shape))
 
 
 IN_PTX = {
-    "hide": hide, "outweighs": outweighs, "rounding_excess": rounding_excess, "overflown": overflown,
+    "hide": hide, "outweighs": outweighs, "rounding_excess": rounding_excess, "not_finite": not_finite,
     "rescale_part": lambda x, factor: x * factor[:, None],
     "wait_for_products": lambda: mma_wait(0, (None,)),
     "barrier_arrive": lambda i, threads: here.barriers[int(i)].arrive(threads),

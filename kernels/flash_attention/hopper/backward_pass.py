@@ -1,8 +1,8 @@
 """Flash attention's backward pass for Hopper, in Gluon: five products fused, with dQ summed by TMA.
 
-A program owns a tile of 128 keys: K and V stay in shared memory, dK and dV in the registers of two consumer warp
-groups, 64 keys each. Tiles of 64 queries stream past. Each step computes, transposed, so that sums over queries are
-plain products,
+A program owns a tile of 128 keys: K and V stay on the chip (up to head_dim 64 in registers), dK and dV in the registers
+of two consumer warp groups, 64 keys each. Tiles of 64 queries stream past. Each step computes, transposed, so that sums
+over queries are plain products,
 
     (1) Sᵀ = K Qᵀ   (2) dPᵀ = V dOᵀ        P = exp2(S − LSE)    dS = P · (dP − delta)
     (3) dV += Pᵀ dO (4) dK += dSᵀ Q        (5) dQ += dS K
@@ -58,8 +58,17 @@ from .dq_accumulator import (
 )
 from .key_tiles import M, first_query_tile, locate, needs_mask, next_query_tile, queries_descend
 from .mask import Mask, score_gradient, sees, weigh
-from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
-from .pipeline import Channel, allocate_barriers, async_load, async_store, matrix
+from .nobody import Packed, is_border, load_cleared, load_pair, load_tile, tokens_of_sequences
+from .pipeline import (
+    Channel,
+    allocate_barriers,
+    allocate_tiles,
+    async_load,
+    async_store,
+    bytes_of,
+    load_panels,
+    matrix,
+)
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
 from .softcap import capped
 
@@ -101,8 +110,7 @@ class DsExchange(NamedTuple):
 
 @gluon.jit
 def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
-    k = gl.allocate_shared_memory(k_rows.dtype, [STAGES] + k_rows.block_shape, k_rows.layout)
-    v = gl.allocate_shared_memory(v_rows.dtype, [STAGES] + v_rows.block_shape, v_rows.layout)
+    k, v = allocate_tiles(k_rows, STAGES), allocate_tiles(v_rows, STAGES)
     full = allocate_barriers(STAGES, 1)
     done = allocate_barriers(1, CONSUMERS)
     replaced = allocate_barriers(STAGES, CONSUMERS)
@@ -133,9 +141,7 @@ def wait_and_load(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexp
 def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr):
     """The program's n-th work tile; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
-    D: gl.constexpr = q_rows.block_shape[3]
     ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
-    BYTES: gl.constexpr = q_rows.dtype.primitive_bitwidth // 8
     query_tiles = gl.cdiv(mask.S, M)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
@@ -144,14 +150,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
     full = keys.k.full.index(k_stage)
     keys.k.acquire(n)
     tokens = tokens_of_sequences(b, mask.S, packed)
-    if packed.ends_ptr is not None and is_border(n0, CONFIG.n, tokens):
-        load_cleared(k_rows, b, g, n0, keys.k.tiles, k_stage, 1, tokens, packed)
-        load_cleared(v_rows, b, g, n0, keys.v, k_stage, 1, tokens, packed)
-        mbarrier.arrive(full, count=1)
-    else:
-        mbarrier.expect(full, 2 * CONFIG.n * D * BYTES)
-        async_load(k_rows, [b, g, n0, 0], full, keys.k.tiles.index(k_stage))
-        async_load(v_rows, [b, g, n0, 0], full, keys.v.index(k_stage))
+    load_pair(k_rows, v_rows, b, g, n0, full, keys.k.tiles, keys.v, k_stage, 1, 1, tokens, packed)
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         t = first_query_tile(tile, descending, CONFIG)
@@ -159,12 +158,12 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
             stage = step % CONFIG.stages
             queries.q.acquire(step)
             full = queries.q.full.index(stage)
-            if packed.ends_ptr is not None and is_border(t * M, M, tokens):
+            if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
                 load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, 1, tokens, packed)
                 mbarrier.expect(full, ROW_STATS * 4)
             else:
-                mbarrier.expect(full, M * D * BYTES + ROW_STATS * 4)
-                async_load(q_rows, [b, h, t * M, 0], full, queries.q.tiles.index(stage))
+                mbarrier.expect(full, bytes_of(1, q_rows) + ROW_STATS * 4)
+                load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, 1)
             row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
             async_load(stat_rows, [row], full, queries.row_stats.index(stage))
             queries.dout.acquire(step)
@@ -238,6 +237,7 @@ def step_of_queries(
 ):  # fmt: skip
     """One tile of queries: adds to dK and dV, and sends dQ of the tile before (there is none when FIRST)."""
     dtype: gl.constexpr = queries.q.tiles.dtype
+    gl.static_assert(CONFIG.keys_in_registers or CONFIG.key_stages == 1)
     if not CONFIG.keys_in_registers:
         k_stage = opaque_zero(m0, 30)
     k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
@@ -288,7 +288,7 @@ def step_of_queries(
         dq = warpgroup_mma_wait(PRODUCTS, deps=[dq])
         send_dq(c, step - 1, dq, staging)  # under (4)
     both = split_d.wait(0, dk + dv)
-    queries.q.release(stage)  # and dO: they share the barrier
+    queries.q.release_at(stage)  # and dO: they share the barrier
     return both[:PRODUCTS], both[PRODUCTS:]
 
 
@@ -338,7 +338,7 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
     async_store(dk_rows, [tile.b, tile.g, tile.n0, 0], keys.k.tiles.index(stage))
     async_store(dv_rows, [tile.b, tile.g, tile.n0, 0], keys.v.index(stage))
     tma.store_wait(0)
-    keys.k.release(stage)
+    keys.k.release_at(stage)
 
 
 # ---- the kernel
@@ -347,16 +347,16 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
 @gluon.jit(do_not_specialize=["count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, accum0_rows, accum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
-    accum_ptr, starts_ptr, sequence_ends_ptr, ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr, semaphore_ptr,
-    count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    accum_ptr, starts_ptr, sequence_ends_ptr, query_ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr,
+    semaphore_ptr, count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale,
+    CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
-    mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, query_ends_ptr, cap, factor)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
-    q = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
-    dout = gl.allocate_shared_memory(dtype, [STAGES] + q_rows.block_shape, q_rows.layout)
+    q, dout = allocate_tiles(q_rows, STAGES), allocate_tiles(dout_rows, STAGES)
     row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
     empty = allocate_barriers(STAGES, CONSUMERS)  # of both: a consumer is done with Q and dO at the same time
     q_channel = Channel(q, allocate_barriers(STAGES, 1), empty)

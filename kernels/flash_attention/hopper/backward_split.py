@@ -9,12 +9,12 @@ products, and the left side of its second is in its registers. P, which dS is ma
 
     time →        step i                                                                         step i + 1
     producer      TMA: Q and dO of the steps after, as stages become free
-    weights       (1) of i + 1, (3) of i │ P of i + 1 → shared                                    │ (1) of i + 2 …
-    gradients     (2) of i + 1, (4) of i │ P of i + 1 from shared, dS of i + 1                    │ (2) of i + 2 …
+    P, dV         (1) of i + 1, (3) of i │ P of i + 1 → shared                                    │ (1) of i + 2 …
+    dS, dK        (2) of i + 1, (4) of i │ P of i + 1 from shared, dS of i + 1                    │ (2) of i + 2 …
 
-    Q             producer → both; freed after (1) by one, after (4) by the other
-    dO            producer → both; freed after (3) by one, after (2) by the other
-    P             weights → gradients, in float32; two stages
+    Q             producer → both; freed after (1) by `dv_partition`, after (4) by `dk_partition`
+    dO            producer → both; freed after (3) by `dv_partition`, after (2) by `dk_partition`
+    P             `dv_partition` → `dk_partition`, in float32; two stages
 
 `dq_kernel`: a program owns 128 queries, 64 for each consumer. Tiles of 64 keys stream past; dS goes from the registers
 into the product with K, which runs one step later, under the next scores.
@@ -26,8 +26,8 @@ into the product with K, which runs one step later, under the next scores.
     V             producer → both consumers; freed after (2)
 
 (1) S = Q Kᵀ  (2) dP = dO Vᵀ  (3) dV += Pᵀ dO  (4) dK += dSᵀ Q  (5) dQ += dS K, as in backward_pass.py; in `dkdv_kernel`
-(1) and (2) are transposed. Up to head_dim 192 tiles are in panels of 64 columns (`split_d.panels`), so that they take
-no room for 256.
+(1) and (2) are transposed. Up to head_dim 192 tiles are in panels of 64 columns (split_d.py), so that they take no room
+for 256.
 """
 
 # mypy: disable-error-code="assignment"
@@ -47,32 +47,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import config, split_d
 from .compiler import opaque_zero
-from .dq_accumulator import CONSUMERS
-from .key_tiles import M, locate, needs_mask, next_query_tile
+from .key_tiles import CONSUMERS, M, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
-from .nobody import Packed, is_border, load_cleared, load_tile, tokens_of_sequences
+from .nobody import Packed, is_border, load_cleared, load_pair, load_tile, tokens_of_sequences
 from .pipeline import (
     Channel,
     allocate_barriers,
-    allocate_panels,
+    allocate_tiles,
     async_load,
-    async_store,
     bytes_of,
     load_panels,
+    store_panels,
 )
 from .scheduler import TileScheduler, tile_of
 from .softcap import capped
 
-N = gl.constexpr(64)  # keys in a tile
+N = gl.constexpr(config.QUERIES)  # keys in a tile: as many
 REGISTERS = gl.constexpr(config.SPLIT_REGISTERS)
-
-
-@gluon.jit
-def store_panels(rows, b, h, row, tiles, stage, PANELS: gl.constexpr):
-    fence_async_shared()
-    for i in gl.static_range(PANELS):
-        async_store(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i))
-    tma.store_wait(0)
 
 
 # ---- dkdv_kernel
@@ -95,21 +86,7 @@ class Queries(NamedTuple):
     dout: Any
     """A `Channel`."""
     p: Any
-    """A `Channel`: P, times the derivative of a soft cap, in the order in which threads hold it (`by_thread`)."""
-
-
-@gluon.jit
-def by_thread(p):
-    """[64, 64] in the order in which the threads hold it, as in `dq_accumulator.send_dq`: each writes 4 numbers at
-    once, and a warp's are 512 bytes in a row."""
-    return p.reshape([4, 2, 8, N // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * N])
-
-
-@gluon.jit
-def as_scores(p, like):
-    """What `by_thread` gave, as it was."""
-    p = p.reshape([N // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, N])
-    return gl.convert_layout(p, like.type.layout, assert_trivial=True)
+    """A `Channel`: P, times the derivative of a soft cap, `in_thread_order`."""
 
 
 @gluon.jit
@@ -139,13 +116,13 @@ def weigh_and_send(step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr)
     # dP − delta is still to come, and dS is linear in it.
     sent = score_gradient(p, 1.0, 0.0, s, CONFIG.softcap)
     queries.p.acquire(step)
-    queries.p.tiles.index(step % 2).store(by_thread(sent))
+    queries.p.tiles.index(step % 2).store(split_d.in_thread_order(sent))
     mbarrier.arrive(queries.p.full.index(step % 2), count=1)
     return p.to(queries.q.tiles.dtype)
 
 
 @gluon.jit
-def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
     """P and dV."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
@@ -164,7 +141,7 @@ def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.conste
         s = multiply_keys(k, keys.k, queries.q.tiles, 0, IN_REGISTERS, t, COLUMNS)  # (1)
         s = warpgroup_mma_wait(0, deps=[s])
         p = weigh_and_send(0, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
-        queries.q.release(0)
+        queries.q.release_at(0)
         last = CONFIG.group * (t3 - t0) - 1
         for step in range(0, last):
             t = next_query_tile(t, tile, False)
@@ -176,35 +153,38 @@ def weights_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.conste
             dv = split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv)  # (3) dV += Pᵀ dO
             s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
             next_p = weigh_and_send(step + 1, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
-            queries.q.release(next_stage)
+            queries.q.release_at(next_stage)
             dv = split_d.wait(0, dv)
-            queries.dout.release(stage)
+            queries.dout.release_at(stage)
             p = next_p
         queries.dout.wait(last)
         stage = last % CONFIG.dout_stages
         dv = split_d.wait(0, split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv))
-        queries.dout.release(stage)
+        queries.dout.release_at(stage)
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
     split_d.store(dv, v)
+    fence_async_shared()
     store_panels(dv_rows, b, g, n0, keys.v, 0, len(CONFIG.columns_v))
+    tma.store_wait(0)
 
 
 @gluon.jit
 def differentiate_received(step, dp, queries, CONFIG: gl.constexpr):
     """dS of a step, once the other consumer has sent its P."""
     query: gl.constexpr = gl.SliceLayout(0, dp.type.layout)
-    ORDER: gl.constexpr = by_thread(dp).type.layout
+    ORDER: gl.constexpr = split_d.in_thread_order(dp).type.layout
     delta = queries.row_stats.index(step % CONFIG.query_stages).slice(M, M, 0).load(query)
     queries.p.wait(step)
-    p = as_scores(queries.p.tiles.index(step % 2).load(ORDER), dp)
-    queries.p.release(step % 2)
+    p = split_d.from_thread_order(queries.p.tiles.index(step % 2).load(ORDER), N)
+    p = gl.convert_layout(p, dp.type.layout, assert_trivial=True)
+    queries.p.release_at(step % 2)
     return (p * (dp - gl.expand_dims(delta, 0))).to(queries.q.tiles.dtype)
 
 
 @gluon.jit
-def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
     """dS and dK."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
@@ -221,7 +201,7 @@ def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: 
         queries.dout.wait(0)
         dp = multiply_keys(v, keys.v, queries.dout.tiles, 0, IN_REGISTERS, t0, COLUMNS_V)  # (2)
         dp = warpgroup_mma_wait(0, deps=[dp])
-        queries.dout.release(0)
+        queries.dout.release_at(0)
         queries.q.wait(0)
         ds = differentiate_received(0, dp, queries, CONFIG)
         last = CONFIG.group * (t3 - t0) - 1
@@ -232,20 +212,22 @@ def gradients_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: 
             dp = multiply_keys(v, keys.v, queries.dout.tiles, next_stage, IN_REGISTERS, step, COLUMNS_V)  # (2), next
             dk = split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk)  # (4) dK += dSᵀ Q
             dp = warpgroup_mma_wait(len(CONFIG.columns), deps=[dp])
-            queries.dout.release(next_stage)
+            queries.dout.release_at(next_stage)
             queries.q.wait(step + 1)
             next_ds = differentiate_received(step + 1, dp, queries, CONFIG)
             dk = split_d.wait(0, dk)
-            queries.q.release(stage)
+            queries.q.release_at(stage)
             ds = next_ds
         stage = last % CONFIG.query_stages
         dk = split_d.wait(0, split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk))
-        queries.q.release(stage)
+        queries.q.release_at(stage)
 
     mbarrier.arrive(keys.done.index(0), count=1)
     mbarrier.wait(keys.done.index(0), 0)
     split_d.store(split_d.scale(dk, scale), k)
+    fence_async_shared()
     store_panels(dk_rows, b, g, n0, keys.k, 0, len(CONFIG.columns))
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -260,14 +242,7 @@ def dkdv_load_partition(
     b, g, n0 = tile.b, tile.g, tile.n0
     tokens = tokens_of_sequences(b, mask.S, packed)
     full = keys.full.index(0)
-    if packed.ends_ptr is not None and is_border(n0, N, tokens):
-        load_cleared(k_rows, b, g, n0, keys.k, 0, PANELS, tokens, packed)
-        load_cleared(v_rows, b, g, n0, keys.v, 0, PANELS_V, tokens, packed)
-        mbarrier.arrive(full, count=1)
-    else:
-        mbarrier.expect(full, bytes_of(PANELS, k_rows) + bytes_of(PANELS_V, v_rows))
-        load_panels(k_rows, b, g, n0, full, keys.k, 0, PANELS)
-        load_panels(v_rows, b, g, n0, full, keys.v, 0, PANELS_V)
+    load_pair(k_rows, v_rows, b, g, n0, full, keys.k, keys.v, 0, PANELS, PANELS_V, tokens, packed)
     step = 0
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
@@ -275,7 +250,7 @@ def dkdv_load_partition(
             stage = step % CONFIG.query_stages
             queries.q.acquire(step)
             full = queries.q.full.index(stage)
-            if packed.ends_ptr is not None and is_border(t * M, M, tokens):
+            if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
                 load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
                 mbarrier.expect(full, ROW_STATS * 4)
             else:
@@ -292,7 +267,7 @@ def dkdv_load_partition(
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dkdv_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr, sequence_ends_ptr, ends_ptr,
+    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr, sequence_ends_ptr, query_ends_ptr,
     n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV."""
@@ -300,11 +275,11 @@ def dkdv_kernel(
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     QUERY_STAGES: gl.constexpr = CONFIG.query_stages
     DOUT_STAGES: gl.constexpr = CONFIG.dout_stages
-    mask = Mask(S, S_k, window, None, ends_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, query_ends_ptr, cap, factor)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // n_tiles, log_interleaved)
-    k, v = allocate_panels(k_rows, PANELS), allocate_panels(v_rows, PANELS_V)
+    k, v = allocate_tiles(k_rows, PANELS), allocate_tiles(v_rows, PANELS_V)
     keys = Keys(k, v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
-    q, dout = allocate_panels(q_rows, QUERY_STAGES * PANELS), allocate_panels(dout_rows, DOUT_STAGES * PANELS_V)
+    q, dout = allocate_tiles(q_rows, QUERY_STAGES * PANELS), allocate_tiles(dout_rows, DOUT_STAGES * PANELS_V)
     row_stats = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES] + stat_rows.block_shape, stat_rows.layout)
     p = gl.allocate_shared_memory(gl.float32, [2, N * M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = Queries(
@@ -318,8 +293,8 @@ def dkdv_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (weights_partition, (dv_rows, scheduler, keys, queries, mask, CONFIG)),
-            (gradients_partition, (dk_rows, scale, scheduler, keys, queries, mask, CONFIG)),
+            (dv_partition, (dv_rows, scheduler, keys, queries, mask, CONFIG)),
+            (dk_partition, (dk_rows, scale, scheduler, keys, queries, mask, CONFIG)),
             (
                 dkdv_load_partition,
                 (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG),
@@ -368,14 +343,7 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
         row = m0 + c * M
-        if packed.ends_ptr is not None and is_border(row, M, tokens):
-            load_cleared(q_rows, b, h, row, streams.q, c, PANELS, tokens, packed)
-            load_cleared(dout_rows, b, h, row, streams.dout, c, PANELS_V, tokens, packed)
-            mbarrier.arrive(full, count=1)
-        else:
-            mbarrier.expect(full, bytes_of(PANELS, q_rows) + bytes_of(PANELS_V, dout_rows))
-            load_panels(q_rows, b, h, row, full, streams.q, c, PANELS)
-            load_panels(dout_rows, b, h, row, full, streams.dout, c, PANELS_V)
+        load_pair(q_rows, dout_rows, b, h, row, full, streams.q, streams.dout, c, PANELS, PANELS_V, tokens, packed)
     g = h // CONFIG.group
     for i in range(i0, i1):
         step = i - i0
@@ -433,7 +401,7 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
         s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
         masked = (i0 * N < full_from) | (i0 * N + N > full_to)
         ds = differentiate(s, dp, 0, lse, delta, m, start, i0 * N, masked, mask, CONFIG).to(dtype)
-        streams.v.release(0)
+        streams.v.release_at(0)
         for i in range(i0 + 1, i1):
             step = i - i0
             stage = step % CONFIG.key_stages
@@ -452,14 +420,16 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             s = warpgroup_mma_wait(V_PRODUCTS + K_PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
             next_ds = differentiate(s, dp, K_PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
-            streams.v.release(stage_v)
+            streams.v.release_at(stage_v)
             dq = split_d.wait(0, dq)
-            streams.k.release(before)
+            streams.k.release_at(before)
             ds = next_ds.to(dtype)
         stage = (i1 - 1 - i0) % CONFIG.key_stages
         dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, stage, COLUMNS), dq))
     split_d.store(split_d.scale(dq, scale), q)
-    store_panels(dq_rows, b, h, m0, streams.q, c, len(CONFIG.columns))
+    fence_async_shared()
+    store_panels(dq_rows, b, h, m0, streams.q, c * len(CONFIG.columns), len(CONFIG.columns))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
@@ -474,8 +444,8 @@ def dq_kernel(
     VALUE_STAGES: gl.constexpr = CONFIG.value_stages
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_interleaved)
-    q, dout = allocate_panels(q_rows, CONSUMERS * PANELS), allocate_panels(dout_rows, CONSUMERS * PANELS_V)
-    k, v = allocate_panels(k_rows, KEY_STAGES * PANELS), allocate_panels(v_rows, VALUE_STAGES * PANELS_V)
+    q, dout = allocate_tiles(q_rows, CONSUMERS * PANELS), allocate_tiles(dout_rows, CONSUMERS * PANELS_V)
+    k, v = allocate_tiles(k_rows, KEY_STAGES * PANELS), allocate_tiles(v_rows, VALUE_STAGES * PANELS_V)
     queries_full = allocate_barriers(CONSUMERS, 1)
     k_channel = Channel(k, allocate_barriers(KEY_STAGES, 1), allocate_barriers(KEY_STAGES, CONSUMERS))
     v_channel = Channel(v, allocate_barriers(VALUE_STAGES, 1), allocate_barriers(VALUE_STAGES, CONSUMERS))

@@ -47,7 +47,7 @@ class ForwardTiles:
     value_stages: int
     """Blocks of keys, and of values, in shared memory. Values are read a step after the keys of their block."""
     panel: int
-    """Columns that lie together in shared memory, if tiles have more: with 64, those of 192 take no room for 256."""
+    """Columns of a panel: a tile that has more lies in shared memory in several (split_d.py)."""
 
     @property
     def registers(self) -> list[int]:
@@ -115,7 +115,8 @@ class SplitTiles:
     value_stages: int
     """Tiles of K and of V in shared memory, for dQ. K is read again a step after its scores."""
     panel: int
-    """Columns that lie together in shared memory: with 64, tiles of 192 columns take no room for 256."""
+    """Columns of a panel: a tile that has more lies in shared memory in several (split_d.py). With 64, tiles of 192
+    columns take no room for 256."""
 
 
 SPLIT_192 = SplitTiles(3, 2, True, False, 3, 2, 64)

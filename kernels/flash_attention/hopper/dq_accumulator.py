@@ -11,10 +11,10 @@ A work tile waits only for earlier ones, and programs start in the order of thei
 (L12).
 
 The order of the sum. In the default mode tiles are added as they come, and the last bits of dQ differ between runs. In
-deterministic mode `semaphore_ptr` counts the key tiles that have been added to each tile of queries, and a tile waits
-until all before it have: from the last keys that the queries see down to the first, or from the first up where queries
-are taken from the last down (`queries_descend`, `additions_before`). An addition is two of TMA's, each of 64 queries
-and one consumer's columns.
+deterministic mode (for one shape on one GPU) `semaphore_ptr` counts the key tiles that have been added to each tile of
+queries, and a tile waits until all before it have: from the last keys that the queries see down to the first, or from
+the first up where queries are taken from the last down (`queries_descend`, `additions_before`). An addition is two of
+TMA's, each of 64 queries and one consumer's columns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .key_tiles import M, first_query_tile, locate, next_query_tile, queries_descend
+from . import split_d
+from .key_tiles import CONSUMERS, M, first_query_tile, locate, next_query_tile, queries_descend
 from .pipeline import (
     async_add,
     async_load,
@@ -37,11 +38,10 @@ from .pipeline import (
     barrier,
     fence_async_global,
     wait_for_count,
-    wait_until_added,
+    wait_until_written,
 )
 from .scheduler import for_each_work_tile, receive, tile_of
 
-CONSUMERS = gl.constexpr(2)
 CHUNK_COLUMNS = gl.constexpr(16)
 """Columns of dQ in a chunk that is converted: 64 rows of it are 4 KiB of sums."""
 CHUNK_ROW = gl.constexpr(32)
@@ -88,17 +88,13 @@ def wait_for_accumulator(work_tile, accumulators, scheduler, CONFIG: gl.constexp
 
 @gluon.jit
 def send_dq(c: gl.constexpr, step, dq, staging):
-    """Hand a step's dQ to the reducer, in the order in which the threads hold it.
-
-    A thread has 2 neighbouring columns of rows r and r + 8: 4 numbers, which it writes at once, and a warp's are
-    512 bytes in a row. `finish` undoes the order.
+    """Hand a step's dQ to the reducer, in the order in which the threads hold it, which `finish` undoes.
 
     The fence between these stores and TMA's reading is the reader's: compiler.py (L3).
     """
     COLUMNS: gl.constexpr = dq.shape[1]
     mbarrier.wait(staging.empty.index(c), (step & 1) ^ 1)
-    dq = dq.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5])
-    staging.tiles[c].store(dq.reshape([M * COLUMNS // CHUNK_ROW, CHUNK_ROW]))
+    staging.tiles[c].store(split_d.in_thread_order(dq).reshape([M * COLUMNS // CHUNK_ROW, CHUNK_ROW]))
     mbarrier.arrive(staging.full.index(c), count=1)
 
 
@@ -153,11 +149,11 @@ def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CON
             tma.store_wait(CONSUMERS - 1 - c)
             mbarrier.arrive(staging.empty.index(c), count=1)
         if CONFIG.deterministic:
-            wait_until_added(CONSUMERS)  # what left a step ago: to arrive takes longer than to leave
+            wait_until_written(CONSUMERS)  # what left a step ago: to arrive takes longer than to leave
             gl.atomic_add(semaphore_ptr + previous, 1, mask=i > 0, sem="relaxed")
         previous = now
         step += 1
-    wait_until_added(0)
+    wait_until_written(0)
     if CONFIG.deterministic:
         gl.atomic_add(semaphore_ptr + previous, 1, mask=n_steps > 0, sem="relaxed")
     gl.atomic_add(accumulators.added_ptr + head, 1, sem="release")
@@ -208,7 +204,7 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
             mbarrier.wait(chunks.full.index(read % STAGES), read // STAGES & 1)
             dq = chunks.sums.index(read % STAGES).load(layout)
             gl.store(accum_ptr + offsets, gl.zeros([ROWS, CHUNK_ROW], gl.float32, layout))
-            dq = dq.reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([M, COLUMNS])
+            dq = split_d.from_thread_order(dq, COLUMNS)
             tma.store_wait(1)
             rounded = chunks.rounded.index(read % 2)
             rounded.reshape([M, COLUMNS]).store((dq * scale).to(dq_rows.dtype))

@@ -50,14 +50,14 @@ from .pipeline import (
     WARP_GROUP,
     NamedBarrierChannel,
     allocate_barriers,
-    allocate_panels,
+    allocate_tiles,
     async_store,
     barrier_arrive,
     barrier_sync,
     bytes_of,
     load_panels,
     matrix,
-    wait_until_added,
+    wait_until_written,
 )
 from .scheduler import TileScheduler, make_queue, publish, receive, take, tile_of
 
@@ -287,10 +287,10 @@ def store(
     row: gl.constexpr = row_max.type.layout
     WIDTH: gl.constexpr = out_rows.block_shape[3]
     COLUMNS: gl.constexpr = CONFIG.columns_v
-    QUERY_PANELS: gl.constexpr = split_d.n_panels(WIDTH, CONFIG.columns)
+    QUERY_PANELS: gl.constexpr = split_d.n_panels(queries.tiles.shape[4], CONFIG.columns)
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
-        # NaN in rows that overflew, and so are their out and LSE until the work tile is repeated.
-        row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.overflown(outs, row_sum))
+        # NaN in rows that overflowed, and so are their out and LSE until the work tile is repeated.
+        row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.not_finite(outs, row_sum))
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
     excess = gl.convert_layout(gl.sum(excess, 1), row, assert_trivial=True)
     stage = stage_of(c, n, CONFIG)
@@ -465,7 +465,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
         repeating += 1
         if repeating == 1:
             mbarrier.arrive(buffers.done.index(0), count=1)
-            wait_until_added(0)  # what may now be replaced
+            wait_until_written(0)  # what may now be replaced
             if receive(queue, n + 1) >= queue.n_work_tiles:
                 repeating = 2
     tma.store_wait(0)
@@ -484,15 +484,15 @@ def forward_kernel(
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
     PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
     PANELS_V: gl.constexpr = split_d.n_panels(v_rows.block_shape[3], CONFIG.columns_v)
-    k = allocate_panels(k_rows, CONFIG.key_stages * PANELS)
-    v = allocate_panels(v_rows, CONFIG.value_stages * PANELS_V)
+    k = allocate_tiles(k_rows, CONFIG.key_stages * PANELS)
+    v = allocate_tiles(v_rows, CONFIG.value_stages * PANELS_V)
     READ: gl.constexpr = TURN_BARRIER + CONSUMERS
     THREADS: gl.constexpr = PRODUCER_WARP + WARP_GROUP * CONSUMERS
     gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= NAMED_BARRIERS)
     keys = NamedBarrierChannel(k, allocate_barriers(CONFIG.key_stages, 1), READ, THREADS)
     values = NamedBarrierChannel(v, allocate_barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages, THREADS)
     STAGES: gl.constexpr = CONSUMERS * CONFIG.query_stages
-    q = allocate_panels(q_rows, STAGES * PANELS)
+    q = allocate_tiles(q_rows, STAGES * PANELS)
     failed = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         failed.index(i).store(gl.full([QUERIES], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))

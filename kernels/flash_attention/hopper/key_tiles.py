@@ -12,6 +12,7 @@ from .mask import queries_of_keys
 from .scheduler import is_interleaved, tile_of
 
 M = gl.constexpr(config.QUERIES)
+CONSUMERS = gl.constexpr(2)
 
 
 class KeyTile(NamedTuple):
@@ -48,8 +49,11 @@ def locate(work_tile, scheduler, mask, CONFIG: gl.constexpr):
         n0, n1, shift, mask.S, gl.cdiv(mask.S, M) * M, mask.window, CONFIG.causal, CONFIG.window
     )
     if CONFIG.starts:
-        ends_ptr = mask.ends_ptr + 2 * (b * scheduler.n_tiles + tile)
-        some_to, full_to = gl.minimum(some_to, gl.load(ends_ptr)), gl.minimum(full_to, gl.load(ends_ptr + 1))
+        query_ends_ptr = mask.query_ends_ptr + 2 * (b * scheduler.n_tiles + tile)
+        some_to, full_to = (
+            gl.minimum(some_to, gl.load(query_ends_ptr)),
+            gl.minimum(full_to, gl.load(query_ends_ptr + 1)),
+        )
     if n0 + CONFIG.n > mask.S_k:
         full_to = 0  # keys that are not there: their zeros would count
     t0 = gl.maximum(some_from, 0) // M

@@ -160,7 +160,7 @@ class FusedLaunches(BackwardLaunches):
         sorts = config.starts and not config.deterministic  # deterministic sums have the keys' order
         self.scratch = Scratch.of(
             row_stats=(FLOAT, prod(self.row_stats)),
-            queries=(INT, B * n_tiles * 2 if config.starts else 0),
+            query_ends=(INT, B * n_tiles * 2 if config.starts else 0),
             accum=(FLOAT, n_sums),
             added=(INT, B * G),
             cleared=(INT, B * G),
@@ -183,14 +183,14 @@ class FusedLaunches(BackwardLaunches):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Pointer, dlse: Pointer, starts: Pointer,
-        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer, accum: Pointer,
+        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, query_ends: Pointer, accum: Pointer,
         added: Pointer, cleared: Pointer, semaphores: Pointer, sorted_tiles: Pointer,
     ) -> None:  # fmt: skip
-        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, queries, accum, added, cleared, semaphores)
+        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, query_ends, accum, added, cleared, semaphores)
         if self.sort is not None:
-            self.sort(queries, sorted_tiles)
+            self.sort(query_ends, sorted_tiles)
         self.fused(
-            q, k, v, dout, row_stats, accum, accum, accum, dq, dk, dv, accum, *sequences(starts, ends), queries,
+            q, k, v, dout, row_stats, accum, accum, accum, dq, dk, dv, accum, *sequences(starts, ends), query_ends,
             sorted_tiles, host.queue_counter(q.device), added, cleared, semaphores,
         )  # fmt: skip
 
@@ -203,7 +203,7 @@ class SplitLaunches(BackwardLaunches):
         (B, S, H, _), (_, S_k, G, _) = call.q, call.k
         n_tiles, m_tiles = cdiv(S_k, config.n), cdiv(cdiv(S, QUERIES), CONSUMERS.value)
         self.scratch = Scratch.of(
-            row_stats=(FLOAT, prod(self.row_stats)), queries=(INT, B * n_tiles * 2 if config.starts else 0)
+            row_stats=(FLOAT, prod(self.row_stats)), query_ends=(INT, B * n_tiles * 2 if config.starts else 0)
         )
         self.preprocess = self.preprocess_launch(call, config)
         work_tiles = (SPLIT_WAVES_DOCUMENTS if config.starts else SPLIT_WAVES) * multiprocessors(call.device)
@@ -221,10 +221,10 @@ class SplitLaunches(BackwardLaunches):
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Pointer, dlse: Pointer, starts: Pointer,
-        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, queries: Pointer,
+        ends: Pointer, dq: Tensor, dk: Tensor, dv: Tensor, row_stats: Pointer, query_ends: Pointer,
     ) -> None:  # fmt: skip
-        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, queries, None, None, None, None)
-        self.dkdv(q, k, v, dout, row_stats, dk, dv, *sequences(starts, ends), queries)
+        self.preprocess(out, dout, lse, dlse, starts, ends, row_stats, query_ends, None, None, None, None)
+        self.dkdv(q, k, v, dout, row_stats, dk, dv, *sequences(starts, ends), query_ends)
         self.dq(q, k, v, dout, dq, row_stats, starts, ends)
 
 

@@ -28,7 +28,7 @@ class Mask(NamedTuple):
     window: Any
     starts_ptr: Any
     """int32 (B, S), where there are documents: the first key of each query's."""
-    ends_ptr: Any
+    query_ends_ptr: Any
     """int32 (B, tiles of keys, 2), in the backward's kernels: `queries_by_starts` of each tile of keys."""
     cap: Any
     factor: Any

@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     """Where the tokens of packed sequences are; all None where a call has none."""
 
     starts_ptr: Any
-    ends_ptr: Any
+    sequence_ends_ptr: Any
     """int32 (B, S): the first key of each query's sequence, and its end."""
     loaded: Any
     """A barrier of the producer's own: a tile at a border is there."""
@@ -34,9 +34,9 @@ class Packed(NamedTuple):
 def tokens_of_sequences(b, S, packed):
     """[first, end); of no meaning without packed sequences."""
     first, end = 0, 0
-    if packed.ends_ptr is not None:
+    if packed.sequence_ends_ptr is not None:
         row = b.to(gl.int64) * S
-        first, end = gl.load(packed.starts_ptr + row), gl.load(packed.ends_ptr + row + S - 1)
+        first, end = gl.load(packed.starts_ptr + row), gl.load(packed.sequence_ends_ptr + row + S - 1)
     return first, end
 
 
@@ -50,12 +50,28 @@ def is_border(row, ROWS: gl.constexpr, tokens):
 def load_tile(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr, tokens, packed):
     """Load one of several tiles of tokens, after which `full` completes."""
     ROWS: gl.constexpr = rows.block_shape[2]
-    if packed.ends_ptr is not None and is_border(row, ROWS, tokens):
+    if packed.sequence_ends_ptr is not None and is_border(row, ROWS, tokens):
         load_cleared(rows, b, h, row, tiles, stage, PANELS, tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
         mbarrier.expect(full, bytes_of(PANELS, rows))
         load_panels(rows, b, h, row, full, tiles, stage, PANELS)
+
+
+@gluon.jit
+def load_pair(
+    x_rows, y_rows, b, h, row, full, x, y, stage, X_PANELS: gl.constexpr, Y_PANELS: gl.constexpr, tokens, packed
+):
+    """Load two tiles of the same tokens, after which `full` completes."""
+    ROWS: gl.constexpr = x_rows.block_shape[2]
+    if packed.sequence_ends_ptr is not None and is_border(row, ROWS, tokens):
+        load_cleared(x_rows, b, h, row, x, stage, X_PANELS, tokens, packed)
+        load_cleared(y_rows, b, h, row, y, stage, Y_PANELS, tokens, packed)
+        mbarrier.arrive(full, count=1)
+    else:
+        mbarrier.expect(full, bytes_of(X_PANELS, x_rows) + bytes_of(Y_PANELS, y_rows))
+        load_panels(x_rows, b, h, row, full, x, stage, X_PANELS)
+        load_panels(y_rows, b, h, row, full, y, stage, Y_PANELS)
 
 
 @gluon.jit

@@ -58,6 +58,13 @@ def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
         async_load(rows, [b, h, row, i * rows.block_shape[3]], full, tiles.index(stage * PANELS + i))
 
 
+@gluon.jit
+def store_panels(rows, b, h, row, tiles, first, PANELS: gl.constexpr):
+    """Start TMA's stores of a tile's panels, of which `first` is the first."""
+    for i in gl.static_range(PANELS):
+        async_store(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(first + i))
+
+
 @gluon.constexpr_function
 def bytes_of(panels, rows):
     """Of so many tiles or panels as a descriptor has."""
@@ -65,7 +72,7 @@ def bytes_of(panels, rows):
 
 
 @gluon.jit
-def allocate_panels(rows, N_PANELS: gl.constexpr):
+def allocate_tiles(rows, N_PANELS: gl.constexpr):
     return gl.allocate_shared_memory(rows.dtype, [N_PANELS] + rows.block_shape, rows.layout)
 
 
@@ -123,11 +130,11 @@ class Channel:
 
     @gluon.jit
     def wait_at(self, stage, phase):
-        """The same, for a `slot`."""
+        """The same, where the caller has the `slot`."""
         mbarrier.wait(self.full.index(stage), phase)
 
     @gluon.jit
-    def release(self, stage):
+    def release_at(self, stage):
         """Consumer: the producer may overwrite the stage."""
         mbarrier.arrive(self.empty.index(stage), count=1)
 
@@ -180,9 +187,9 @@ class NamedBarrierChannel:
 
 
 @gluon.jit
-def wait_until_added(PENDING: gl.constexpr):
-    """Wait until all but the last PENDING tiles that this warp adds have been added; `tma.store_wait` waits until they
-    have left shared memory."""
+def wait_until_written(PENDING: gl.constexpr):
+    """Wait until all but the last PENDING stores or additions of this warp are in global memory; `tma.store_wait` waits
+    until they have left shared memory."""
     WAIT: gl.constexpr = f"cp.async.bulk.wait_group {PENDING}; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 

@@ -11,7 +11,7 @@ from ..scores import LOG2E
 
 @triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_accumulators", "n_heads"])
 def preprocess_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, sequence_ends_ptr, stat_ptr, ends_ptr,
+    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, sequence_ends_ptr, stat_ptr, query_ends_ptr,
     accum_ptr, added_ptr, cleared_ptr, semaphore_ptr,
     S, S_k, n_tiles, n_accumulators, n_heads,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, ROW_STATS: tl.constexpr,
@@ -48,8 +48,8 @@ def preprocess_kernel(
             for tile in range(program % n_tiles, key_tiles, n_tiles):
                 n1 = tl.minimum(tile * N + N, S_k) - 1
                 some_to, full_to = queries_by_starts(starts_ptr + b.to(tl.int64) * S, tile * N, n1, S, M)
-                tl.store(ends_ptr + 2 * (b * key_tiles + tile), some_to)
-                tl.store(ends_ptr + 2 * (b * key_tiles + tile) + 1, full_to)
+                tl.store(query_ends_ptr + 2 * (b * key_tiles + tile), some_to)
+                tl.store(query_ends_ptr + 2 * (b * key_tiles + tile) + 1, full_to)
     if semaphore_ptr is not None:
         tl.store(semaphore_ptr + program, 0)
     if accum_ptr is not None:

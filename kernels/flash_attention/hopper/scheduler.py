@@ -148,27 +148,27 @@ SORT_CHUNK = 64
 
 
 @triton.jit(do_not_specialize=["shift", "n_tiles"])
-def sort_kernel(ends_ptr, sorted_ptr, shift, n_tiles, N: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr):
+def sort_kernel(query_ends_ptr, sorted_ptr, shift, n_tiles, N: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr):
     """`TileScheduler.sorted_ptr`, by the ends of the queries that see each tile of N keys (`queries_by_starts`): for
     each of CHUNK tiles, how many come before it. Query m is at position m + shift. A window shortens tiles, but never
     makes the longer of two the shorter."""
     chunks = tl.cdiv(n_tiles, CHUNK)
     first = tl.program_id(0) // chunks * n_tiles  # of the batch
     tile = tl.program_id(0) % chunks * CHUNK + tl.arange(0, CHUNK)
-    length = length_of(tile, ends_ptr + 2 * first, shift, n_tiles, N, CAUSAL)[:, None]
+    length = length_of(tile, query_ends_ptr + 2 * first, shift, n_tiles, N, CAUSAL)[:, None]
     before = tl.zeros([CHUNK], tl.int32)
     for i in range(0, n_tiles, CHUNK):
         other = i + tl.arange(0, CHUNK)
-        others = length_of(other, ends_ptr + 2 * first, shift, n_tiles, N, CAUSAL)[None, :]
+        others = length_of(other, query_ends_ptr + 2 * first, shift, n_tiles, N, CAUSAL)[None, :]
         is_before = (others > length) | ((others == length) & (other[None, :] < tile[:, None]))
         before += tl.sum((is_before & (other < n_tiles)[None, :]).to(tl.int32), 1)
     tl.store(sorted_ptr + first + before, tile, mask=tile < n_tiles)
 
 
 @triton.jit
-def length_of(tile, ends_ptr, shift, n_tiles, N: tl.constexpr, CAUSAL: tl.constexpr):
+def length_of(tile, query_ends_ptr, shift, n_tiles, N: tl.constexpr, CAUSAL: tl.constexpr):
     """How many queries see some key of each tile."""
-    length = tl.load(ends_ptr + 2 * tile, mask=tile < n_tiles, other=0)
+    length = tl.load(query_ends_ptr + 2 * tile, mask=tile < n_tiles, other=0)
     if CAUSAL:
         length -= tl.maximum(tile * N - shift, 0)
     return length

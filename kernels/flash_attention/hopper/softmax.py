@@ -10,7 +10,7 @@ comes late is therefore weighed against an earlier one, and three things follow.
   not vanish. So where a block outweighs what came before (`outweighs`), the row's outputs are divided by the sum of its
   weights as they were multiplied, rounded: `rounding_excess` is the difference. LSE has the sum of the weights
   themselves (L14).
-- *A row may overflow.* Where its sum comes to `LIMIT`, or an output is not finite (`overflown`), the program computes
+- *A row may overflow.* Where its sum comes to `LIMIT`, or an output is not finite (`not_finite`), the program computes
   the work tile again after all others, with the maximum of every block: the usual online softmax.
 - *float16* weights end at 65,504, so there every block is searched.
 
@@ -27,7 +27,7 @@ from .mask import LOG2E
 from .softcap import capped
 
 LIMIT = gl.constexpr(2.0**60)
-"""A row whose sum comes to this is computed again: its weights may have overflown, or its outputs."""
+"""A row whose sum comes to this is computed again: its weights may have overflowed, or its outputs."""
 FLOAT16_RISE = gl.constexpr(8)
 """In float16, where every block is searched, a higher maximum replaces `row_max` only if it is this far above, in
 powers of two: so nearly no block rescales the outputs so far."""
@@ -38,7 +38,7 @@ def nothing_seen(s, sinks_ptr, tile):
     """`row_max`, its four sums and their rounding excess, before a row's first scores: those of the sink, if any."""
     row: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     row_max = gl.full([64], float("-inf"), gl.float32, row)
-    row_sum = by_thread(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
+    row_sum = thread_sums(gl.full(s.shape, 0.0, gl.float32, s.type.layout))
     excess = row_sum * 0
     if sinks_ptr is not None:
         row_max = gl.full([64], 0.0, gl.float32, row) + gl.load(sinks_ptr + tile.h).to(gl.float32) * LOG2E
@@ -77,12 +77,12 @@ def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
     """The second half: p, what it adds to the sums, and these."""
     p = gl.exp2(s * mask.factor - gl.expand_dims(subtract, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.
-    block = by_thread(p)
+    block = thread_sums(p)
     return p.to(dtype), block, row_sum * split_d.along_rows(rescale, row_sum) + block
 
 
 @gluon.jit
-def by_thread(x):
+def thread_sums(x):
     """[64, 4]: sums over what each thread holds of a product's rows [64, N]; four threads share a row."""
     return gl.sum(gl.sum(x.reshape([64, x.shape[1] // 8, 4, 2]), 3), 1)
 
@@ -161,19 +161,19 @@ def excess_of_rounding(n, is_bfloat16):
 
 
 @gluon.jit
-def overflown(outs, row_sum):
+def not_finite(outs, row_sum):
     """[64, 4]: NaN where a thread holds an output of the row that is not finite, and 0 elsewhere.
 
     Nearly no warp has to look: while its four sums are below 2^8, values below 2^118 add up to less than float32 holds.
     """
-    found = overflown_part(outs[0], row_sum)
+    found = not_finite_part(outs[0], row_sum)
     for i in gl.static_range(1, len(outs)):
-        found += overflown_part(outs[i], row_sum)
+        found += not_finite_part(outs[i], row_sum)
     return found
 
 
 @gluon.jit
-def overflown_part(x, row_sum):
+def not_finite_part(x, row_sum):
     N: gl.constexpr = x.shape[1] // 2  # numbers of a thread
     ASM: gl.constexpr = overflow_of(N)
     REGISTERS: gl.constexpr = split_d.registers(N)

@@ -1,8 +1,9 @@
 """Tiles with head_dim columns, split into parts with a power of two of them, as a product has: 96 is 64 + 32.
 
-In shared memory such a tile is one, with the next power of two of columns; columns beyond the parts are never read.
-Split, and in registers, it is a tuple of parts. COLUMNS has the columns of each: `columns` of a kernel's CONFIG for Q
-and K, `columns_v` for V and out.
+In shared memory such a tile is one, padded to a power of two of columns, or several panels of `panel` columns (config),
+of which panel i of stage s is number s · panels + i, and each is a part: [stages · panels, 1, 1, rows, panel]. Columns
+beyond the parts are never read. Split, and in registers, a tile is a tuple of parts. COLUMNS has the columns of each:
+`columns` of a kernel's CONFIG for Q and K, `columns_v` for V and out.
 """
 
 # mypy: disable-error-code="assignment"
@@ -135,6 +136,19 @@ def wait(PENDING: gl.constexpr, tile):
     """What `multiply` started, complete. Of the products that were started later, at most the last PENDING are not."""
     tile = warpgroup_mma_wait(PENDING, deps=tile)
     return tile if isinstance(tile, gl.tuple) else (tile,)
+
+
+@gluon.jit
+def in_thread_order(x):
+    """[64, columns] as a list, in the order in which the threads hold it. Each has 2 neighbouring columns of rows r and
+    r + 8: it writes 4 numbers at once, and a warp's are 512 bytes in a row."""
+    return x.reshape([4, 2, 8, x.shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([64 * x.shape[1]])
+
+
+@gluon.jit
+def from_thread_order(x, COLUMNS: gl.constexpr):
+    """What `in_thread_order` gave, as it was."""
+    return x.reshape([COLUMNS // 8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([64, COLUMNS])
 
 
 @gluon.jit
