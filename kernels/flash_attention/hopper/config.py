@@ -119,7 +119,7 @@ class SplitTiles:
     columns take no room for 256."""
 
 
-SPLIT_192 = SplitTiles(3, 2, True, False, 3, 2, 64)
+SPLIT_192 = SplitTiles(3, 2, False, False, 3, 2, 64)
 SPLIT_256 = SplitTiles(2, 2, False, False, 2, 1, 256)
 
 
