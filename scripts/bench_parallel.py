@@ -215,10 +215,10 @@ def cells(row: Row, one: Row | None) -> str:
     if why := reason(row):
         return f"| {row['line']} | {row['gpus']} | {why.replace('|', '/')} |{' |' * 7}"
     beside = f"{100 * per_gpu(row) / per_gpu(one):.1f} %" if one and row["gpus"] > 1 else "–"
-    mfu = 100 * row["mfu"] * row["attended_tflops"] / row["tflops"]
+    mfu = f"{100 * row['mfu'] * row['attended_tflops'] / row['tflops']:.1f} %" if row["mfu"] else "–"
     return (
         f"| {row['line']} | {row['gpus']} | {row['seq_len']:,} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} "
-        f"| {per_gpu(row):.0f} | {mfu:.1f} % | {beside} | {row['peak_allocated_gib']:.1f} "
+        f"| {per_gpu(row):.0f} | {mfu} | {beside} | {row['peak_allocated_gib']:.1f} "
         f"| {row['predicted_gib']:.1f} |"
     )
 
