@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = combinations(swept)
     began = time.monotonic()
     code = 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run ends, too, as by Ctrl-C
     try:
         for number, settings in enumerate(jobs, 1):
             what = f"{number}/{len(jobs)}   {words(settings, swept)}"
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped after {len(rows)} of {len(jobs)}; the same command goes on")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print("\n" + "\n".join(headlines(rows, list(many(swept)))))
     if code:
         print(f"losses differ, or a combination failed: see {options.out / 'report.html'}", file=sys.stderr)

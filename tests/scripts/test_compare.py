@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +165,34 @@ def test_what_takes_too_long_is_ended(calls: Path, out: Path, monkeypatch: pytes
     monkeypatch.setenv("HANGS", "sdpa")
     assert main(["attention=sdpa", "seq_len=1024", "--out", str(out), "--limit", "0.02"]) == 1
     assert results(out)["sdpa", "1024"]["outcome"] == "too long"
+
+
+def test_a_comparison_that_is_killed_ends_its_run_too(
+    calls: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HANGS", "flex")
+    began: list[subprocess.Popen[bytes]] = []
+
+    def begin(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        began.append(popen(*args, **options))
+        return began[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", begin)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=kill_once, args=(2, began), daemon=True).start()
+    assert main(["attention=sdpa,flex", "seq_len=1024", "--out", str(out)]) == 130
+    assert "stopped after 1 of 2; the same command goes on" in capsys.readouterr().out
+    assert began[1].poll() is not None
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def kill_once(number: int, began: list[Any]) -> None:
+    """SIGTERM to this process once so many others have begun."""
+    while len(began) < number:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
