@@ -56,17 +56,14 @@ from .dq_accumulator import (
     send_dq,
     wait_for_accumulator,
 )
-from .key_tiles import M, first_query_tile, locate, needs_mask, next_query_tile, queries_descend
+from .key_tiles import M, first_query_tile, load_queries, locate, needs_mask, next_query_tile, queries_descend
 from .mask import Mask, score_gradient, sees, weigh
-from .nobody import Packed, is_border, load_cleared, load_pair, load_tile, tokens_of_sequences
+from .nobody import Packed, load_pair, tokens_of_sequences
 from .pipeline import (
     Channel,
     allocate_barriers,
     allocate_tiles,
-    async_load,
     async_store,
-    bytes_of,
-    load_panels,
     matrix,
 )
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
@@ -141,7 +138,7 @@ def wait_and_load(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexp
 def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr):
     """The program's n-th work tile; returns the steps so far."""
     q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
-    ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
+    query_rows = q_rows, stat_rows, dout_rows
     query_tiles = gl.cdiv(mask.S, M)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
@@ -155,20 +152,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
         h = g * CONFIG.group + i
         t = first_query_tile(tile, descending, CONFIG)
         for _ in range(tile.t0, tile.t3):
-            stage = step % CONFIG.stages
-            queries.q.acquire(step)
-            full = queries.q.full.index(stage)
-            if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
-                load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, 1, tokens, packed)
-                mbarrier.expect(full, ROW_STATS * 4)
-            else:
-                mbarrier.expect(full, bytes_of(1, q_rows) + ROW_STATS * 4)
-                load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, 1)
-            row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
-            async_load(stat_rows, [row], full, queries.row_stats.index(stage))
-            queries.dout.acquire(step)
-            full = queries.dout.full.index(stage)
-            load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, 1, tokens, packed)
+            load_queries(step, b, h, t, query_tiles, query_rows, queries, 1, 1, tokens, packed, CONFIG)
             t = next_query_tile(t, tile, descending)
             step += 1
     return step

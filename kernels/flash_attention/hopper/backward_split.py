@@ -47,16 +47,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import config, split_d
 from .compiler import opaque_zero
-from .key_tiles import CONSUMERS, M, locate, needs_mask, next_query_tile
+from .key_tiles import CONSUMERS, M, load_queries, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
-from .nobody import Packed, is_border, load_cleared, load_pair, load_tile, tokens_of_sequences
+from .nobody import Packed, load_pair, load_tile, tokens_of_sequences
 from .pipeline import (
     Channel,
     allocate_barriers,
     allocate_tiles,
-    async_load,
-    bytes_of,
-    load_panels,
     store_panels,
 )
 from .scheduler import TileScheduler, tile_of
@@ -90,11 +87,21 @@ class Queries(NamedTuple):
 
 
 @gluon.jit
-def multiply_keys(operand, keys, tiles, stage, IN_REGISTERS: gl.constexpr, step, COLUMNS: gl.constexpr):
+def multiply_keys(keys, tiles, stage, step, COLUMNS: gl.constexpr):
     """Start keys · rowsᵀ for a stage of Q or dO."""
-    if not IN_REGISTERS:
-        operand = split_d.of(keys, opaque_zero(step, 26), COLUMNS)
-    return split_d.multiply_transposed(operand, split_d.of(tiles, stage, COLUMNS))
+    keys = split_d.of(keys, opaque_zero(step, 26), COLUMNS)
+    return split_d.multiply_transposed(keys, split_d.of(tiles, stage, COLUMNS))
+
+
+@gluon.jit
+def store_over_keys(rows, tile, gradient, scale, tiles, keys, COLUMNS: gl.constexpr):
+    """dV over V, or dK, scaled, over K, and from there to global memory, once both consumers have read K and V."""
+    mbarrier.arrive(keys.done.index(0), count=1)
+    mbarrier.wait(keys.done.index(0), 0)
+    split_d.store(split_d.scale(gradient, scale), split_d.of(tiles, 0, COLUMNS))
+    fence_async_shared()
+    store_panels(rows, tile.b, tile.g, tile.n0, tiles, 0, len(COLUMNS))
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -126,19 +133,14 @@ def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
     """P and dV."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    IN_REGISTERS: gl.constexpr = CONFIG.k_in_registers
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
-    b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    v = split_d.of(keys.v, 0, COLUMNS_V)
-    dv = split_d.zeros(v)
+    n0, t0, t3 = tile.n0, tile.t0, tile.t3
+    dv = split_d.zeros(split_d.of(keys.v, 0, COLUMNS_V))
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
-        k = split_d.of(keys.k, 0, COLUMNS)
-        if IN_REGISTERS:
-            k = split_d.load(k)
         t = t0
         queries.q.wait(0)
-        s = multiply_keys(k, keys.k, queries.q.tiles, 0, IN_REGISTERS, t, COLUMNS)  # (1)
+        s = multiply_keys(keys.k, queries.q.tiles, 0, t, COLUMNS)  # (1)
         s = warpgroup_mma_wait(0, deps=[s])
         p = weigh_and_send(0, s, t * M, n0, needs_mask(t, tile), queries, mask, CONFIG)
         queries.q.release_at(0)
@@ -148,7 +150,7 @@ def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
             next_stage = (step + 1) % CONFIG.query_stages
             stage = step % CONFIG.dout_stages
             queries.q.wait(step + 1)
-            s = multiply_keys(k, keys.k, queries.q.tiles, next_stage, IN_REGISTERS, t, COLUMNS)  # (1) of the next tile
+            s = multiply_keys(keys.k, queries.q.tiles, next_stage, t, COLUMNS)  # (1) of the next tile
             queries.dout.wait(step)
             dv = split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv)  # (3) dV += Pᵀ dO
             s = warpgroup_mma_wait(len(CONFIG.columns_v), deps=[s])
@@ -162,12 +164,7 @@ def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
         dv = split_d.wait(0, split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv))
         queries.dout.release_at(stage)
 
-    mbarrier.arrive(keys.done.index(0), count=1)
-    mbarrier.wait(keys.done.index(0), 0)
-    split_d.store(dv, v)
-    fence_async_shared()
-    store_panels(dv_rows, b, g, n0, keys.v, 0, len(CONFIG.columns_v))
-    tma.store_wait(0)
+    store_over_keys(dv_rows, tile, dv, gl.to_tensor(1.0), keys.v, keys, COLUMNS_V)
 
 
 @gluon.jit
@@ -188,18 +185,13 @@ def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.cons
     """dS and dK."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
-    IN_REGISTERS: gl.constexpr = CONFIG.v_in_registers
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
-    b, g, n0, t0, t3 = tile.b, tile.g, tile.n0, tile.t0, tile.t3
-    k = split_d.of(keys.k, 0, COLUMNS)
-    dk = split_d.zeros(k)
+    t0, t3 = tile.t0, tile.t3
+    dk = split_d.zeros(split_d.of(keys.k, 0, COLUMNS))
     mbarrier.wait(keys.full.index(0), 0)
     if t0 < t3:
-        v = split_d.of(keys.v, 0, COLUMNS_V)
-        if IN_REGISTERS:
-            v = split_d.load(v)
         queries.dout.wait(0)
-        dp = multiply_keys(v, keys.v, queries.dout.tiles, 0, IN_REGISTERS, t0, COLUMNS_V)  # (2)
+        dp = multiply_keys(keys.v, queries.dout.tiles, 0, t0, COLUMNS_V)  # (2)
         dp = warpgroup_mma_wait(0, deps=[dp])
         queries.dout.release_at(0)
         queries.q.wait(0)
@@ -209,7 +201,7 @@ def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.cons
             next_stage = (step + 1) % CONFIG.dout_stages
             stage = step % CONFIG.query_stages
             queries.dout.wait(step + 1)
-            dp = multiply_keys(v, keys.v, queries.dout.tiles, next_stage, IN_REGISTERS, step, COLUMNS_V)  # (2), next
+            dp = multiply_keys(keys.v, queries.dout.tiles, next_stage, step, COLUMNS_V)  # (2) of the next tile
             dk = split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk)  # (4) dK += dSᵀ Q
             dp = warpgroup_mma_wait(len(CONFIG.columns), deps=[dp])
             queries.dout.release_at(next_stage)
@@ -222,12 +214,7 @@ def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.cons
         dk = split_d.wait(0, split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk))
         queries.q.release_at(stage)
 
-    mbarrier.arrive(keys.done.index(0), count=1)
-    mbarrier.wait(keys.done.index(0), 0)
-    split_d.store(split_d.scale(dk, scale), k)
-    fence_async_shared()
-    store_panels(dk_rows, b, g, n0, keys.k, 0, len(CONFIG.columns))
-    tma.store_wait(0)
+    store_over_keys(dk_rows, tile, dk, scale, keys.k, keys, COLUMNS)
 
 
 @gluon.jit
@@ -236,8 +223,8 @@ def dkdv_load_partition(
 ):
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
-    ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
+    query_rows = q_rows, stat_rows, dout_rows
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
     tokens = tokens_of_sequences(b, mask.S, packed)
@@ -247,21 +234,7 @@ def dkdv_load_partition(
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         for t in range(tile.t0, tile.t3):
-            stage = step % CONFIG.query_stages
-            queries.q.acquire(step)
-            full = queries.q.full.index(stage)
-            if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
-                load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
-                mbarrier.expect(full, ROW_STATS * 4)
-            else:
-                mbarrier.expect(full, bytes_of(PANELS, q_rows) + ROW_STATS * 4)
-                load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, PANELS)
-            row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
-            async_load(stat_rows, [row], full, queries.row_stats.index(stage))
-            stage = step % CONFIG.dout_stages
-            queries.dout.acquire(step)
-            full = queries.dout.full.index(stage)
-            load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, PANELS_V, tokens, packed)
+            load_queries(step, b, h, t, query_tiles, query_rows, queries, PANELS, PANELS_V, tokens, packed, CONFIG)
             step += 1
 
 

@@ -46,8 +46,6 @@ class ForwardTiles:
     key_stages: int
     value_stages: int
     """Blocks of keys, and of values, in shared memory. Values are read a step after the keys of their block."""
-    panel: int
-    """Columns of a panel: a tile that has more lies in shared memory in several (split_d.py)."""
 
     @property
     def registers(self) -> list[int]:
@@ -55,17 +53,15 @@ class ForwardTiles:
         return [CONSUMER_REGISTERS[self.consumers]] * (self.consumers - 1) + [PRODUCER_REGISTERS]
 
 
-# Head_dim up to 64: three consumers hide more of the softmax, which sets the limit there: 641; two consumers: 553.
-FORWARD_64 = ForwardTiles(consumers=3, n=128, query_stages=2, key_stages=4, value_stages=4, panel=64)
+# Head_dim up to 64: three consumers hide more of the softmax, which sets the limit there.
+FORWARD_64 = ForwardTiles(consumers=3, n=128, query_stages=2, key_stages=4, value_stages=4)  # 641; two consumers: 553
 # Rows up to 2,048: tiles of 192 queries leave too much of themselves unused.
-FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4, 64)  # 1k: 350; three consumers: 320
+FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three consumers: 320
 # Documents, and windows up to 2,048: blocks of 64 keys waste less at the ends, and masked blocks are half as much code,
 # which passes through the instruction cache.
-FORWARD_64_LOCAL = ForwardTiles(
-    3, 64, 2, 4, 4, 64
-)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
-FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3, 128)  # 711; three consumers and 64 keys: 629
-FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3, 256)  # 762: two stages of 128 keys do not fit
+FORWARD_64_LOCAL = ForwardTiles(3, 64, 2, 4, 4)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
+FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3)  # 711; three consumers and 64 keys: 629
+FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3)  # 762: two stages of 128 keys do not fit
 
 
 @dataclass(frozen=True)
@@ -108,9 +104,6 @@ class SplitTiles:
     query_stages: int
     dout_stages: int
     """Tiles of Q and of dO in shared memory, for dK and dV."""
-    k_in_registers: bool
-    v_in_registers: bool
-    """K and V are read from registers there."""
     key_stages: int
     value_stages: int
     """Tiles of K and of V in shared memory, for dQ. K is read again a step after its scores."""
@@ -119,8 +112,8 @@ class SplitTiles:
     columns take no room for 256."""
 
 
-SPLIT_192 = SplitTiles(3, 2, False, False, 3, 2, 64)
-SPLIT_256 = SplitTiles(2, 2, False, False, 2, 1, 256)
+SPLIT_192 = SplitTiles(3, 2, 3, 2, 64)
+SPLIT_256 = SplitTiles(2, 2, 2, 1, 256)
 
 
 @dataclass(frozen=True)
@@ -193,9 +186,7 @@ def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window:
 
 @cache
 def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int, head_dim_v: int) -> Forward:
-    columns, columns_v = (
-        panels_of(D, tiles.panel) if head_dim > tiles.panel else columns_of(D) for D in (head_dim, head_dim_v)
-    )
+    columns, columns_v = columns_of(head_dim), columns_of(head_dim_v)
     return Forward(**vars(kind), **vars(tiles), columns=columns, columns_v=columns_v)
 
 

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import config
 from .mask import queries_of_keys
+from .nobody import is_border, load_cleared, load_tile
+from .pipeline import async_load, bytes_of, load_panels
 from .scheduler import is_interleaved, tile_of
 
 M = gl.constexpr(config.QUERIES)
@@ -97,3 +100,28 @@ def next_query_tile(t, keys, descending):
 def needs_mask(t, keys):
     """Whether some query of tile t does not see some of the keys."""
     return (t < keys.t1) | (t >= keys.t2)
+
+
+@gluon.jit
+def load_queries(
+    step, b, h, t, query_tiles, rows, queries, PANELS: gl.constexpr, PANELS_V: gl.constexpr, tokens, packed,
+    CONFIG: gl.constexpr,
+):  # fmt: skip
+    """Producer: the step's Q, with its row statistics, and its dO: query tile t of head h."""
+    q_rows, stat_rows, dout_rows = rows
+    ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
+    stage, _ = queries.q.slot(step)
+    queries.q.acquire(step)
+    full = queries.q.full.index(stage)
+    if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
+        load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
+        mbarrier.expect(full, ROW_STATS * 4)
+    else:
+        mbarrier.expect(full, bytes_of(PANELS, q_rows) + ROW_STATS * 4)
+        load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, PANELS)
+    row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
+    async_load(stat_rows, [row], full, queries.row_stats.index(stage))
+    stage, _ = queries.dout.slot(step)
+    queries.dout.acquire(step)
+    full = queries.dout.full.index(stage)
+    load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, PANELS_V, tokens, packed)

@@ -169,10 +169,9 @@ class NamedBarrierChannel:
     @gluon.jit
     def load(self, rows, b, h, row, step):
         """Producer: the step's tile, over one that all consumers have released."""
-        PANELS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
         stage = self.acquire(step)
-        mbarrier.expect(self.full.index(stage), bytes_of(PANELS, rows))
-        load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, PANELS)
+        mbarrier.expect(self.full.index(stage), bytes_of(1, rows))
+        load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, 1)
 
     @gluon.jit
     def wait(self, step, pred):

@@ -24,17 +24,17 @@ def mma_layout(columns):
 
 
 @gluon.constexpr_function
-def n_panels(width, columns):
-    """The panels of a tile: one for each part where each is as wide as a part, else one for all."""
-    return len(columns) if width < sum(columns) else 1
+def are_panels(width, columns):
+    """Whether what is so many columns wide in shared memory has not all parts of a tile."""
+    return width < sum(columns)
 
 
 @gluon.jit
 def of(tiles, stage, COLUMNS: gl.constexpr):
     """One of several tiles in shared memory, split."""
-    PANELS: gl.constexpr = n_panels(tiles.shape[4], COLUMNS)
-    if PANELS > 1:  # noqa: SIM108  # Gluon's conditional expressions are of numbers
-        parts = panels(tiles, stage * PANELS, COLUMNS)
+    IN_PANELS: gl.constexpr = are_panels(tiles.shape[4], COLUMNS)
+    if IN_PANELS:  # noqa: SIM108  # Gluon's conditional expressions are of numbers
+        parts = panels(tiles, stage, COLUMNS)
     else:
         parts = split(matrix(tiles, stage), COLUMNS)
     return parts
@@ -58,11 +58,11 @@ def part(tile, i: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def panels(tiles, first, COLUMNS: gl.constexpr):
-    """The parts of a tile that is in panels, [stages · panels, 1, 1, rows, columns], from `first` on."""
+def panels(tiles, stage, COLUMNS: gl.constexpr):
+    """The parts of one of several tiles that are in panels."""
     parts = ()
     for i in gl.static_range(len(COLUMNS)):
-        parts += (first_columns(matrix(tiles, first + i), COLUMNS[i]),)
+        parts += (first_columns(matrix(tiles, stage * len(COLUMNS) + i), COLUMNS[i]),)
     return parts
 
 
@@ -71,21 +71,6 @@ def first_columns(tile, COLUMNS: gl.constexpr):
     if tile.shape[1] > COLUMNS:
         tile = tile.slice(0, COLUMNS, 1)
     return tile
-
-
-@gluon.jit
-def load(tile):
-    """A tile of 64 rows, in registers as the left side of a product."""
-    parts = ()
-    for i in gl.static_range(len(tile)):
-        parts += (load_part(tile[i]),)
-    return parts
-
-
-@gluon.jit
-def load_part(part):
-    layout: gl.constexpr = gl.DotOperandLayout(0, mma_layout(64), 2)
-    return part.load(layout)
 
 
 @gluon.jit
