@@ -16,18 +16,15 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from scripts.bench_training.ladder import (
     CHECKED,
-    CHECKED_AT_ONCE,
     MOST_CHECKED,
-    TOLERANCES,
-    complaint,
+    Small,
+    compare,
     profile_lines,
     reason,
     run,
@@ -125,27 +122,17 @@ def measure(line: Line, gpus: int, profiles: bool) -> Row:
 
 
 def complaints_about(several: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str | None]:
-    """How the first steps of each line, small, on so many GPUs differ from those of one; None: they do not.
-
-    Small runs are not timed, so several share the GPUs.
-    """
-    pairs = {(name, gpus): small_runs(LINES[name], gpus) for name, gpus in several}
-    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-        each = dict.fromkeys(chain.from_iterable(pairs.values()))
-        futures = {(words, gpus): pool.submit(run, words, gpus=gpus) for words, gpus in each}
-        return {
-            key: complaint(futures[ours].result(), futures[theirs].result(), TOLERANCES, "on one GPU")
-            for key, (ours, theirs) in pairs.items()
-        }
+    """How the first steps of each line, small, on so many GPUs differ from those of one; None: they do not."""
+    return compare({(name, gpus): small_runs(LINES[name], gpus) for name, gpus in several}, "on one GPU")
 
 
-def small_runs(line: Line, gpus: int) -> list[tuple[tuple[str, ...], int]]:
+def small_runs(line: Line, gpus: int) -> tuple[Small, Small]:
     """Settings of three steps of a model with few layers, and on how many GPUs: on all, and on one with as many tokens
     a step."""
     seq_len = min(line.seq_len(gpus), MOST_CHECKED)
     small = (*CHECKED, f"seq_len={seq_len}", f"tokens_per_step={seq_len * (1 if line.method else gpus)}")
-    words = {n: (word for word in line.words(n) if not word.startswith("seq_len=")) for n in (gpus, 1)}
-    return [((*words[n], *small), n) for n in (gpus, 1)]
+    ours, theirs = ((word for word in line.words(n) if not word.startswith("seq_len=")) for n in (gpus, 1))
+    return ((*ours, *small), gpus), ((*theirs, *small), 1)
 
 
 def command(line: Line, gpus: int) -> str:

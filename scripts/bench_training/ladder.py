@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scripts.parser import parser_of
 from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
@@ -43,6 +43,9 @@ TOLERANCES_IN_FP8 = {"losses": 0.01, "grad_norms": 0.1}
 IN_FP8_ONLY = ("precision=fp8", "precision.scaling=", "precision.weight_gradients=")
 """Settings that a run in bf16, with which one in fp8 is compared, goes without."""
 POLICIES = ("none", "selective", "full", "offload")
+K = TypeVar("K")
+Small = tuple[tuple[str, ...], int]
+"""A small run: its settings, and on how many GPUs."""
 
 
 def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -> int:
@@ -119,25 +122,30 @@ def run(words: Sequence[str], profile: bool = False, gpus: int = 1) -> Row:
 
 
 def complaints_about(settings: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
-    """What is wrong with the numbers of each rung that is checked, on a small model of its kind; None: nothing.
-
-    Small runs are not timed, so several share the GPU.
-    """
+    """What is wrong with the numbers of each rung that is checked, on a small model of its kind; None: nothing."""
     pairs = {name: small_runs(words) for name, words in settings.items() if is_checked(words)}
+    return compare(pairs, "where everything is kept")
+
+
+def compare(pairs: Mapping[K, tuple[Small, Small]], other: str) -> dict[K, str | None]:
+    """What is wrong with the first small run of each pair, beside the second, the `other`; None: nothing.
+
+    They are not timed, so several share the GPUs.
+    """
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-        futures = {words: pool.submit(run, words) for words in dict.fromkeys(chain.from_iterable(pairs.values()))}
+        each = dict.fromkeys(chain.from_iterable(pairs.values()))
+        rows = {(words, gpus): pool.submit(run, words, gpus=gpus) for words, gpus in each}
         return {
-            name: complaint(
-                futures[ours].result(),
-                futures[theirs].result(),
-                TOLERANCES_IN_FP8 if is_in_fp8(ours) else TOLERANCES,
-                "where everything is kept",
-            )
-            for name, (ours, theirs) in pairs.items()
+            key: complaint(rows[ours].result(), rows[theirs].result(), tolerances(ours[0]), other)
+            for key, (ours, theirs) in pairs.items()
         }
 
 
-def small_runs(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def tolerances(words: Sequence[str]) -> Mapping[str, float]:
+    return TOLERANCES_IN_FP8 if is_in_fp8(words) else TOLERANCES
+
+
+def small_runs(words: Sequence[str]) -> tuple[Small, Small]:
     """Settings of three steps of a model with few layers: as these say, and those of a plain run, which keeps
     everything, is not compiled, records nothing, and computes in bf16 where these say fp8."""
     (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
@@ -145,12 +153,12 @@ def small_runs(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     small = (*rest, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}")
     left_out = ("memory=", "memory.", "cuda_graphs=", *(IN_FP8_ONLY if is_in_fp8(words) else ()))
     plain = (word for word in small if not word.startswith(left_out))
-    return small, (*plain, "memory=none", "compile=false")
+    return (small, 1), ((*plain, "memory=none", "compile=false"), 1)
 
 
-def complaint(ours: Row, theirs: Row, tolerances: Mapping[str, float], other: str) -> str | None:
+def complaint(ours: Row, theirs: Row, limits: Mapping[str, float], other: str) -> str | None:
     """How the first figures differ from those of another run, such as "where everything is kept"."""
-    for what, tolerance in tolerances.items():
+    for what, tolerance in limits.items():
         if what not in ours or what not in theirs:
             return f"not checked: {reason(ours) or reason(theirs)}"
         for step, (found, expected) in enumerate(zip(ours[what], theirs[what], strict=True), 1):

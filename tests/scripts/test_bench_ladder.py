@@ -36,7 +36,7 @@ FIGURES: Row = {
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, and in this process, where a run takes a second instead of ten."""
     monkeypatch.setattr(ladder, "need_cuda", lambda script: torch.device("cpu"))
-    monkeypatch.setattr(ladder, "run", lambda words, profile=False: measured(list(words)))
+    monkeypatch.setattr(ladder, "run", lambda words, profile=False, gpus=1: measured(list(words)))
     monkeypatch.setattr(ladder, "CHECKED_AT_ONCE", 1)  # Hydra composes one configuration at a time in a process
 
 
@@ -72,7 +72,11 @@ def test_a_ladder_is_climbed_in_several_calls(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(
         ladder,
         "run",
-        lambda words, profile=False: {**FIGURES, "policy": words[-3].removeprefix("memory="), "step_s": float(call)},
+        lambda words, profile=False, gpus=1: {
+            **FIGURES,
+            "policy": words[-3].removeprefix("memory="),
+            "step_s": float(call),
+        },
     )
     main(["--out", str(out), "--rungs", "none"], SMALL)
     first, call = record(out)["none"], 1
@@ -131,12 +135,12 @@ def test_what_does_not_fit_is_a_result_and_what_is_refused_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "record"
-    monkeypatch.setattr(ladder, "run", lambda words, profile=False: {"out_of_memory": "139 GiB | held"})
+    monkeypatch.setattr(ladder, "run", lambda words, profile=False, gpus=1: {"out_of_memory": "139 GiB | held"})
     assert main(["--out", str(out), "--rungs", "none"], SMALL) == 0
     assert "| none | out of memory: 139 GiB / held | | | | | | | | |" in out.with_suffix(".md").read_text()
     monkeypatch.undo()
     monkeypatch.setattr(ladder, "need_cuda", lambda script: torch.device("cpu"))
-    monkeypatch.setattr(ladder, "run", lambda words, profile=False: measured([*words, "model.dim=7"]))
+    monkeypatch.setattr(ladder, "run", lambda words, profile=False, gpus=1: measured([*words, "model.dim=7"]))
     assert main(["--out", str(out), "--rungs", "none"], SMALL) == 1
     assert "dim" in record(out)["none"]["refused"]
 
@@ -161,7 +165,7 @@ def test_fp8_and_recorded_steps_are_compared_with_bf16_and_plain_ones(
     asked: list[list[str]] = []
     figures = [{"losses": [1.0], "grad_norms": [1.0]}, {"losses": [1.008], "grad_norms": [1.05]}]
     monkeypatch.setattr(
-        ladder, "run", lambda words, profile=False: asked.append(list(words)) or figures[len(asked) - 1]
+        ladder, "run", lambda words, profile=False, gpus=1: asked.append(list(words)) or figures[len(asked) - 1]
     )
     said = complaints_about({"rung": words.split()})["rung"]
     assert set(asked[0]) - set(asked[1]) == left_out
@@ -169,7 +173,7 @@ def test_fp8_and_recorded_steps_are_compared_with_bf16_and_plain_ones(
 
 
 def test_a_wrong_policy_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(words: list[str], profile: bool = False) -> Row:
+    def run(words: list[str], profile: bool = False, gpus: int = 1) -> Row:
         wrong = 1.03 if "memory=full" in words else 1.0
         return {"losses": [9.0, 8.0], "grad_norms": [1.0, 2.0 * wrong]}
 
@@ -190,7 +194,7 @@ def test_a_policy_is_compared_on_a_short_row_with_keeping_everything(
 ) -> None:
     asked: list[set[str]] = []
     figures = {"losses": [1.0], "grad_norms": [1.0]}
-    monkeypatch.setattr(ladder, "run", lambda words, profile=False: asked.append(set(words)) or figures)
+    monkeypatch.setattr(ladder, "run", lambda words, profile=False, gpus=1: asked.append(set(words)) or figures)
     assert complaints_about({"rung": words.split(), "plain": ["memory=none"]}) == {"rung": None}
     ours, theirs = asked
     assert theirs - ours == {"memory=none", "compile=false"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_parallel
 from scripts.bench_parallel import LINES, cells, command, complaints_about, main, record_at
+from scripts.bench_training import ladder
 from scripts.settings import train_config
 
 FACTS = {"device": {"name": "CARD"}, "versions": {"torch": "2.13"}, "commit": "abc", "command": "run"}
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_one_gpu_with_as_many_tokens_a_step(monkeypatch
         asked.append((gpus, [word for word in words if "tokens_per_step" in word or "seq_len" in word]))
         return {"losses": [2.0 if gpus == 1 else 2.1], "grad_norms": [1.0]}
 
-    monkeypatch.setattr(bench_parallel, "run", run)
+    monkeypatch.setattr(ladder, "run", run)
     several = [("data", 2), ("row-32k-each-ulysses", 2), ("row-32k-each-all-gather", 2)]
     wrong = complaints_about(several)
     assert list(wrong) == several
