@@ -296,8 +296,9 @@ def store(
     split_d.store(outs, split_d.split(matrix(queries.tiles, stage).slice(0, D_V, 1), COLUMNS))
     fence_async_shared()
     async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage).slice(0, D_V, 3))
-    queries.failed.index(stage).store(gl.where(row_sum < softmax.LIMIT, -1, work_tile))
     m = m0 + gl.arange(0, QUERIES, row)
+    # Rows past S may have seen no key before the other rows had, and so have subtracted −inf.
+    queries.failed.index(stage).store(gl.where((row_sum < softmax.LIMIT) | (m >= mask.S), -1, work_tile))
     lse = (row_max + gl.log2(row_sum)) * LN2
     gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
 
