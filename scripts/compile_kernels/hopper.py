@@ -100,8 +100,9 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
     types |= {"cap": "fp32", "factor": "fp32"}
     types |= {"lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "taken_ptr"), "*i32")
-    types |= {"q_rows": rows(QUERIES, head_dim, dtype), "out_rows": rows(QUERIES, head_dim_v, dtype)}
-    types |= {"k_rows": rows(constants.n, head_dim, dtype), "v_rows": rows(constants.n, head_dim_v, dtype)}
+    shapes = {"q_rows": (QUERIES, head_dim), "out_rows": (QUERIES, head_dim_v)}
+    shapes |= {"k_rows": (constants.n, head_dim), "v_rows": (constants.n, head_dim_v)}
+    types |= {name: rows(*shape, dtype, n_columns=constants.panel) for name, shape in shapes.items()}
     absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
     if not sinks:
         absent["sinks_ptr"] = None

@@ -97,8 +97,8 @@ def test_what_lies_outside_of_packed_sequences_reaches_nobody(D, D_v, borders):
 
 def test_a_last_tile_that_the_queries_fill_in_part_is_computed_once(monkeypatch):
     forward_pass = vars(hopper())["launches"].forward_kernel.__globals__
-    store, stored = forward_pass["async_store"], []
-    monkeypatch.setitem(forward_pass, "async_store", lambda *args: stored.append(args) or store(*args))
+    store, stored = forward_pass["store_panels"], []
+    monkeypatch.setitem(forward_pass, "store_panels", lambda *args: stored.append(args) or store(*args))
     q, k, v, _ = inputs(280, 64, 64, heads=(1, 1))
     out, _ = hopper().forward(q, k, v, None, None, None, causal=True, window=50, softcap=0.0, scale=0.125)
     expected = attention(*(x.double() for x in (q, k, v)), window=50)

@@ -7,7 +7,7 @@ rows is named); docs/lab has the runs that they are from (L2, L3, L9, L12).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 QUERIES = 64
 """Queries in a tile: of a consumer in the forward; in the backward, where more would need more registers than there
@@ -41,11 +41,13 @@ class ForwardTiles:
     n: int
     """Keys in a block."""
     query_stages: int
-    """Tiles of each consumer's queries in shared memory, which its outputs replace. With one stage the next queries
-    wait for the outputs to leave."""
+    """Tiles of each consumer's queries in shared memory, which its outputs replace. With two, the next work tile's
+    first scores run under the end of this one; with one, its queries wait for the outputs to leave."""
     key_stages: int
     value_stages: int
     """Blocks of keys, and of values, in shared memory. Values are read a step after the keys of their block."""
+    panel: int | None = None
+    """Columns of a panel, where tiles lie in shared memory in several (split_d.py)."""
 
     @property
     def registers(self) -> list[int]:
@@ -61,6 +63,7 @@ FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three consumers: 32
 # which passes through the instruction cache.
 FORWARD_64_LOCAL = ForwardTiles(3, 64, 2, 4, 4)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
 FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3)  # 711; three consumers and 64 keys: 629
+FORWARD_192 = ForwardTiles(2, 64, 2, 2, 3, panel=64)
 FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3)  # 762: two stages of 128 keys do not fit
 
 
@@ -175,7 +178,7 @@ def row_stats_of(kind: Kind) -> int:
 
 def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window: int | None) -> Forward:
     if head_dim > 64:
-        tiles = FORWARD_128 if head_dim <= 128 else FORWARD_256
+        tiles = FORWARD_128 if head_dim <= 128 else FORWARD_192 if head_dim <= 192 else FORWARD_256
     elif S_k <= 2048:
         tiles = FORWARD_64_SHORT
     else:
@@ -186,7 +189,8 @@ def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window:
 
 @cache
 def _forward(kind: Kind, tiles: ForwardTiles, head_dim: int, head_dim_v: int) -> Forward:
-    columns, columns_v = columns_of(head_dim), columns_of(head_dim_v)
+    split = columns_of if tiles.panel is None else partial(panels_of, panel=tiles.panel)
+    columns, columns_v = split(head_dim), split(head_dim_v)
     return Forward(**vars(kind), **vars(tiles), columns=columns, columns_v=columns_v)
 
 

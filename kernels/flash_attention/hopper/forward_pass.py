@@ -22,7 +22,7 @@ Buffers, from their writer to who frees them:
                                      queries see the block; the producer reuses it when all have
 
 Programs are persistent and take work tile after work tile from a queue. One tile's loads run under the end of the one
-before, and up to head_dim 128 its first scores do, too: under the last P·V, and under the store of the outputs (L8).
+before, and up to head_dim 192 its first scores do, too: under the last P·V, and under the store of the outputs (L8).
 A work tile whose rows overflowed is computed a second time when there are no others left (`note_failed`).
 """
 
@@ -51,12 +51,11 @@ from .pipeline import (
     NamedBarrierChannel,
     allocate_barriers,
     allocate_tiles,
-    async_store,
     barrier_arrive,
     barrier_sync,
     bytes_of,
     load_panels,
-    matrix,
+    store_panels,
     wait_until_written,
 )
 from .scheduler import TileScheduler, make_queue, publish, receive, take, tile_of
@@ -165,6 +164,7 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
     CONSUMERS: gl.constexpr = CONFIG.consumers
+    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
     n = 0
     step = 0
     repeating = 0
@@ -178,8 +178,8 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
             stage = stage_of(c, n, CONFIG)
             mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
             full = queries.full.index(stage)
-            mbarrier.expect(full, bytes_of(1, q_rows))
-            load_panels(q_rows, b, h, m0 + c * QUERIES, full, queries.tiles, stage, 1)
+            mbarrier.expect(full, bytes_of(PANELS, q_rows))
+            load_panels(q_rows, b, h, m0 + c * QUERIES, full, queries.tiles, stage, PANELS)
         if repeating == 0:
             failed = note_failed(n, failed, lse_ptr, queries, scheduler, mask, CONFIG)
         for i in range(i0, i1 - 1):
@@ -209,8 +209,9 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
 @gluon.jit
 def load_values(v_rows, b, g, row, step, values, tokens, packed):
     """The step's values. Keys of nobody may be anything: `hide` replaces their scores."""
+    PANELS: gl.constexpr = values.tiles.shape[0] // values.full.shape[0]
     stage = values.acquire(step)
-    load_tile(v_rows, b, g, row, values.full.index(stage), values.tiles, stage, 1, tokens, packed)
+    load_tile(v_rows, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
 
 
 @gluon.jit
@@ -283,8 +284,8 @@ def store(
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
     work_tile, b, h, m0 = where
     row: gl.constexpr = row_max.type.layout
-    D_V: gl.constexpr = out_rows.block_shape[3]
     COLUMNS: gl.constexpr = CONFIG.columns_v
+    PANELS: gl.constexpr = split_d.n_panels(out_rows.block_shape[3], COLUMNS)
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
         # NaN in rows that overflowed, and so are their out and LSE until the work tile is repeated.
         row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.not_finite(outs, row_sum))
@@ -293,9 +294,10 @@ def store(
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     outs = split_d.scale(outs, 1 / (row_sum + excess))
-    split_d.store(outs, split_d.split(matrix(queries.tiles, stage).slice(0, D_V, 1), COLUMNS))
+    first = stage * split_d.n_panels(queries.tiles.shape[4], CONFIG.columns)  # Q may have more panels than out
+    split_d.store(outs, split_d.from_panel(queries.tiles, first, COLUMNS))
     fence_async_shared()
-    async_store(out_rows, [b, h, m0, 0], queries.tiles.index(stage).slice(0, D_V, 3))
+    store_panels(out_rows, b, h, m0, queries.tiles, first, PANELS)
     m = m0 + gl.arange(0, QUERIES, row)
     # Rows past S may have seen no key before the other rows had, and so have subtracted −inf.
     queries.failed.index(stage).store(gl.where((row_sum < softmax.LIMIT) | (m >= mask.S), -1, work_tile))
@@ -475,14 +477,17 @@ def forward_kernel(
     """out and LSE."""
     CONSUMERS: gl.constexpr = CONFIG.consumers
     mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
-    k, v = allocate_tiles(k_rows, CONFIG.key_stages), allocate_tiles(v_rows, CONFIG.value_stages)
+    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
+    PANELS_V: gl.constexpr = split_d.n_panels(v_rows.block_shape[3], CONFIG.columns_v)
+    k = allocate_tiles(k_rows, CONFIG.key_stages * PANELS)
+    v = allocate_tiles(v_rows, CONFIG.value_stages * PANELS_V)
     READ: gl.constexpr = TURN_BARRIER + CONSUMERS
     THREADS: gl.constexpr = PRODUCER_WARP + WARP_GROUP * CONSUMERS
     gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= NAMED_BARRIERS)
     keys = NamedBarrierChannel(k, allocate_barriers(CONFIG.key_stages, 1), READ, THREADS)
     values = NamedBarrierChannel(v, allocate_barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages, THREADS)
     STAGES: gl.constexpr = CONSUMERS * CONFIG.query_stages
-    q = allocate_tiles(q_rows, STAGES)
+    q = allocate_tiles(q_rows, STAGES * PANELS)
     failed = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         failed.index(i).store(gl.full([QUERIES], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))

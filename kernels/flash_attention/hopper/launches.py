@@ -92,11 +92,12 @@ def forward_launch(call: Call) -> Launch:
     waves = FORWARD_WAVES_DOCUMENTS if config.starts else FORWARD_WAVES
     work_tiles = int(waves * multiprocessors(call.device))
     interleaved = log_interleaved(config, B * G, n_tiles * config.group, work_tiles)
+    panel = config.panel
     return Launch(
         forward_kernel, call.device, min(n_work_tiles, multiprocessors(call.device)),
         (
-            call.rows(call.q, QUERIES, q), call.rows(call.k, config.n, k), call.rows(call.v, config.n, v),
-            call.rows(call.out, QUERIES),
+            call.rows(call.q, QUERIES, q, panel), call.rows(call.k, config.n, k, panel),
+            call.rows(call.v, config.n, v, panel), call.rows(call.out, QUERIES, n_columns=panel),
         ),
         (n_work_tiles, n_tiles, interleaved, *call.numbers), CONFIG=config,
     )  # fmt: skip

@@ -60,9 +60,10 @@ def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
 
 @gluon.jit
 def store_panels(rows, b, h, row, tiles, first, PANELS: gl.constexpr):
-    """Start TMA's stores of a tile's panels, of which `first` is the first."""
+    """Start TMA's stores of a tile's panels, of which `first` is the first; of as many columns of each as `rows` has."""
     for i in gl.static_range(PANELS):
-        async_store(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(first + i))
+        tile = tiles.index(first + i).slice(0, rows.block_shape[3], 3)
+        async_store(rows, [b, h, row, i * rows.block_shape[3]], tile)
 
 
 @gluon.constexpr_function
@@ -169,9 +170,10 @@ class NamedBarrierChannel:
     @gluon.jit
     def load(self, rows, b, h, row, step):
         """Producer: the step's tile, over one that all consumers have released."""
+        PANELS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
         stage = self.acquire(step)
-        mbarrier.expect(self.full.index(stage), bytes_of(1, rows))
-        load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, 1)
+        mbarrier.expect(self.full.index(stage), bytes_of(PANELS, rows))
+        load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, PANELS)
 
     @gluon.jit
     def wait(self, step, pred):

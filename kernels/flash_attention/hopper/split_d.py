@@ -24,19 +24,28 @@ def mma_layout(columns):
 
 
 @gluon.constexpr_function
-def are_panels(width, columns):
-    """Whether what is so many columns wide in shared memory has not all parts of a tile."""
-    return width < sum(columns)
+def n_panels(width, columns):
+    """The panels of a tile, where each is so wide: one for each part, or one for all."""
+    return len(columns) if width < sum(columns) else 1
 
 
 @gluon.jit
 def of(tiles, stage, COLUMNS: gl.constexpr):
     """One of several tiles in shared memory, split."""
-    IN_PANELS: gl.constexpr = are_panels(tiles.shape[4], COLUMNS)
-    if IN_PANELS:  # noqa: SIM108  # Gluon's conditional expressions are of numbers
-        parts = panels(tiles, stage, COLUMNS)
+    PANELS: gl.constexpr = n_panels(tiles.shape[4], COLUMNS)
+    return from_panel(tiles, stage * PANELS, COLUMNS)
+
+
+@gluon.jit
+def from_panel(tiles, first, COLUMNS: gl.constexpr):
+    """The tile whose first panel, or only one, is this, split."""
+    PANELS: gl.constexpr = n_panels(tiles.shape[4], COLUMNS)
+    if PANELS > 1:
+        parts = ()
+        for i in gl.static_range(PANELS):
+            parts += (part(matrix(tiles, first + i), 0, COLUMNS[i]),)
     else:
-        parts = split(matrix(tiles, stage), COLUMNS)
+        parts = split(matrix(tiles, first), COLUMNS)
     return parts
 
 
@@ -45,31 +54,15 @@ def split(tile, COLUMNS: gl.constexpr):
     """The parts of a tile in shared memory. A tile that has one part may be in registers."""
     parts = ()
     for i in gl.static_range(len(COLUMNS)):
-        parts += (part(tile, i, COLUMNS),)
-    return parts
-
-
-@gluon.jit
-def part(tile, i: gl.constexpr, COLUMNS: gl.constexpr):
-    if len(COLUMNS) > 1:
         FIRST: gl.constexpr = COLUMNS[0] * i
-        tile = tile.slice(FIRST, COLUMNS[i], 1)
-    return tile
-
-
-@gluon.jit
-def panels(tiles, stage, COLUMNS: gl.constexpr):
-    """The parts of one of several tiles that are in panels."""
-    parts = ()
-    for i in gl.static_range(len(COLUMNS)):
-        parts += (first_columns(matrix(tiles, stage * len(COLUMNS) + i), COLUMNS[i]),)
+        parts += (part(tile, FIRST, COLUMNS[i]),)
     return parts
 
 
 @gluon.jit
-def first_columns(tile, COLUMNS: gl.constexpr):
+def part(tile, FIRST: gl.constexpr, COLUMNS: gl.constexpr):
     if tile.shape[1] > COLUMNS:
-        tile = tile.slice(0, COLUMNS, 1)
+        tile = tile.slice(FIRST, COLUMNS, 1)
     return tile
 
 
