@@ -62,7 +62,7 @@ HOPPER_SOFTCAP = {
     ("dkdv", 256): Tiles(32, 64, 8, 2),
 }
 
-# Where tokens of nobody are read as 0, and so by pointers (`ends`): untimed. The tiles above spill 84 and 288 bytes
+# Where padding tokens are read as 0, and so by pointers (`ends`): untimed. The tiles above spill 84 and 288 bytes
 # here, and those of dK and dV at 256, without better ones, 188.
 HOPPER_POINTERS = {
     ("forward", 256): Tiles(128, 32, 8, 2),

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..device import capability_of, multiprocessors
 from .config import DecodeTiles, choose_decode_tiles
 from .portable import INTERPRETED
-from .problem import cdiv, padded
+from .problem import cdiv, padded, scalars
 from .scores import LN2, LOG2E, capped
 
 
@@ -47,7 +47,7 @@ def _share(length, S, capacity, window, splits, N: tl.constexpr, LEAST: tl.const
 @triton.jit
 def split_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, sinks_ptr,
-    B, S, capacity, window, cap, factor, splits,
+    B, S, capacity, window, tanh_scale, scale_log2, splits,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     G: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,11 +105,11 @@ def split_kernel(
         k = tl.load(k_ptr + slot[:, None] * k_row + d[None, :], mask=is_loaded, other=0.0)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        s = capped(s, cap, SOFTCAP)
+        s = capped(s, tanh_scale, SOFTCAP)
         is_seen = is_key[None, :] & (n[None, :] <= t[:, None])
         if WINDOW:
             is_seen = is_seen & (n[None, :] >= oldest[:, None])
-        s = tl.where(is_seen, s * factor, float("-inf"))
+        s = tl.where(is_seen, s * scale_log2, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -193,14 +193,12 @@ def decode(
     if splits > 1:
         partial_out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
-    # window, cap, factor: a raw product s becomes factor · s, or factor · tanh(cap · s), in base 2.
-    cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
     shared = {"N": tiles.n, "D": padded(D), "HEAD_DIM": D, "LEAST": tiles.least, "WINDOW": window is not None}
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     with torch.cuda.device_of(q):
         split_kernel[(programs * splits,)](
             q, k_cache, v_cache, partial_out, partial_lse, lengths, sinks,
-            B, S, capacity, window or 0, cap, factor * LOG2E.value, splits,
+            B, S, capacity, *scalars(window, softcap, scale), splits,
             *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
             G=G, GROUP=group, M=tiles.m, SOFTCAP=softcap > 0, SINKS=sinks is not None, PRECISION=precision,
             STAGES=tiles.num_stages, num_warps=tiles.num_warps, **shared,

@@ -66,9 +66,9 @@ def intervals_from_cu_seqlens(
         ends_S = torch.minimum(ends_S, at_S + 1)
     # A sequence with more queries than keys: its first queries stand before its first key, and see nothing.
     ends_S = torch.maximum(ends_S, first_S)
-    for nobody_S, where in ((positions_S < cu_seqlens[0], 0), (positions_S >= cu_seqlens[-1], -1)):
-        starts_S = torch.where(nobody_S, cu_seqlens_k[where], starts_S)
-        ends_S = torch.where(nobody_S, cu_seqlens_k[where], ends_S)
+    for padding_S, where in ((positions_S < cu_seqlens[0], 0), (positions_S >= cu_seqlens[-1], -1)):
+        starts_S = torch.where(padding_S, cu_seqlens_k[where], starts_S)
+        ends_S = torch.where(padding_S, cu_seqlens_k[where], ends_S)
     return starts_S.int()[None], ends_S.int()[None]
 
 

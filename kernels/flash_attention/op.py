@@ -345,7 +345,7 @@ def hopper_lacks(
 ) -> str | None:
     """What the Hopper kernels do not compute of what is asked for; None where they do all of it.
 
-    With a causal mask `ends` only tell which tokens are nobody's, as packed sequences have them: their starts hide all
+    With a causal mask `ends` only tell which tokens are padding, as packed sequences have them: their starts hide all
     keys from them already.
     """
     (B, S, H, D), S_k = q.shape, k.shape[1]

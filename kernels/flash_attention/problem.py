@@ -26,9 +26,9 @@ class Problem:
 
 
 def scalars(window: int | None, softcap: float, scale: float) -> tuple[int, float, float]:
-    """window, cap, factor: see scores.py."""
-    cap, factor = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
-    return window or 0, cap, factor * LOG2E.value
+    """window, tanh_scale, scale_log2: see scores.py."""
+    tanh_scale, outer = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+    return window or 0, tanh_scale, outer * LOG2E.value
 
 
 def aligned(x_BSHD: Tensor) -> Tensor:

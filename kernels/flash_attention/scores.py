@@ -1,7 +1,7 @@
 """From a raw product q · k to a score, a weight and the score's gradient: the arithmetic that all kernels share.
 
-Scores are kept in base 2, with the scale folded into log₂e: a raw product s becomes factor · s, or with a soft cap
-factor · tanh(cap · s) (`Problem.scalars`).
+Scores are kept in base 2, with the scale folded into log₂e: a raw product s becomes scale_log2 · s, or with a soft cap
+scale_log2 · tanh(tanh_scale · s) (`problem.scalars`).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def tanh(x):
 
 
 @triton.jit
-def capped(s, cap, SOFTCAP: tl.constexpr):
+def capped(s, tanh_scale, SOFTCAP: tl.constexpr):
     """Raw products as `weigh` and `score_gradient` take them: the tanh of a soft cap, or s as it is. The Hopper kernels
     have another form, hopper/softcap.py."""
     if SOFTCAP:
-        s = tanh(s * cap)
+        s = tanh(s * tanh_scale)
     return s
 
 
 @triton.jit
-def weigh(s, lse, factor):
+def weigh(s, lse, scale_log2):
     """P of capped products, from LSE in base 2 along the rows of s. One of ∞ makes all weights of its row 0."""
-    return tl.exp2(s * factor - lse)
+    return tl.exp2(s * scale_log2 - lse)
 
 
 @triton.jit

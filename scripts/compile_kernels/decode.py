@@ -54,7 +54,7 @@ def configuration(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = "fp32" if name in ("cap", "factor") else POINTERS.get(name, f"*{dtype}")
+        signature[name] = "fp32" if name in ("tanh_scale", "scale_log2") else POINTERS.get(name, f"*{dtype}")
         is_stride = name.endswith(("_batch", "_row", "_head"))
         if is_stride or name in ("B", "S", "capacity", "window", "splits"):
             signature[name] = "i32"

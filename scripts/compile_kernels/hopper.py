@@ -97,7 +97,7 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
     head_dim_v = row.get("head_dim_v", head_dim)
     constants = config.forward_config(kind, head_dim, head_dim_v, seq_len, window)
     types = dict.fromkeys(("n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
-    types |= {"cap": "fp32", "factor": "fp32"}
+    types |= {"tanh_scale": "fp32", "scale_log2": "fp32"}
     types |= {"lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "taken_ptr"), "*i32")
     shapes = {"q_rows": (QUERIES, head_dim), "out_rows": (QUERIES, head_dim_v)}
@@ -120,7 +120,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     if split:
         constants = config.split_config(kind, head_dim, head_dim_v)
     m, n = QUERIES, constants.n
-    scalars = dict.fromkeys(("cap", "factor", "scale"), "fp32")
+    scalars = dict.fromkeys(("tanh_scale", "scale_log2", "scale"), "fp32")
     types = (
         dict.fromkeys(("count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"), "i32")
         | scalars

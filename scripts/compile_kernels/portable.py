@@ -88,7 +88,7 @@ def configuration(
             else:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[p] = "fp32" if p in ("cap", "factor", "scale") else "i32"
+            signature[p] = "fp32" if p in ("tanh_scale", "scale_log2", "scale") else "i32"
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return Configuration(row, source, target, options)

@@ -117,7 +117,7 @@ class Shared:
 
 
 class Panels:
-    """A tile of rows as `nobody.load_cleared` sees it: 64 columns of four rows at a time."""
+    """A tile of rows as `padding.load_cleared` sees it: 64 columns of four rows at a time."""
 
     def __init__(self, tile: torch.Tensor, dtype: DType) -> None:
         self.tile, self.dtype = tile, dtype

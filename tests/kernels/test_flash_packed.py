@@ -72,7 +72,7 @@ MASKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("more", [{}, {"softcap": 3.0, "scale": 0.2, "sinks": True}], ids=["", "all"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_packed_sequences_equal_each_alone(mask, more):
-    """Empty ones too; and tokens before the first and after the last sequence belong to nobody."""
+    """Empty ones too; and tokens before the first and after the last sequence are padding."""
     cu_seqlens = offsets([5, 0, 40, 1, 26, 0, 0], first=3)
     q, k, v = tokens(80, H), tokens(80, G), tokens(80, G)
     options = MASKS[mask] | more
@@ -87,7 +87,7 @@ def test_packed_sequences_equal_each_alone(mask, more):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_queries_and_keys_may_be_packed_apart(mask):
-    """More of either, none of one of them, and tokens of nobody on both sides of both; V with a head_dim of its own."""
+    """More of either, none of one of them, and padding tokens on both sides of both; V with a head_dim of its own."""
     cu_seqlens, cu_seqlens_k = offsets([7, 0, 20, 12, 3], first=2), offsets([30, 4, 0, 9, 25], first=5)
     q, k, v = tokens(50, H), tokens(80, G), tokens(80, G, 24)
     options = MASKS[mask]
@@ -100,7 +100,7 @@ def test_queries_and_keys_may_be_packed_apart(mask):
 @pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_lies_outside_reaches_nobody(causal, apart):
-    """NaN in the tokens of nobody, and in the gradients that come to them."""
+    """NaN in the padding tokens, and in the gradients that come to them."""
     T, cu_seqlens = 40, offsets([9, 16], first=6)
     more = {"cu_seqlens_k": cu_seqlens} if apart else {}
     clean = [torch.randn(T, heads, D, device=DEVICE) for heads in (H, G, G)]
@@ -144,7 +144,7 @@ def test_in_16_bits_what_lies_outside_reaches_nobody(borders, D, D_v):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128, 192])
-def test_in_16_bits_tokens_of_nobody_get_nothing_too(D):
+def test_in_16_bits_padding_tokens_get_nothing_too(D):
     """On Hopper by the Hopper kernels, which know them by their starts alone."""
     cu_seqlens = torch.tensor([40, 170, 301], dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(380, heads, D, device="cuda").bfloat16().requires_grad_() for heads in (H, G, G))

@@ -362,7 +362,7 @@ def test_what_the_hopper_kernels_lack_is_said():
         (torch.zeros(2**18, 4, 16, 16, device="meta"), *[q] * 2, None, None, True): "fewer than 2²⁹ rows",
     }.items():
         assert word in op.hopper_lacks(*inputs)
-    assert op.hopper_lacks(q, q, q, ends, None, True) is None, "starts hide tokens of nobody from causal attention"
+    assert op.hopper_lacks(q, q, q, ends, None, True) is None, "starts hide padding tokens from causal attention"
     wide, v = (torch.zeros(2, 8, 4, columns, device="meta") for columns in (192, 128))
     assert op.hopper_lacks(wide, wide, v, None, None, True) is None, "latent attention's"
     assert "192 and 128" in str(op.hopper_lacks(v, v, wide, None, None, True))

@@ -116,7 +116,7 @@ def test_no_kernel_is_compiled_for_the_value_of_a_number(kernel: Any) -> None:
         name for name, parameter in inspect.signature(kernel.fn).parameters.items()
         if "constexpr" not in str(parameter.annotation) and not name.endswith(("_rows", "_ptr"))
     }  # fmt: skip
-    never = {"cap", "factor", "scale"}  # a float's value Triton never compiles for
+    never = {"tanh_scale", "scale_log2", "scale"}  # a float's value Triton never compiles for
     found = kernel.do_not_specialize if hasattr(kernel, "do_not_specialize") else kernel.kwargs["do_not_specialize"]
     assert set(found) == numbers - never
 
@@ -340,7 +340,7 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
             elif name.endswith("_ptr"):
                 assert arg is None or arg.data_ptr() % 16 == 0, name
             else:
-                assert type(arg) is (float if name in ("cap", "factor", "scale") else int), name
+                assert type(arg) is (float if name in ("tanh_scale", "scale_log2", "scale") else int), name
 
     monkeypatch.setattr(host.Launch, "__call__", run)
     monkeypatch.setattr(launches, "multiprocessors", lambda device: PROGRAMS)

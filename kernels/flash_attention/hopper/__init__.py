@@ -7,7 +7,7 @@ picture of its warps. What they stand on:
     scheduler.py        which work tile a program computes, and when
     pipeline.py         barriers, channels, TMA
     split_d.py          tiles in parts of head_dim: products and what is done to their results
-    nobody.py           tokens of no packed sequence, read as 0
+    padding.py          tokens of no packed sequence, read as 0
     mask.py             who sees whom; ../intervals.py and ../scores.py, shared with the portable kernels
     softmax.py          the forward's softmax, which seldom looks for a maximum
     softcap.py          the soft cap's tanh

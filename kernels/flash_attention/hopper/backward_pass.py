@@ -58,7 +58,7 @@ from .dq_accumulator import (
 )
 from .key_tiles import M, first_query_tile, load_queries, locate, needs_mask, next_query_tile, queries_descend
 from .mask import Mask, score_gradient, sees, weigh
-from .nobody import Packed, load_pair, tokens_of_sequences
+from .padding import Packed, load_pair, tokens_of_sequences
 from .pipeline import (
     Channel,
     allocate_barriers,
@@ -246,8 +246,8 @@ def step_of_queries(
 
     lse = row_stats.slice(0, M, 0).load(query)
     s = warpgroup_mma_wait(PRODUCTS, deps=[s])
-    s = capped(s, mask.cap, CONFIG.softcap)
-    p = weigh(s, gl.expand_dims(lse, 0), mask.factor)
+    s = capped(s, mask.tanh_scale, CONFIG.softcap)
+    p = weigh(s, gl.expand_dims(lse, 0), mask.scale_log2)
     if masked:
         m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + c * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, scores)), 1)
@@ -332,13 +332,13 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
 def backward_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, accum0_rows, accum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
     accum_ptr, starts_ptr, sequence_ends_ptr, query_ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr,
-    semaphore_ptr, count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, scale,
+    semaphore_ptr, count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV."""
     dtype: gl.constexpr = q_rows.dtype
     STAGES: gl.constexpr = CONFIG.stages
-    mask = Mask(S, S_k, window, None, query_ends_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, query_ends_ptr, tanh_scale, scale_log2)
     keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
     q, dout = allocate_tiles(q_rows, STAGES), allocate_tiles(dout_rows, STAGES)
     row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)

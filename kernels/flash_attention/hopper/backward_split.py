@@ -49,7 +49,7 @@ from . import config, split_d
 from .compiler import opaque_zero
 from .key_tiles import CONSUMERS, M, load_queries, locate, needs_mask, next_query_tile
 from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
-from .nobody import Packed, load_pair, load_tile, tokens_of_sequences
+from .padding import Packed, load_pair, load_tile, tokens_of_sequences
 from .pipeline import (
     Channel,
     allocate_barriers,
@@ -110,9 +110,9 @@ def weigh_and_send(step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr)
     query: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     key: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     row_stats = queries.row_stats.index(step % CONFIG.query_stages)
-    s = capped(s, mask.cap, CONFIG.softcap)
+    s = capped(s, mask.tanh_scale, CONFIG.softcap)
     lse = row_stats.slice(0, M, 0).load(query)
-    p = weigh(s, gl.expand_dims(lse, 0), mask.factor)
+    p = weigh(s, gl.expand_dims(lse, 0), mask.scale_log2)
     if masked:
         m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
         n = gl.expand_dims(n0 + gl.arange(0, N, key), 1)
@@ -241,14 +241,14 @@ def dkdv_load_partition(
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dkdv_kernel(
     q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr, sequence_ends_ptr, query_ends_ptr,
-    n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV."""
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     QUERY_STAGES: gl.constexpr = CONFIG.query_stages
     DOUT_STAGES: gl.constexpr = CONFIG.dout_stages
-    mask = Mask(S, S_k, window, None, query_ends_ptr, cap, factor)
+    mask = Mask(S, S_k, window, None, query_ends_ptr, tanh_scale, scale_log2)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // n_tiles, log_interleaved)
     k, v = allocate_tiles(k_rows, PANELS), allocate_tiles(v_rows, PANELS_V)
     keys = Keys(k, v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
@@ -331,8 +331,8 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
 @gluon.jit
 def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, mask, CONFIG: gl.constexpr):
     """dS [64 queries, 64 keys], once dP is complete, which AFTER products were started after."""
-    s = capped(s, mask.cap, CONFIG.softcap)
-    p = weigh(s, gl.expand_dims(lse, 1), mask.factor)
+    s = capped(s, mask.tanh_scale, CONFIG.softcap)
+    p = weigh(s, gl.expand_dims(lse, 1), mask.scale_log2)
     if masked:
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         p = gl.where(sees(mask, gl.expand_dims(m, 1), start, n, CONFIG), p, 0.0)
@@ -408,14 +408,14 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dq_kernel(
     q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr, sequence_ends_ptr,
-    n_tiles, log_interleaved, S, S_k, window, cap, factor, scale, CONFIG: gl.constexpr,
+    n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ."""
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     KEY_STAGES: gl.constexpr = CONFIG.key_stages
     VALUE_STAGES: gl.constexpr = CONFIG.value_stages
-    mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
+    mask = Mask(S, S_k, window, starts_ptr, None, tanh_scale, scale_log2)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_interleaved)
     q, dout = allocate_tiles(q_rows, CONSUMERS * PANELS), allocate_tiles(dout_rows, CONSUMERS * PANELS_V)
     k, v = allocate_tiles(k_rows, KEY_STAGES * PANELS), allocate_tiles(v_rows, VALUE_STAGES * PANELS_V)

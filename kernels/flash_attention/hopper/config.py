@@ -6,7 +6,7 @@ rows is named); docs/lab has the runs that they are from (L2, L3, L9, L12).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 QUERIES = 64
@@ -46,7 +46,7 @@ class ForwardTiles:
     key_stages: int
     value_stages: int
     """Blocks of keys, and of values, in shared memory. Values are read a step after the keys of their block."""
-    panel: int | None = None
+    panel: int | None = field(default=None, kw_only=True)
     """Columns of a panel, where tiles lie in shared memory in several (split_d.py)."""
 
     @property

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import config, softmax, split_d
 from .compiler import new_value, wait_for_products
 from .mask import LN2, Mask, keys_of_queries, seen_by
-from .nobody import Packed, load_tile, tokens_of_sequences
+from .padding import Packed, load_tile, tokens_of_sequences
 from .pipeline import (
     NAMED_BARRIERS,
     PRODUCER_WARP,
@@ -208,7 +208,7 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
 
 @gluon.jit
 def load_values(v_rows, b, g, row, step, values, tokens, packed):
-    """The step's values. Keys of nobody may be anything: `hide` replaces their scores."""
+    """The step's values. Padding keys may be anything: `hide` replaces their scores."""
     PANELS: gl.constexpr = values.tiles.shape[0] // values.full.shape[0]
     stage = values.acquire(step)
     load_tile(v_rows, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
@@ -472,11 +472,11 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
 @gluon.jit(do_not_specialize=["n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def forward_kernel(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sequence_ends_ptr, sinks_ptr, taken_ptr,
-    n_work_tiles, n_tiles, log_interleaved, S, S_k, window, cap, factor, CONFIG: gl.constexpr,
+    n_work_tiles, n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE."""
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    mask = Mask(S, S_k, window, starts_ptr, None, cap, factor)
+    mask = Mask(S, S_k, window, starts_ptr, None, tanh_scale, scale_log2)
     PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
     PANELS_V: gl.constexpr = split_d.n_panels(v_rows.block_shape[3], CONFIG.columns_v)
     k = allocate_tiles(k_rows, CONFIG.key_stages * PANELS)

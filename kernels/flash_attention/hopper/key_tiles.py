@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import config
 from .mask import queries_of_keys
-from .nobody import is_border, load_cleared, load_tile
+from .padding import is_border, load_cleared, load_tile
 from .pipeline import async_load, bytes_of, load_panels
 from .scheduler import is_interleaved, tile_of
 

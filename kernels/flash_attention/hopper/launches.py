@@ -54,7 +54,7 @@ class Call(NamedTuple):
     """Of q, k and v; in the backward also of dout and out."""
     starts: bool
     packed: bool
-    """There are ends, and with them tokens that may be nobody's: see nobody.py."""
+    """There are ends, and with them tokens that may be padding: see padding.py."""
     causal: bool
     window: int | None
     softcap: float
@@ -70,7 +70,7 @@ class Call(NamedTuple):
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """S, S_k, window, cap and factor."""
+        """S, S_k, window, tanh_scale and scale_log2."""
         return self.q[1], self.k[1], *scalars(self.window, self.softcap, self.scale)
 
     @property
@@ -229,7 +229,7 @@ class SplitLaunches(BackwardLaunches):
 
 
 def sequences(starts: Pointer, ends: Pointer) -> tuple[Pointer, Pointer]:
-    """What a producer knows of packed sequences (`nobody.Packed`)."""
+    """What a producer knows of packed sequences (`padding.Packed`)."""
     return (None, None) if ends is None else (starts, ends)
 
 

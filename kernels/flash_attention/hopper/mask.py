@@ -30,8 +30,9 @@ class Mask(NamedTuple):
     """int32 (B, S), where there are documents: the first key of each query's."""
     query_ends_ptr: Any
     """int32 (B, tiles of keys, 2), in the backward's kernels: `queries_by_starts` of each tile of keys."""
-    cap: Any
-    factor: Any
+    tanh_scale: Any
+    """scale / soft cap, which a tanh's argument is multiplied by."""
+    scale_log2: Any
 
 
 @gluon.jit

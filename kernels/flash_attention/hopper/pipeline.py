@@ -60,7 +60,7 @@ def load_panels(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr):
 
 @gluon.jit
 def store_panels(rows, b, h, row, tiles, first, PANELS: gl.constexpr):
-    """Start TMA's stores of a tile's panels, of which `first` is the first; of as many columns of each as `rows` has."""
+    """Start TMA's stores of a tile's panels from `first` on, of as many columns of each as `rows` has."""
     for i in gl.static_range(PANELS):
         tile = tiles.index(first + i).slice(0, rows.block_shape[3], 3)
         async_store(rows, [b, h, row, i * rows.block_shape[3]], tile)

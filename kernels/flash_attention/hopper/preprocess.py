@@ -30,7 +30,7 @@ def preprocess_kernel(
     row = head.to(tl.int64) * S + m
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=m < S, other=0.0)
-    if sequence_ends_ptr is not None:  # 0 for tokens of nobody, whose dout may be anything
+    if sequence_ends_ptr is not None:  # 0 for padding tokens, whose dout may be anything
         row0 = b.to(tl.int64) * S
         of_sequences = (m >= tl.load(starts_ptr + row0)) & (m < tl.load(sequence_ends_ptr + row0 + S - 1))
         delta = tl.where(of_sequences, delta, 0.0)

@@ -19,10 +19,10 @@ SERIES = gl.constexpr((0.999999456, -0.33326318, 0.131902967, -0.0444022254))
 
 
 @gluon.jit
-def capped(s, cap, SOFTCAP: gl.constexpr):
+def capped(s, tanh_scale, SOFTCAP: gl.constexpr):
     """The tanh of a soft cap, or s as it is: `scores.capped`."""
     if SOFTCAP:
-        s = tanh(s * (cap * (2 / NEAR)))
+        s = tanh(s * (tanh_scale * (2 / NEAR)))
     return s
 
 

@@ -55,14 +55,14 @@ def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CO
     """
     N: gl.constexpr = s.shape[1]
     RISE: gl.constexpr = FLOAT16_RISE if dtype == gl.float16 else 0
-    s = capped(s, mask.cap, CONFIG.softcap)
+    s = capped(s, mask.tanh_scale, CONFIG.softcap)
     if (n0 < tile.full_from) | (n0 + N > tile.full_to):
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         s = hide(s, n, tile.first, tile.width)
     subtract = row_max
     rescale = gl.full([64], 1.0, gl.float32, row_max.type.layout)
     if online | (n0 < tile.online_until):
-        highest = gl.max(s, 1) * mask.factor
+        highest = gl.max(s, 1) * mask.scale_log2
         highest = gl.where(highest > row_max + RISE, highest, row_max)
         # A row that has seen nothing yet has nothing to subtract: −inf − (−inf) would be NaN.
         subtract = gl.where(highest == float("-inf"), 0.0, highest)
@@ -75,7 +75,7 @@ def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CO
 @gluon.jit
 def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
     """The second half: p, what it adds to the sums, and these."""
-    p = gl.exp2(s * mask.factor - gl.expand_dims(subtract, 1))
+    p = gl.exp2(s * mask.scale_log2 - gl.expand_dims(subtract, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.
     block = thread_sums(p)
     return p.to(dtype), block, row_sum * split_d.along_rows(rescale, row_sum) + block

@@ -54,8 +54,7 @@ def split(tile, COLUMNS: gl.constexpr):
     """The parts of a tile in shared memory. A tile that has one part may be in registers."""
     parts = ()
     for i in gl.static_range(len(COLUMNS)):
-        FIRST: gl.constexpr = COLUMNS[0] * i
-        parts += (part(tile, FIRST, COLUMNS[i]),)
+        parts += (part(tile, COLUMNS[0] * i, COLUMNS[i]),)
     return parts
 
 

@@ -13,7 +13,7 @@ Three choices shape the kernels (kernels.py), which this file launches:
   7 matrix products where a fused kernel needs 5; in Triton the 5-product form, adding up dQ with TMA reductions, was
   slower still: 354 against 425 TFLOP/s (D 128, 16k).
 - *Strides never enter the kernels.* On Hopper and newer, 16-bit tensors come as tensor descriptors made on the host
-  (TMA); elsewhere, and where tokens of nobody are to be read as 0, `_load` and `_store` make pointers. Rows past the
+  (TMA); elsewhere, and where padding tokens are to be read as 0, `_load` and `_store` make pointers. Rows past the
   end read as zero and are not written.
 
 docs/lab (L1) has the measurements behind these, and what was tried besides.
@@ -217,7 +217,7 @@ def _rows(x_BSHD: Tensor, rows: int, tma: bool) -> Any:
 def _uses_descriptors(q: Tensor, v: Tensor, problem: Problem | None = None) -> bool:
     """Where there is TMA, and for 16 bits: Triton takes a descriptor on sm_80 apart into pointers of unknown strides,
     whose loads it neither vectorises nor pipelines, and its float32 products spill operands that come by TMA. A box of
-    TMA has at most 256 columns, and no rows of nobody that read as 0."""
+    TMA has at most 256 columns, and no rows of padding that read as 0."""
     capability = capability_of(q.device)
     fits = max(q.shape[3], v.shape[3]) <= 256 and not (problem and problem.flags["ENDS"])
     return fits and q.element_size() == 2 and (capability is None or capability >= (9, 0))

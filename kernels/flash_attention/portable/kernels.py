@@ -1,11 +1,11 @@
 """The portable kernels: forward, Δ, dQ, dK and dV.
 
 Names: m counts queries, n keys; t is a query's position among the keys, t = m + S_k − S. Scores are kept as products,
-capped and biased, which times `factor` are scores in base 2. Tiles' shapes stand above them; M and N are the tile
+capped and biased, which times `scale_log2` are scores in base 2. Tiles' shapes stand above them; M and N are the tile
 sizes, D and DV the columns of Q and K and of V as tiles have them, powers of 2, HEAD_DIM and HEAD_DIM_V of which are
 real.
 
-With ENDS there are tokens of nobody: queries that see nothing, and keys outside of all that is seen. Whatever lies
+With ENDS there are padding tokens: queries that see nothing, and keys outside of all that is seen. Whatever lies
 there is read as 0, so that NaN stays where it is.
 """
 
@@ -130,9 +130,9 @@ def _somebodys(n, first, end, ENDS: tl.constexpr):
 
 
 @triton.jit
-def _alibi(slopes_ptr, h, m, shift, n, factor):
-    """ALiBi's bias of queries m with keys n, in the units of what `factor` multiplies, and their distances."""
-    slope = tl.load(slopes_ptr + h).to(tl.float32) * (LOG2E / factor)
+def _alibi(slopes_ptr, h, m, shift, n, scale_log2):
+    """ALiBi's bias of queries m with keys n, in the units of what `scale_log2` multiplies, and their distances."""
+    slope = tl.load(slopes_ptr + h).to(tl.float32) * (LOG2E / scale_log2)
     distance = tl.abs(m + shift - n).to(tl.float32)
     return -slope * distance, distance
 
@@ -146,7 +146,7 @@ def _at_most_1(p):
 @triton.jit
 def forward_kernel(
     q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, ends_ptr, sinks_ptr, slopes_ptr,
-    S, S_k, window, cap, factor,
+    S, S_k, window, tanh_scale, scale_log2,
     H: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -166,7 +166,7 @@ def forward_kernel(
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
     if SINKS:
-        row_max = tl.zeros([M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * (LOG2E / factor)
+        row_max = tl.zeros([M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * (LOG2E / scale_log2)
         row_sum += 1
     for n0 in tl.range(some_from, some_to, N, num_stages=STAGES):
         kept = _somebodys(n0 + tl.arange(0, N), real_from, real_to, ENDS)
@@ -174,9 +174,9 @@ def forward_kernel(
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA, kept)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        s = capped(s, cap, SOFTCAP)
+        s = capped(s, tanh_scale, SOFTCAP)
         if ALIBI:
-            bias, _ = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], factor)
+            bias, _ = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], scale_log2)
             s += bias
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
@@ -185,8 +185,8 @@ def forward_kernel(
         # A row that has seen nothing yet has no maximum to subtract: −inf − (−inf) would be NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         # The difference first: a score of 10¹⁰ has no digits after the point, that of two such scores has.
-        p = tl.exp2((s - pivot[:, None]) * factor)
-        rescale = tl.exp2((row_max - pivot) * factor)
+        p = tl.exp2((s - pivot[:, None]) * scale_log2)
+        rescale = tl.exp2((row_max - pivot) * scale_log2)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
         # [N, DV]
@@ -195,7 +195,7 @@ def forward_kernel(
 
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     _store(out_rows, b, h, m0, (acc / row_sum[:, None]).to(q.dtype), M, DV, HEAD_DIM_V, TMA)
-    lse = (row_max * factor + tl.log2(row_sum)) * LN2
+    lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN2
     # So large that it is off by 1 and more: not above what it should be, for `_at_most_1`.
     lse = tl.where(tl.abs(lse) > 16384.0, lse - tl.abs(lse) * (1 / 2097152.0), lse)
     tl.store(lse_ptr + head.to(tl.int64) * S + m, lse, mask=m < S)
@@ -220,7 +220,7 @@ def delta_kernel(
 @triton.jit
 def dq_kernel(
     q_rows, k_rows, v_rows, dout_rows, dq_rows, lse_ptr, delta_ptr, starts_ptr, ends_ptr, slopes_ptr, dslopes_ptr,
-    S, S_k, window, cap, factor, scale,
+    S, S_k, window, tanh_scale, scale_log2, scale,
     H: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -255,12 +255,12 @@ def dq_kernel(
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        s = capped(s, cap, SOFTCAP)
+        s = capped(s, tanh_scale, SOFTCAP)
         biased = s
         if ALIBI:
-            bias, distance = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], factor)
+            bias, distance = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], scale_log2)
             biased += bias
-        p = _at_most_1(weigh(biased, lse[:, None], factor))
+        p = _at_most_1(weigh(biased, lse[:, None], scale_log2))
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             p = tl.where((n >= first[:, None]) & (n < end[:, None]), p, 0.0)
@@ -277,7 +277,7 @@ def dq_kernel(
 @triton.jit
 def dkdv_kernel(
     q_rows, k_rows, v_rows, dout_rows, dk_rows, dv_rows, lse_ptr, delta_ptr, starts_ptr, ends_ptr, slopes_ptr,
-    S, S_k, window, cap, factor, scale,
+    S, S_k, window, tanh_scale, scale_log2, scale,
     H: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -339,12 +339,12 @@ def dkdv_kernel(
             delta = tl.where(kept_rows, delta, 0.0)
         # [N, M]: transposed, so that the sums over queries are plain products
         s = tl.dot(k, q.T, input_precision=PRECISION)
-        s = capped(s, cap, SOFTCAP)
+        s = capped(s, tanh_scale, SOFTCAP)
         biased = s
         if ALIBI:
-            bias, _ = _alibi(slopes_ptr, h, m[None, :], shift, n[:, None], factor)
+            bias, _ = _alibi(slopes_ptr, h, m[None, :], shift, n[:, None], scale_log2)
             biased += bias
-        p = _at_most_1(weigh(biased, lse[None, :], factor))
+        p = _at_most_1(weigh(biased, lse[None, :], scale_log2))
         if (m0 < full_from) | (m0 + M > full_to):
             if not ENDS:
                 start = 0

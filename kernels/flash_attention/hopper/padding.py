@@ -1,7 +1,7 @@
-"""Packed sequences: tokens of nobody, before the first sequence and after the last, are read as 0.
+"""Packed sequences: padding tokens, before the first sequence and after the last, are read as 0.
 
 Their weight is 0 whatever they are, but 0 · NaN is NaN. TMA cannot leave rows out. So the producer, whose warp has the
-time, waits for a tile at a border, overwrites its rows of nobody, and only then tells the consumers. The consumers'
+time, waits for a tile at a border, overwrites its rows of padding, and only then tells the consumers. The consumers'
 code, and all other tiles, are as they are without packed sequences.
 """
 
@@ -42,7 +42,7 @@ def tokens_of_sequences(b, S, packed):
 
 @gluon.jit
 def is_border(row, ROWS: gl.constexpr, tokens):
-    """Whether some of the tokens from `row` on are nobody's."""
+    """Whether some of the tokens from `row` on are padding."""
     return (row < tokens[0]) | (row + ROWS > tokens[1])
 
 
@@ -76,7 +76,7 @@ def load_pair(
 
 @gluon.jit
 def load_cleared(rows, b, h, row, tiles, stage, PANELS: gl.constexpr, tokens, packed):
-    """Load one of several tiles with 0 for tokens of nobody; it is there on return."""
+    """Load one of several tiles with 0 for padding tokens; it is there on return."""
     for i in gl.static_range(PANELS):
         load_cleared_panel(rows, [b, h, row, i * rows.block_shape[3]], tiles.index(stage * PANELS + i), tokens, packed)
 
