@@ -30,7 +30,7 @@ from ..device import capability_of, multiprocessors
 from .config import DecodeTiles, choose_decode_tiles
 from .portable import INTERPRETED
 from .problem import cdiv, padded, scalars
-from .scores import LN2, LOG2E, capped
+from .scores import LN2, LOG2E, softcap_tanh
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def split_kernel(
         k = tl.load(k_ptr + slot[:, None] * k_row + d[None, :], mask=is_loaded, other=0.0)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        s = capped(s, tanh_scale, SOFTCAP)
+        s = softcap_tanh(s, tanh_scale, SOFTCAP)
         is_seen = is_key[None, :] & (n[None, :] <= t[:, None])
         if WINDOW:
             is_seen = is_seen & (n[None, :] >= oldest[:, None])

@@ -22,16 +22,16 @@ def tanh(x):
 
 
 @triton.jit
-def capped(s, tanh_scale, SOFTCAP: tl.constexpr):
-    """Raw products as `weigh` and `score_gradient` take them: the tanh of a soft cap, or s as it is. The Hopper kernels
-    have another form, hopper/softcap.py."""
+def softcap_tanh(s, tanh_scale, SOFTCAP: tl.constexpr):
+    """Raw products as `exp_scores` and `score_gradient` take them: the tanh of a soft cap, or s as it is. The Hopper
+    kernels have another form, hopper/softcap.py."""
     if SOFTCAP:
         s = tanh(s * tanh_scale)
     return s
 
 
 @triton.jit
-def weigh(s, lse, scale_log2):
+def exp_scores(s, lse, scale_log2):
     """P of capped products, from LSE in base 2 along the rows of s. One of ∞ makes all weights of its row 0."""
     return tl.exp2(s * scale_log2 - lse)
 

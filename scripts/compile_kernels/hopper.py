@@ -100,8 +100,8 @@ def forward(row: dict[str, Any], kind: Kind, seq_len: int, sinks: bool, window: 
     types |= {"tanh_scale": "fp32", "scale_log2": "fp32"}
     types |= {"lse_ptr": "*fp32", "sinks_ptr": "*fp32"}
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "taken_ptr"), "*i32")
-    shapes = {"q_rows": (QUERIES, head_dim), "out_rows": (QUERIES, head_dim_v)}
-    shapes |= {"k_rows": (constants.n, head_dim), "v_rows": (constants.n, head_dim_v)}
+    shapes = {"q_desc": (QUERIES, head_dim), "out_desc": (QUERIES, head_dim_v)}
+    shapes |= {"k_desc": (constants.n, head_dim), "v_desc": (constants.n, head_dim_v)}
     types |= {name: rows(*shape, dtype, n_columns=constants.panel) for name, shape in shapes.items()}
     absent: dict[str, Any] = {} if kind.starts else {"starts_ptr": None}
     if not sinks:
@@ -128,16 +128,16 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "query_ends_ptr", "sorted_ptr", "taken_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
     panel = constants.panel if isinstance(constants, config.Split) else None
-    types |= {name: rows(m, head_dim, dtype, n_columns=panel) for name in ("q_rows", "dq_rows")}
-    types |= {name: rows(n, head_dim, dtype, n_columns=panel) for name in ("k_rows", "dk_rows")}
-    types |= {name: rows(n, head_dim_v, dtype, n_columns=panel) for name in ("v_rows", "dv_rows")}
-    types["dout_rows"] = rows(m, head_dim_v, dtype, n_columns=panel)
+    types |= {name: rows(m, head_dim, dtype, n_columns=panel) for name in ("q_desc", "dq_desc")}
+    types |= {name: rows(n, head_dim, dtype, n_columns=panel) for name in ("k_desc", "dk_desc")}
+    types |= {name: rows(n, head_dim_v, dtype, n_columns=panel) for name in ("v_desc", "dv_desc")}
+    types["dout_desc"] = rows(m, head_dim_v, dtype, n_columns=panel)
     types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
     if isinstance(constants, config.Backward):
         for i, columns in enumerate(constants.dq_columns):
             types[f"accum{i}_rows"] = type_of(host.floats(m * columns, m * columns // 32, 32))
-        types["chunk_rows"] = type_of(host.floats(1024, 32, 32))
-        types["dq_rows"] = rows(m, head_dim, dtype, n_columns=16)
+        types["chunk_desc"] = type_of(host.floats(1024, 32, 32))
+        types["dq_desc"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "query_ends_ptr": None}
     if not row["packed"]:
         absent |= {"starts_ptr": None} if kernel is not backward_split.dq_kernel else {}
@@ -147,7 +147,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
             absent["semaphore_ptr"] = None
         if deterministic or not kind.starts:
             absent["sorted_ptr"] = None
-    types["stat_rows"] = type_of(host.floats(constants.row_stats, constants.row_stats))
+    types["stat_desc"] = type_of(host.floats(constants.row_stats, constants.row_stats))
     row = {"kernel": kernel.__name__.removesuffix("_kernel")} | row | {"deterministic": deterministic}
     return configuration(row, kernel, {"CONFIG": constants} | absent, types)
 
@@ -160,7 +160,7 @@ def preprocess(head_dim: int, dtype: str, packed: bool = False) -> Configuration
     types = dict.fromkeys(("lse_ptr", "dlse_ptr", "stat_ptr", "accum_ptr"), "*fp32")
     types |= dict.fromkeys(("starts_ptr", "sequence_ends_ptr", "query_ends_ptr"), "*i32")
     types |= dict.fromkeys(("added_ptr", "cleared_ptr", "semaphore_ptr"), "*i32")
-    types |= dict.fromkeys(("out_rows", "dout_rows"), rows(m, head_dim, dtype, gluon=False))
+    types |= dict.fromkeys(("out_desc", "dout_desc"), rows(m, head_dim, dtype, gluon=False))
     types |= dict.fromkeys(("S", "S_k", "n_tiles", "n_accumulators", "n_heads"), "i32")
     return configuration(row, preprocess_kernel, constants, types)
 

@@ -1,4 +1,4 @@
-"""Flash attention for Hopper (sm_90) in Gluon: the contract of portable.py, for 16-bit inputs, at the card's speed.
+"""Flash attention for Hopper (sm_90) in Gluon: the contract of portable/, for 16-bit inputs, at the card's speed.
 
 `forward` and `backward` launch the kernels. Read forward_pass.py first, then backward_pass.py; each opens with a
 picture of its warps. What they stand on:
@@ -7,7 +7,7 @@ picture of its warps. What they stand on:
     scheduler.py        which work tile a program computes, and when
     pipeline.py         barriers, channels, TMA
     split_d.py          tiles in parts of head_dim: products and what is done to their results
-    padding.py          tokens of no packed sequence, read as 0
+    padding.py          values of padding tokens, read as 0
     mask.py             who sees whom; ../intervals.py and ../scores.py, shared with the portable kernels
     softmax.py          the forward's softmax, which seldom looks for a maximum
     softcap.py          the soft cap's tanh
@@ -64,7 +64,7 @@ def backward(
     runs.
 
     With head_dim up to 128, dq is summed in float32 accumulators, memory that is needed while the kernel runs: for the
-    queries of some 450 tiles of 128 keys (900 with documents), whatever B and H are, and for those of three key heads
+    queries of 280 to 570 tiles of 128 keys (more with documents), whatever B and H are, and for those of two key heads
     at least. Above, there are none, and dq is always the same.
     """
     q, k, v, dout, out = aligned(q), aligned(k), aligned(v), aligned(dout), aligned(out)

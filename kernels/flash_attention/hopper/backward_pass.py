@@ -22,12 +22,12 @@ Buffers, from their writer to who frees them:
     K, V            producer → both consumers, which write dK and dV over them at the end; the reducer frees them once
                     TMA has stored these (`store_keys`)
     Q, dO, stats    producer → both consumers, which free a stage at the end of its step (`step_of_queries`)
-    dS              both consumers → both; freed by the order of steps: a consumer writes step i once all have written
-                    step i − 1, and so have read step i − 3
+    dS              both consumers → both; no barrier frees it: a consumer writes step i after both wrote
+                    step i − 1, so both have read step i − 3
     dQ staging      each consumer → reducer, which frees it once TMA has read it (`add`)
 
 dq_accumulator.py has the accumulators of dQ, who waits for whom, and the order of the sum. `preprocess_kernel` runs
-before: row statistics and cleared memory; with documents `sort_kernel`, too.
+before: row statistics and cleared memory; with documents `sort_kernel`, too, but in deterministic mode.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from .dq_accumulator import (
     send_dq,
     wait_for_accumulator,
 )
-from .key_tiles import M, first_query_tile, load_queries, locate, needs_mask, next_query_tile, queries_descend
-from .mask import Mask, score_gradient, sees, weigh
+from .key_tiles import M, first_query_tile, load_queries, locate, needs_mask, next_query_tile, queries_descend, weights
+from .mask import Mask, score_gradient
 from .padding import Packed, load_pair, tokens_of_sequences
 from .pipeline import (
     Channel,
@@ -67,7 +67,7 @@ from .pipeline import (
     matrix,
 )
 from .scheduler import TileScheduler, for_each_work_tile, make_queue, receive, take
-from .softcap import capped
+from .softcap import softcap_tanh
 
 OWN_KEYS = gl.constexpr(64)  # of a tile, each consumer's
 DS_STAGES = gl.constexpr(3)  # tiles of dS: one being read, one complete, one being written
@@ -106,8 +106,8 @@ class DsExchange(NamedTuple):
 
 
 @gluon.jit
-def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
-    k, v = allocate_tiles(k_rows, STAGES), allocate_tiles(v_rows, STAGES)
+def make_keys(k_desc, v_desc, STAGES: gl.constexpr):
+    k, v = allocate_tiles(k_desc, STAGES), allocate_tiles(v_desc, STAGES)
     full = allocate_barriers(STAGES, 1)
     done = allocate_barriers(1, CONSUMERS)
     replaced = allocate_barriers(STAGES, CONSUMERS)
@@ -119,10 +119,10 @@ def make_keys(k_rows, v_rows, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_partition(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, accumulators, queue, scheduler, keys, queries, mask, packed,
+    q_desc, k_desc, v_desc, dout_desc, stat_desc, accumulators, queue, scheduler, keys, queries, mask, packed,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    descriptors = (q_rows, k_rows, v_rows, dout_rows, stat_rows)
+    descriptors = (q_desc, k_desc, v_desc, dout_desc, stat_desc)
     args = (descriptors, accumulators, scheduler, keys, queries, mask, packed)
     for_each_work_tile(take, wait_and_load, 0, False, queue, 0, 0, args, CONFIG)
 
@@ -137,8 +137,8 @@ def wait_and_load(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexp
 @gluon.jit
 def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr):
     """The program's n-th work tile; returns the steps so far."""
-    q_rows, k_rows, v_rows, dout_rows, stat_rows = descriptors
-    query_rows = q_rows, stat_rows, dout_rows
+    q_desc, k_desc, v_desc, dout_desc, stat_desc = descriptors
+    query_rows = q_desc, stat_desc, dout_desc
     query_tiles = gl.cdiv(mask.S, M)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
@@ -147,7 +147,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
     full = keys.k.full.index(k_stage)
     keys.k.acquire(n)
     tokens = tokens_of_sequences(b, mask.S, packed)
-    load_pair(k_rows, v_rows, b, g, n0, full, keys.k.tiles, keys.v, k_stage, 1, 1, tokens, packed)
+    load_pair(k_desc, v_desc, b, g, n0, full, keys.k.tiles, keys.v, k_stage, 1, 1, tokens, packed)
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         t = first_query_tile(tile, descending, CONFIG)
@@ -225,10 +225,9 @@ def step_of_queries(
     if not CONFIG.keys_in_registers:
         k_stage = opaque_zero(m0, 30)
     k, v = matrix(keys.k.tiles, k_stage), matrix(keys.v, k_stage)
-    scores: gl.constexpr = split_d.mma_layout(M)
     COLUMNS: gl.constexpr = CONFIG.columns
     PRODUCTS: gl.constexpr = len(CONFIG.columns)
-    query: gl.constexpr = gl.SliceLayout(0, scores)
+    query_layout: gl.constexpr = gl.SliceLayout(0, split_d.mma_layout(M))
     stage, phase = queries.q.slot(step)
     q = split_d.of(queries.q.tiles, stage, COLUMNS)
     dout = split_d.of(queries.dout.tiles, stage, COLUMNS)
@@ -244,19 +243,12 @@ def step_of_queries(
     queries.dout.wait_at(stage, phase)
     dp = split_d.multiply_transposed(split_d.split(v_operand, COLUMNS), dout)  # (2) dPᵀ = V dOᵀ
 
-    lse = row_stats.slice(0, M, 0).load(query)
+    lse = row_stats.slice(0, M, 0).load(query_layout)
     s = warpgroup_mma_wait(PRODUCTS, deps=[s])
-    s = capped(s, mask.tanh_scale, CONFIG.softcap)
-    p = weigh(s, gl.expand_dims(lse, 0), mask.scale_log2)
-    if masked:
-        m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
-        n = gl.expand_dims(n0 + c * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, scores)), 1)
-        start = 0
-        if CONFIG.starts:
-            start = gl.expand_dims(row_stats.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
-        p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
+    s = softcap_tanh(s, mask.tanh_scale, CONFIG.softcap)
+    p = weights(s, lse, m0, n0, c * OWN_KEYS, masked, row_stats, mask, CONFIG)
     weight = p.to(dtype)
-    delta = row_stats.slice(M, M, 0).load(query)
+    delta = row_stats.slice(M, M, 0).load(query_layout)
     dp = warpgroup_mma_wait(0, deps=[dp])
     ds = score_gradient(p, dp, gl.expand_dims(delta, 0), s, CONFIG.softcap).to(dtype)
 
@@ -298,29 +290,29 @@ def multiply_dq(c: gl.constexpr, step, k, exchange, CONFIG: gl.constexpr):
 
 @gluon.jit
 def reduce_partition(
-    accum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG: gl.constexpr
+    accum_desc, dk_desc, dv_desc, accumulators, queue, scheduler, keys, staging, mask, CONFIG: gl.constexpr
 ):
-    args = (accum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask)
+    args = (accum_desc, dk_desc, dv_desc, accumulators, scheduler, keys, staging, mask)
     for_each_work_tile(receive, add_and_store, 0, False, queue, 0, 0, args, CONFIG)
 
 
 @gluon.jit
 def add_and_store(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexpr):
-    accum_rows, dk_rows, dv_rows, accumulators, scheduler, keys, staging, mask = args
-    step = add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CONFIG)
-    store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG)
+    accum_desc, dk_desc, dv_desc, accumulators, scheduler, keys, staging, mask = args
+    step = add(work_tile, step, accum_desc, accumulators, scheduler, staging, mask, CONFIG)
+    store_keys(work_tile, n, dk_desc, dv_desc, scheduler, keys, mask, CONFIG)
     return step
 
 
 @gluon.jit
-def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl.constexpr):
+def store_keys(work_tile, n, dk_desc, dv_desc, scheduler, keys, mask, CONFIG: gl.constexpr):
     """dK and dV of the program's n-th work tile, once they have replaced K and V; frees the stage of all four."""
     tile = locate(work_tile, scheduler, mask, CONFIG)
     stage = n % CONFIG.key_stages
     mbarrier.wait(keys.replaced.index(stage), n // CONFIG.key_stages & 1)
     fence_async_shared()
-    async_store(dk_rows, [tile.b, tile.g, tile.n0, 0], keys.k.tiles.index(stage))
-    async_store(dv_rows, [tile.b, tile.g, tile.n0, 0], keys.v.index(stage))
+    async_store(dk_desc, [tile.b, tile.g, tile.n0, 0], keys.k.tiles.index(stage))
+    async_store(dv_desc, [tile.b, tile.g, tile.n0, 0], keys.v.index(stage))
     tma.store_wait(0)
     keys.k.release_at(stage)
 
@@ -330,18 +322,18 @@ def store_keys(work_tile, n, dk_rows, dv_rows, scheduler, keys, mask, CONFIG: gl
 
 @gluon.jit(do_not_specialize=["count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def backward_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, accum0_rows, accum1_rows, chunk_rows, dq_rows, dk_rows, dv_rows,
+    q_desc, k_desc, v_desc, dout_desc, stat_desc, accum0_rows, accum1_rows, chunk_desc, dq_desc, dk_desc, dv_desc,
     accum_ptr, starts_ptr, sequence_ends_ptr, query_ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr,
     semaphore_ptr, count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV."""
-    dtype: gl.constexpr = q_rows.dtype
+    dtype: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = CONFIG.stages
     mask = Mask(S, S_k, window, None, query_ends_ptr, tanh_scale, scale_log2)
-    keys = make_keys(k_rows, v_rows, CONFIG.key_stages)
-    q, dout = allocate_tiles(q_rows, STAGES), allocate_tiles(dout_rows, STAGES)
-    row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_rows.block_shape, stat_rows.layout)
+    keys = make_keys(k_desc, v_desc, CONFIG.key_stages)
+    q, dout = allocate_tiles(q_desc, STAGES), allocate_tiles(dout_desc, STAGES)
+    row_stats = gl.allocate_shared_memory(gl.float32, [STAGES] + stat_desc.block_shape, stat_desc.layout)
     empty = allocate_barriers(STAGES, CONSUMERS)  # of both: a consumer is done with Q and dO at the same time
     q_channel = Channel(q, allocate_barriers(STAGES, 1), empty)
     queries = Queries(q_channel, row_stats, Channel(dout, allocate_barriers(STAGES, 1), empty))
@@ -351,8 +343,8 @@ def backward_kernel(
     dq1 = gl.allocate_shared_memory(gl.float32, accum1_rows.block_shape, accum1_rows.layout)
     exchange = DsExchange(ds, allocate_barriers(1, CONSUMERS))
     staging = DqStaging((dq0, dq1), allocate_barriers(CONSUMERS, 1), allocate_barriers(CONSUMERS, 1))
-    complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_rows.block_shape, chunk_rows.layout)
-    rounded = gl.allocate_shared_memory(dtype, [2] + dq_rows.block_shape, dq_rows.layout)
+    complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_desc.block_shape, chunk_desc.layout)
+    rounded = gl.allocate_shared_memory(dtype, [2] + dq_desc.block_shape, dq_desc.layout)
     chunks = Chunks(complete, allocate_barriers(CONFIG.chunk_stages, 1), rounded)
     accumulators = DqAccumulators(count, lag, added_ptr, cleared_ptr, semaphore_ptr)
     queue = make_queue(n_work_tiles, taken_ptr, READERS)
@@ -360,7 +352,7 @@ def backward_kernel(
     loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
     packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
-    accum_rows = (accum0_rows, accum1_rows)
+    accum_desc = (accum0_rows, accum1_rows)
     gl.warp_specialize(
         [
             (mma_partition, (0, scale, queue, scheduler, keys, queries, exchange, staging, mask, CONFIG)),
@@ -368,17 +360,17 @@ def backward_kernel(
             (
                 load_partition,
                 (
-                    q_rows, k_rows, v_rows, dout_rows, stat_rows, accumulators, queue, scheduler, keys, queries, mask,
+                    q_desc, k_desc, v_desc, dout_desc, stat_desc, accumulators, queue, scheduler, keys, queries, mask,
                     packed, CONFIG,
                 ),
             ),
             (
                 reduce_partition,
-                (accum_rows, dk_rows, dv_rows, accumulators, queue, scheduler, keys, staging, mask, CONFIG),
+                (accum_desc, dk_desc, dv_desc, accumulators, queue, scheduler, keys, staging, mask, CONFIG),
             ),
             (
                 finish_partition,
-                (accum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG),
+                (accum_ptr, chunk_desc, dq_desc, scale, accumulators, queue, scheduler, chunks, mask, CONFIG),
             ),
         ],
         [4, 1, 1, 2],  # warps

@@ -47,8 +47,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import config, split_d
 from .compiler import opaque_zero
-from .key_tiles import CONSUMERS, M, load_queries, locate, needs_mask, next_query_tile
-from .mask import Mask, keys_of_queries, score_gradient, seen_by, sees, start_of, weigh
+from .key_tiles import CONSUMERS, M, load_queries, locate, needs_mask, next_query_tile, weights
+from .mask import Mask, exp_scores, keys_of_queries, score_gradient, seen_by, sees, start_of
 from .padding import Packed, load_pair, load_tile, tokens_of_sequences
 from .pipeline import (
     Channel,
@@ -57,9 +57,9 @@ from .pipeline import (
     store_panels,
 )
 from .scheduler import TileScheduler, tile_of
-from .softcap import capped
+from .softcap import softcap_tanh
 
-N = gl.constexpr(config.QUERIES)  # keys in a tile: as many
+N = gl.constexpr(config.SPLIT_KEYS)
 REGISTERS = gl.constexpr(config.SPLIT_REGISTERS)
 
 
@@ -107,19 +107,10 @@ def store_over_keys(rows, tile, gradient, scale, tiles, keys, COLUMNS: gl.conste
 @gluon.jit
 def weigh_and_send(step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr):
     """P of a step's scores, which the other consumer gets, too."""
-    query: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    key: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     row_stats = queries.row_stats.index(step % CONFIG.query_stages)
-    s = capped(s, mask.tanh_scale, CONFIG.softcap)
-    lse = row_stats.slice(0, M, 0).load(query)
-    p = weigh(s, gl.expand_dims(lse, 0), mask.scale_log2)
-    if masked:
-        m = gl.expand_dims(m0 + gl.arange(0, M, query), 0)
-        n = gl.expand_dims(n0 + gl.arange(0, N, key), 1)
-        start = 0
-        if CONFIG.starts:
-            start = gl.expand_dims(row_stats.slice(2 * M, M, 0).load(query).to(gl.int32, bitcast=True), 0)
-        p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
+    s = softcap_tanh(s, mask.tanh_scale, CONFIG.softcap)
+    lse = row_stats.slice(0, M, 0).load(gl.SliceLayout(0, s.type.layout))
+    p = weights(s, lse, m0, n0, 0, masked, row_stats, mask, CONFIG)
     # dP − delta is still to come, and dS is linear in it.
     sent = score_gradient(p, 1.0, 0.0, s, CONFIG.softcap)
     queries.p.acquire(step)
@@ -129,7 +120,7 @@ def weigh_and_send(step, s, m0, n0, masked, queries, mask, CONFIG: gl.constexpr)
 
 
 @gluon.jit
-def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+def dv_partition(dv_desc, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
     """P and dV."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
@@ -164,7 +155,7 @@ def dv_partition(dv_rows, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
         dv = split_d.wait(0, split_d.multiply(p, split_d.of(queries.dout.tiles, stage, COLUMNS_V), dv))
         queries.dout.release_at(stage)
 
-    store_over_keys(dv_rows, tile, dv, gl.to_tensor(1.0), keys.v, keys, COLUMNS_V)
+    store_over_keys(dv_desc, tile, dv, gl.to_tensor(1.0), keys.v, keys, COLUMNS_V)
 
 
 @gluon.jit
@@ -181,7 +172,7 @@ def differentiate_received(step, dp, queries, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
+def dk_partition(dk_desc, scale, scheduler, keys, queries, mask, CONFIG: gl.constexpr):
     """dS and dK."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
@@ -214,22 +205,22 @@ def dk_partition(dk_rows, scale, scheduler, keys, queries, mask, CONFIG: gl.cons
         dk = split_d.wait(0, split_d.multiply(ds, split_d.of(queries.q.tiles, stage, COLUMNS), dk))
         queries.q.release_at(stage)
 
-    store_over_keys(dk_rows, tile, dk, scale, keys.k, keys, COLUMNS)
+    store_over_keys(dk_desc, tile, dk, scale, keys.k, keys, COLUMNS)
 
 
 @gluon.jit
 def dkdv_load_partition(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr
+    q_desc, k_desc, v_desc, dout_desc, stat_desc, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr
 ):
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     query_tiles = gl.cdiv(mask.S, M)
-    query_rows = q_rows, stat_rows, dout_rows
+    query_rows = q_desc, stat_desc, dout_desc
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
     tokens = tokens_of_sequences(b, mask.S, packed)
     full = keys.full.index(0)
-    load_pair(k_rows, v_rows, b, g, n0, full, keys.k, keys.v, 0, PANELS, PANELS_V, tokens, packed)
+    load_pair(k_desc, v_desc, b, g, n0, full, keys.k, keys.v, 0, PANELS, PANELS_V, tokens, packed)
     step = 0
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
@@ -240,7 +231,7 @@ def dkdv_load_partition(
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dkdv_kernel(
-    q_rows, k_rows, v_rows, dout_rows, stat_rows, dk_rows, dv_rows, starts_ptr, sequence_ends_ptr, query_ends_ptr,
+    q_desc, k_desc, v_desc, dout_desc, stat_desc, dk_desc, dv_desc, starts_ptr, sequence_ends_ptr, query_ends_ptr,
     n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dK and dV."""
@@ -250,10 +241,10 @@ def dkdv_kernel(
     DOUT_STAGES: gl.constexpr = CONFIG.dout_stages
     mask = Mask(S, S_k, window, None, query_ends_ptr, tanh_scale, scale_log2)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // n_tiles, log_interleaved)
-    k, v = allocate_tiles(k_rows, PANELS), allocate_tiles(v_rows, PANELS_V)
+    k, v = allocate_tiles(k_desc, PANELS), allocate_tiles(v_desc, PANELS_V)
     keys = Keys(k, v, allocate_barriers(1, 1), allocate_barriers(1, CONSUMERS))
-    q, dout = allocate_tiles(q_rows, QUERY_STAGES * PANELS), allocate_tiles(dout_rows, DOUT_STAGES * PANELS_V)
-    row_stats = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES] + stat_rows.block_shape, stat_rows.layout)
+    q, dout = allocate_tiles(q_desc, QUERY_STAGES * PANELS), allocate_tiles(dout_desc, DOUT_STAGES * PANELS_V)
+    row_stats = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES] + stat_desc.block_shape, stat_desc.layout)
     p = gl.allocate_shared_memory(gl.float32, [2, N * M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     queries = Queries(
         Channel(q, allocate_barriers(QUERY_STAGES, 1), allocate_barriers(QUERY_STAGES, CONSUMERS)),
@@ -266,11 +257,11 @@ def dkdv_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (dv_partition, (dv_rows, scheduler, keys, queries, mask, CONFIG)),
-            (dk_partition, (dk_rows, scale, scheduler, keys, queries, mask, CONFIG)),
+            (dv_partition, (dv_desc, scheduler, keys, queries, mask, CONFIG)),
+            (dk_partition, (dk_desc, scale, scheduler, keys, queries, mask, CONFIG)),
             (
                 dkdv_load_partition,
-                (q_rows, k_rows, v_rows, dout_rows, stat_rows, scheduler, keys, queries, mask, packed, CONFIG),
+                (q_desc, k_desc, v_desc, dout_desc, stat_desc, scheduler, keys, queries, mask, packed, CONFIG),
             ),
         ],
         [4, 1],  # warps
@@ -308,7 +299,7 @@ def locate_queries(scheduler, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, packed, CONFIG: gl.constexpr):
+def dq_load_partition(q_desc, k_desc, v_desc, dout_desc, scheduler, streams, mask, packed, CONFIG: gl.constexpr):
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     b, h, m0, i0, i1 = locate_queries(scheduler, mask, CONFIG)
@@ -316,23 +307,23 @@ def dq_load_partition(q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mas
     for c in gl.static_range(CONSUMERS):
         full = streams.queries_full.index(c)
         row = m0 + c * M
-        load_pair(q_rows, dout_rows, b, h, row, full, streams.q, streams.dout, c, PANELS, PANELS_V, tokens, packed)
+        load_pair(q_desc, dout_desc, b, h, row, full, streams.q, streams.dout, c, PANELS, PANELS_V, tokens, packed)
     g = h // CONFIG.group
     for i in range(i0, i1):
         step = i - i0
         stage = step % CONFIG.key_stages
         streams.k.acquire(step)
-        load_tile(k_rows, b, g, i * N, streams.k.full.index(stage), streams.k.tiles, stage, PANELS, tokens, packed)
+        load_tile(k_desc, b, g, i * N, streams.k.full.index(stage), streams.k.tiles, stage, PANELS, tokens, packed)
         stage = step % CONFIG.value_stages
         streams.v.acquire(step)
-        load_tile(v_rows, b, g, i * N, streams.v.full.index(stage), streams.v.tiles, stage, PANELS_V, tokens, packed)
+        load_tile(v_desc, b, g, i * N, streams.v.full.index(stage), streams.v.tiles, stage, PANELS_V, tokens, packed)
 
 
 @gluon.jit
 def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, mask, CONFIG: gl.constexpr):
     """dS [64 queries, 64 keys], once dP is complete, which AFTER products were started after."""
-    s = capped(s, mask.tanh_scale, CONFIG.softcap)
-    p = weigh(s, gl.expand_dims(lse, 1), mask.scale_log2)
+    s = softcap_tanh(s, mask.tanh_scale, CONFIG.softcap)
+    p = exp_scores(s, gl.expand_dims(lse, 1), mask.scale_log2)
     if masked:
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         p = gl.where(sees(mask, gl.expand_dims(m, 1), start, n, CONFIG), p, 0.0)
@@ -341,14 +332,14 @@ def differentiate(s, dp, AFTER: gl.constexpr, lse, delta, m, start, n0, masked, 
 
 
 @gluon.jit
-def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG: gl.constexpr):
+def dq_partition(c: gl.constexpr, stat_ptr, dq_desc, scale, scheduler, streams, mask, CONFIG: gl.constexpr):
     """Consumer c: dQ of queries [64 c, 64 c + 64) of the tile."""
     COLUMNS: gl.constexpr = CONFIG.columns
     COLUMNS_V: gl.constexpr = CONFIG.columns_v
     K_PRODUCTS: gl.constexpr = len(CONFIG.columns)  # products for (1) or (5)
     V_PRODUCTS: gl.constexpr = len(CONFIG.columns_v)  # for (2)
     ROW_STATS: gl.constexpr = CONFIG.row_stats
-    dtype: gl.constexpr = dq_rows.dtype
+    dtype: gl.constexpr = dq_desc.dtype
     row: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(N))
     b, h, m0, i0, i1 = locate_queries(scheduler, mask, CONFIG)
     m0 += c * M
@@ -379,7 +370,7 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             step = i - i0
             stage = step % CONFIG.key_stages
             stage_v = step % CONFIG.value_stages
-            before = (step - 1) % CONFIG.key_stages
+            previous = (step - 1) % CONFIG.key_stages
             k = split_d.of(streams.k.tiles, stage, COLUMNS)
             streams.k.wait(step)
             own = c + opaque_zero(i, 26)
@@ -389,25 +380,25 @@ def dq_partition(c: gl.constexpr, stat_ptr, dq_rows, scale, scheduler, streams, 
             v = split_d.of(streams.v.tiles, stage_v, COLUMNS_V)
             dp = split_d.multiply_transposed(dout, v)  # (2)
             # (5) dQ += dS K, of the step before
-            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, before, COLUMNS), dq)
+            dq = split_d.multiply(ds, split_d.of(streams.k.tiles, previous, COLUMNS), dq)
             s = warpgroup_mma_wait(V_PRODUCTS + K_PRODUCTS, deps=[s])
             masked = (i * N < full_from) | (i * N + N > full_to)
             next_ds = differentiate(s, dp, K_PRODUCTS, lse, delta, m, start, i * N, masked, mask, CONFIG)
             streams.v.release_at(stage_v)
             dq = split_d.wait(0, dq)
-            streams.k.release_at(before)
+            streams.k.release_at(previous)
             ds = next_ds.to(dtype)
         stage = (i1 - 1 - i0) % CONFIG.key_stages
         dq = split_d.wait(0, split_d.multiply(ds, split_d.of(streams.k.tiles, stage, COLUMNS), dq))
     split_d.store(split_d.scale(dq, scale), q)
     fence_async_shared()
-    store_panels(dq_rows, b, h, m0, streams.q, c * len(CONFIG.columns), len(CONFIG.columns))
+    store_panels(dq_desc, b, h, m0, streams.q, c * len(CONFIG.columns), len(CONFIG.columns))
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_tiles", "log_interleaved", "S", "S_k", "window"])
 def dq_kernel(
-    q_rows, k_rows, v_rows, dout_rows, dq_rows, stat_ptr, starts_ptr, sequence_ends_ptr,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, stat_ptr, starts_ptr, sequence_ends_ptr,
     n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """dQ."""
@@ -417,8 +408,8 @@ def dq_kernel(
     VALUE_STAGES: gl.constexpr = CONFIG.value_stages
     mask = Mask(S, S_k, window, starts_ptr, None, tanh_scale, scale_log2)
     scheduler = TileScheduler(n_tiles, gl.num_programs(0) // (n_tiles * CONFIG.group), log_interleaved)
-    q, dout = allocate_tiles(q_rows, CONSUMERS * PANELS), allocate_tiles(dout_rows, CONSUMERS * PANELS_V)
-    k, v = allocate_tiles(k_rows, KEY_STAGES * PANELS), allocate_tiles(v_rows, VALUE_STAGES * PANELS_V)
+    q, dout = allocate_tiles(q_desc, CONSUMERS * PANELS), allocate_tiles(dout_desc, CONSUMERS * PANELS_V)
+    k, v = allocate_tiles(k_desc, KEY_STAGES * PANELS), allocate_tiles(v_desc, VALUE_STAGES * PANELS_V)
     queries_full = allocate_barriers(CONSUMERS, 1)
     k_channel = Channel(k, allocate_barriers(KEY_STAGES, 1), allocate_barriers(KEY_STAGES, CONSUMERS))
     v_channel = Channel(v, allocate_barriers(VALUE_STAGES, 1), allocate_barriers(VALUE_STAGES, CONSUMERS))
@@ -428,9 +419,9 @@ def dq_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (dq_partition, (0, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG)),
-            (dq_partition, (1, stat_ptr, dq_rows, scale, scheduler, streams, mask, CONFIG)),
-            (dq_load_partition, (q_rows, k_rows, v_rows, dout_rows, scheduler, streams, mask, packed, CONFIG)),
+            (dq_partition, (0, stat_ptr, dq_desc, scale, scheduler, streams, mask, CONFIG)),
+            (dq_partition, (1, stat_ptr, dq_desc, scale, scheduler, streams, mask, CONFIG)),
+            (dq_load_partition, (q_desc, k_desc, v_desc, dout_desc, scheduler, streams, mask, packed, CONFIG)),
         ],
         [4, 1],  # warps
         REGISTERS,

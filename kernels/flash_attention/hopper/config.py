@@ -12,6 +12,8 @@ from functools import cache, partial
 QUERIES = 64
 """Queries in a tile: of a consumer in the forward; in the backward, where more would need more registers than there
 are."""
+SPLIT_KEYS = 64
+"""Keys in a tile of the backward above head_dim 128."""
 PRODUCER_REGISTERS = 24
 """Per thread: the least that a warp can have, and enough to issue TMA."""
 CONSUMER_REGISTERS = {2: 240, 3: 160}
@@ -160,7 +162,7 @@ class Split(SplitTiles, Kind):
     columns: tuple[int, ...]
     columns_v: tuple[int, ...]
     """Of each panel of Q and K, and of V; products have a power of two of columns."""
-    n: int = QUERIES
+    n: int = SPLIT_KEYS
     """Keys in a tile."""
     deterministic: bool = False
     """The order of all sums is fixed anyway."""

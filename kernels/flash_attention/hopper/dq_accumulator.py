@@ -7,8 +7,8 @@ complete sums to dQ and clear its accumulator (`finish_partition`). Two counters
     added_ptr     counts work tiles that have added all they have to; at n_tiles the head's sums are complete
     cleared_ptr   counts work tiles that have converted their share; at n_tiles the accumulator is free for head + count
 
-A work tile waits only for earlier ones, and programs start in the order of their numbers, so nothing can deadlock
-(L12).
+A work tile waits only for earlier ones. Programs start in the order of their numbers, as all of NVIDIA's GPUs do it
+though CUDA does not promise it, so nothing can deadlock (L12).
 
 The order of the sum. In the default mode tiles are added as they come, and the last bits of dQ differ between runs. In
 deterministic mode (for one shape on one GPU) `semaphore_ptr` counts the key tiles that have been added to each tile of
@@ -100,8 +100,8 @@ def send_dq(c: gl.constexpr, step, dq, staging):
 
 @gluon.jit
 def additions_before(n0, t, n_tiles, descending, mask, CONFIG: gl.constexpr):
-    """How many tiles of keys are added to the dQ of query tile t before those from n0 on: all later ones, up to the
-    last that t sees, or, where query tiles descend, all earlier ones."""
+    """How many tiles of keys are added to the dQ of query tile t before the one at n0: all later ones that t sees, or,
+    where query tiles descend, all earlier ones."""
     end = (t + 1) * M + (mask.S_k - mask.S)
     if not CONFIG.causal:
         end = end + mask.window - 1 if CONFIG.window else mask.S_k
@@ -110,9 +110,9 @@ def additions_before(n0, t, n_tiles, descending, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CONFIG: gl.constexpr):
+def add(work_tile, step, accum_desc, accumulators, scheduler, staging, mask, CONFIG: gl.constexpr):
     """Add what a work tile's consumers put into `staging` to the accumulator; returns the steps so far."""
-    ROWS: gl.constexpr = accum_rows[0].block_shape[0] + accum_rows[1].block_shape[0]
+    ROWS: gl.constexpr = accum_desc[0].block_shape[0] + accum_desc[1].block_shape[0]
     query_tiles = gl.cdiv(mask.S, M)
     keys = locate(work_tile, scheduler, mask, CONFIG)
     descending = queries_descend(work_tile, scheduler, CONFIG)
@@ -140,7 +140,7 @@ def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CON
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(staging.full.index(c), step & 1)
             fence_async_shared()
-            async_add(accum_rows[c], [now * ROWS + c * accum_rows[0].block_shape[0], 0], staging.tiles[c])
+            async_add(accum_desc[c], [now * ROWS + c * accum_desc[0].block_shape[0], 0], staging.tiles[c])
         if CONFIG.deterministic:
             # For the next step, under this one: the answer takes half as long as a step. A load and no atomic:
             # compiler.py (L4). 491 TFLOP/s instead of 457 at head_dim 64.
@@ -150,6 +150,7 @@ def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CON
             mbarrier.arrive(staging.empty.index(c), count=1)
         if CONFIG.deterministic:
             wait_until_written(CONSUMERS)  # what left a step ago: to arrive takes longer than to leave
+            # Relaxed: whoever waits for it reads no sum, and the addition itself is complete.
             gl.atomic_add(semaphore_ptr + previous, 1, mask=i > 0, sem="relaxed")
         previous = now
         step += 1
@@ -162,22 +163,22 @@ def add(work_tile, step, accum_rows, accumulators, scheduler, staging, mask, CON
 
 @gluon.jit
 def finish_partition(
-    accum_ptr, chunk_rows, dq_rows, scale, accumulators, queue, scheduler, chunks, mask, CONFIG: gl.constexpr
+    accum_ptr, chunk_desc, dq_desc, scale, accumulators, queue, scheduler, chunks, mask, CONFIG: gl.constexpr
 ):
-    """Converts sums to dQ. After the last head, `lag` more are left: there are extra numbers of work tiles for them."""
-    args = (accum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask)
+    """Converts sums to dQ. No work tiles follow those of the last `lag` heads, so extra numbers convert their sums."""
+    args = (accum_ptr, chunk_desc, dq_desc, scale, accumulators, scheduler, chunks, mask)
     for_each_work_tile(receive, finish, 0, True, queue, scheduler.n_tiles, accumulators.lag, args, CONFIG)
     tma.store_wait(0)
 
 
 @gluon.jit
-def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
+def finish(c: gl.constexpr, work_tile, n, n_read, args, CONFIG: gl.constexpr):
     """A work tile's share of the head issued `lag` heads before: some tiles of queries, in chunks of 16 columns, from
     the order of `send_dq`. Returns the chunks read so far."""
-    accum_ptr, chunk_rows, dq_rows, scale, accumulators, scheduler, chunks, mask = args
+    accum_ptr, chunk_desc, dq_desc, scale, accumulators, scheduler, chunks, mask = args
     HEADS_KV: gl.constexpr = CONFIG.heads // CONFIG.group
-    ROWS: gl.constexpr = chunk_rows.block_shape[0]
-    COLUMNS: gl.constexpr = dq_rows.block_shape[3]
+    ROWS: gl.constexpr = chunk_desc.block_shape[0]
+    COLUMNS: gl.constexpr = dq_desc.block_shape[3]
     STAGES: gl.constexpr = CONFIG.chunk_stages
     SUMMED: gl.constexpr = CONFIG.dq_columns[0] + CONFIG.dq_columns[1]
     PER_TILE: gl.constexpr = SUMMED // COLUMNS
@@ -199,19 +200,19 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
         accum_ptr += row.to(gl.int64) * CHUNK_ROW
         wait_for_count(accumulators.added_ptr + head, scheduler.n_tiles)
         for i in gl.static_range(STAGES):
-            load_chunk(chunk_rows, row + i * ROWS, read + i, i < n_chunks, chunks)
+            load_chunk(chunk_desc, row + i * ROWS, n_read + i, i < n_chunks, chunks)
         for i in range(0, n_chunks):
-            mbarrier.wait(chunks.full.index(read % STAGES), read // STAGES & 1)
-            dq = chunks.sums.index(read % STAGES).load(layout)
+            mbarrier.wait(chunks.full.index(n_read % STAGES), n_read // STAGES & 1)
+            dq = chunks.sums.index(n_read % STAGES).load(layout)
             gl.store(accum_ptr + offsets, gl.zeros([ROWS, CHUNK_ROW], gl.float32, layout))
             dq = split_d.from_thread_order(dq, COLUMNS)
             tma.store_wait(1)
-            rounded = chunks.rounded.index(read % 2)
-            rounded.reshape([M, COLUMNS]).store((dq * scale).to(dq_rows.dtype))
+            rounded = chunks.rounded.index(n_read % 2)
+            rounded.reshape([M, COLUMNS]).store((dq * scale).to(dq_desc.dtype))
             fence_async_shared()
-            async_store(dq_rows, [b, h, t * M, column], rounded)
-            load_chunk(chunk_rows, row + (i + STAGES) * ROWS, read + STAGES, i + STAGES < n_chunks, chunks)
-            read += 1
+            async_store(dq_desc, [b, h, t * M, column], rounded)
+            load_chunk(chunk_desc, row + (i + STAGES) * ROWS, n_read + STAGES, i + STAGES < n_chunks, chunks)
+            n_read += 1
             accum_ptr += ROWS * CHUNK_ROW
             column += COLUMNS
             t = gl.where(column == SUMMED, t + 1, t)
@@ -221,13 +222,13 @@ def finish(c: gl.constexpr, work_tile, n, read, args, CONFIG: gl.constexpr):
         fence_async_global()
         barrier()
         gl.atomic_add(accumulators.cleared_ptr + head, 1, sem="release")
-    return read
+    return n_read
 
 
 @gluon.jit
-def load_chunk(chunk_rows, row, n, pred, chunks):
+def load_chunk(chunk_desc, row, n, pred, chunks):
     """The n-th chunk, from a row on, if `pred`."""
     STAGES: gl.constexpr = chunks.sums.shape[0]
     full = chunks.full.index(n % STAGES)
-    mbarrier.expect(full, chunk_rows.block_shape[0] * chunk_rows.block_shape[1] * 4, pred=pred)
-    async_load(chunk_rows, [row, 0], full, chunks.sums.index(n % STAGES), pred=pred)
+    mbarrier.expect(full, chunk_desc.block_shape[0] * chunk_desc.block_shape[1] * 4, pred=pred)
+    async_load(chunk_desc, [row, 0], full, chunks.sums.index(n % STAGES), pred=pred)

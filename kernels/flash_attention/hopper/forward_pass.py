@@ -23,7 +23,7 @@ Buffers, from their writer to who frees them:
 
 Programs are persistent and take work tile after work tile from a queue. One tile's loads run under the end of the one
 before, and up to head_dim 192 its first scores do, too: under the last P·V, and under the store of the outputs (L8).
-A work tile whose rows overflowed is computed a second time when there are no others left (`note_failed`).
+A work tile whose rows overflowed is computed a second time when there are no others left (`note_overflowed`).
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Queries(NamedTuple):
     full: Any
     empty: Any
     """The outputs have left it."""
-    failed: Any
-    """[64] int32 for each: the work tile whose outputs left it, in rows whose sum came to LIMIT or whose outputs are
-    not finite, and −1 in the others."""
+    overflowed: Any
+    """[64] int32 for each: the work tile, in rows whose sum came to LIMIT or whose outputs are not finite, and −1 in
+    the others."""
 
 
 class Buffers(NamedTuple):
@@ -99,8 +99,8 @@ class QueryTile(NamedTuple):
     i0: Any
     i1: Any
     """Blocks [i0, i1), one at least."""
-    before: Any
-    after: Any
+    skip_before: Any
+    skip_after: Any
     """How many blocks of the work tile only other consumers' queries see, before these and after them."""
     full_from: Any
     full_to: Any
@@ -132,7 +132,7 @@ def blocks_seen(m0, M: gl.constexpr, b, mask, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def query_tile(work_tile, c: gl.constexpr, scheduler, mask, row: gl.constexpr, CONFIG: gl.constexpr):
+def query_tile(work_tile, c: gl.constexpr, scheduler, mask, row_layout: gl.constexpr, CONFIG: gl.constexpr):
     """Consumer c's part of a work tile."""
     b, h, m0 = locate(work_tile, scheduler, CONFIG)
     all_i0, all_i1, _, _ = blocks_seen(m0, QUERIES * CONFIG.consumers, b, mask, CONFIG)
@@ -141,8 +141,8 @@ def query_tile(work_tile, c: gl.constexpr, scheduler, mask, row: gl.constexpr, C
     i0, i1, full_from, full_to = blocks_seen(gl.minimum(m0, mask.S - 1), QUERIES, b, mask, CONFIG)
     i0 = gl.maximum(gl.minimum(i0, all_i1 - 1), all_i0)
     i1 = gl.maximum(gl.minimum(i1, all_i1), i0 + 1)
-    first, end = seen_by(mask, m0 + gl.arange(0, QUERIES, row), b, CONFIG)
-    first = gl.maximum(first, 0) + gl.zeros([QUERIES], gl.int32, row)
+    first, end = seen_by(mask, m0 + gl.arange(0, QUERIES, row_layout), b, CONFIG)
+    first = gl.maximum(first, 0) + gl.zeros([QUERIES], gl.int32, row_layout)
     seen = gl.maximum(full_from, 0)
     online_until = gl.where(seen < full_to, seen + 1, mask.S_k)
     return QueryTile(
@@ -160,15 +160,15 @@ def stage_of(c: gl.constexpr, n, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG: gl.constexpr):
+def load_partition(q_desc, k_desc, v_desc, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG: gl.constexpr):
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
+    PANELS: gl.constexpr = split_d.n_panels(q_desc.block_shape[3], CONFIG.columns)
     n = 0
     step = 0
     repeating = 0
-    failed = gl.to_tensor(-1)
+    redo = gl.to_tensor(-1)
     work_tile = take(queue, n)
     while work_tile < queue.n_work_tiles:
         b, h, m0 = locate(work_tile, scheduler, CONFIG)
@@ -178,63 +178,63 @@ def load_partition(q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, m
             stage = stage_of(c, n, CONFIG)
             mbarrier.wait(queries.empty.index(stage), (n // CONFIG.query_stages & 1) ^ 1)
             full = queries.full.index(stage)
-            mbarrier.expect(full, bytes_of(PANELS, q_rows))
-            load_panels(q_rows, b, h, m0 + c * QUERIES, full, queries.tiles, stage, PANELS)
+            mbarrier.expect(full, bytes_of(PANELS, q_desc))
+            load_panels(q_desc, b, h, m0 + c * QUERIES, full, queries.tiles, stage, PANELS)
         if repeating == 0:
-            failed = note_failed(n, failed, lse_ptr, queries, scheduler, mask, CONFIG)
+            redo = note_overflowed(n, redo, lse_ptr, queries, scheduler, mask, CONFIG)
         for i in range(i0, i1 - 1):
-            keys.load(k_rows, b, h // CONFIG.group, i * N, step)
-            load_values(v_rows, b, h // CONFIG.group, i * N, step, values, tokens, packed)
+            keys.load(k_desc, b, h // CONFIG.group, i * N, step)
+            load_values(v_desc, b, h // CONFIG.group, i * N, step, values, tokens, packed)
             step += 1
         n += 1
         # Taken before the last loads, so that no warp waits for it; earlier, and work would be shared less evenly (L8).
         if repeating == 0:
             work_tile = take(queue, n)
-        keys.load(k_rows, b, h // CONFIG.group, i1 * N - N, step)
-        load_values(v_rows, b, h // CONFIG.group, i1 * N - N, step, values, tokens, packed)
+        keys.load(k_desc, b, h // CONFIG.group, i1 * N - N, step)
+        load_values(v_desc, b, h // CONFIG.group, i1 * N - N, step, values, tokens, packed)
         step += 1
         # The second pass is in this loop, not in one around it: compiler.py (L11).
         if (work_tile >= queue.n_work_tiles) & (repeating == 0):
             mbarrier.wait(buffers.done.index(0), 0)
             for i in range(CONFIG.query_stages):
-                failed = note_failed(n + i, failed, lse_ptr, queries, scheduler, mask, CONFIG)
-            publish(queue, n + 1, gl.where(failed < 0, queue.n_work_tiles, failed))
+                redo = note_overflowed(n + i, redo, lse_ptr, queries, scheduler, mask, CONFIG)
+            publish(queue, n + 1, gl.where(redo < 0, queue.n_work_tiles, redo))
             repeating = 1
         if repeating:
-            work_tile = gl.where(failed < 0, queue.n_work_tiles, failed)
-            failed = failed_before(failed, lse_ptr, scheduler, mask, CONFIG)
+            work_tile = gl.where(redo < 0, queue.n_work_tiles, redo)
+            redo = redo_before(redo, lse_ptr, scheduler, mask, CONFIG)
             publish(queue, n + 2, work_tile)
 
 
 @gluon.jit
-def load_values(v_rows, b, g, row, step, values, tokens, packed):
+def load_values(v_desc, b, g, row, step, values, tokens, packed):
     """The step's values. Padding keys may be anything: `hide` replaces their scores."""
     PANELS: gl.constexpr = values.tiles.shape[0] // values.full.shape[0]
     stage = values.acquire(step)
-    load_tile(v_rows, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
+    load_tile(v_desc, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
 
 
 @gluon.jit
-def note_failed(n, failed, lse_ptr, queries, scheduler, mask, CONFIG: gl.constexpr):
-    """Add the work tile that had the n-th one's stages before it to the list of those to repeat, if it failed.
+def note_overflowed(n, redo, lse_ptr, queries, scheduler, mask, CONFIG: gl.constexpr):
+    """Put the work tile that last used the n-th one's stages on the list of those to repeat, if a row overflowed.
 
-    `failed` is the last on the list, or −1 while there is none. Where a work tile's first LSE will be, it has the work
-    tile before it on the list, so that there is room for any number of them.
+    `redo` is the last on the list, −1 if there is none. The list is linked: where its first LSE will be, a work tile
+    has the one before it, so no other memory is needed.
     """
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    row: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    work_tiles = queries.failed.index(stage_of(0, n, CONFIG)).load(row)
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    work_tiles = queries.overflowed.index(stage_of(0, n, CONFIG)).load(layout)
     for c in gl.static_range(1, CONSUMERS):
-        work_tiles = gl.maximum(work_tiles, queries.failed.index(stage_of(c, n, CONFIG)).load(row))
+        work_tiles = gl.maximum(work_tiles, queries.overflowed.index(stage_of(c, n, CONFIG)).load(layout))
     work_tile = gl.max(work_tiles, 0)
     if work_tile >= 0:
-        gl.store(first_lse(work_tile, lse_ptr, scheduler, mask, CONFIG), failed.to(gl.float32, bitcast=True))
-        failed = work_tile
-    return failed
+        gl.store(first_lse(work_tile, lse_ptr, scheduler, mask, CONFIG), redo.to(gl.float32, bitcast=True))
+        redo = work_tile
+    return redo
 
 
 @gluon.jit
-def failed_before(work_tile, lse_ptr, scheduler, mask, CONFIG: gl.constexpr):
+def redo_before(work_tile, lse_ptr, scheduler, mask, CONFIG: gl.constexpr):
     before = work_tile
     if work_tile >= 0:
         before = gl.load(first_lse(work_tile, lse_ptr, scheduler, mask, CONFIG)).to(gl.int32, bitcast=True)
@@ -278,29 +278,29 @@ def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
 
 @gluon.jit
 def store(
-    c: gl.constexpr, n, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask,
+    c: gl.constexpr, n, repeating, origin, outs, row_max, row_sum, excess, out_desc, lse_ptr, queries, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
-    work_tile, b, h, m0 = where
-    row: gl.constexpr = row_max.type.layout
+    work_tile, b, h, m0 = origin
+    row_layout: gl.constexpr = row_max.type.layout
     COLUMNS: gl.constexpr = CONFIG.columns_v
-    PANELS: gl.constexpr = split_d.n_panels(out_rows.block_shape[3], COLUMNS)
+    PANELS: gl.constexpr = split_d.n_panels(out_desc.block_shape[3], COLUMNS)
     if queries.tiles.dtype == gl.bfloat16:  # float16 has no values so large
         # NaN in rows that overflowed, and so are their out and LSE until the work tile is repeated.
         row_sum = gl.where(repeating > 0, row_sum, row_sum + softmax.not_finite(outs, row_sum))
-    row_sum = gl.convert_layout(gl.sum(row_sum, 1), row, assert_trivial=True)
-    excess = gl.convert_layout(gl.sum(excess, 1), row, assert_trivial=True)
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_layout, assert_trivial=True)
+    excess = gl.convert_layout(gl.sum(excess, 1), row_layout, assert_trivial=True)
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     outs = split_d.scale(outs, 1 / (row_sum + excess))
     first = stage * split_d.n_panels(queries.tiles.shape[4], CONFIG.columns)  # Q may have more panels than out
     split_d.store(outs, split_d.from_panel(queries.tiles, first, COLUMNS))
     fence_async_shared()
-    store_panels(out_rows, b, h, m0, queries.tiles, first, PANELS)
-    m = m0 + gl.arange(0, QUERIES, row)
+    store_panels(out_desc, b, h, m0, queries.tiles, first, PANELS)
+    m = m0 + gl.arange(0, QUERIES, row_layout)
     # Rows past S may have seen no key before the other rows had, and so have subtracted −inf.
-    queries.failed.index(stage).store(gl.where((row_sum < softmax.LIMIT) | (m >= mask.S), -1, work_tile))
+    queries.overflowed.index(stage).store(gl.where((row_sum < softmax.LIMIT) | (m >= mask.S), -1, work_tile))
     lse = (row_max + gl.log2(row_sum)) * LN2
     gl.store(lse_ptr + (b * CONFIG.heads + h).to(gl.int64) * mask.S + m, lse, mask=m < mask.S)
 
@@ -336,44 +336,43 @@ def release_early(values, step, needed):
 
 @gluon.jit
 def begin(
-    c: gl.constexpr, IN_FLIGHT: gl.constexpr, n, repeating, step, after, queue, scheduler, buffers, mask,
+    c: gl.constexpr, IN_FLIGHT: gl.constexpr, n, repeating, step, skip_after, queue, scheduler, buffers, mask,
     CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """The prologue: start the first scores of the program's n-th work tile, once `after` blocks of the one before are
-    skipped.
+    """The prologue: skip `skip_after` blocks of the work tile before, and start the first scores of the program's n-th
+    one.
 
-    If IN_FLIGHT, the P·V of the step before still runs, and the caller releases its V stage afterwards. But a consumer
-    that first skips as many blocks as there are V stages would wait for a block that the producer cannot load before
-    that stage is free: then it is released here.
+    If IN_FLIGHT, the last P·V still runs, and the caller releases its V stage. A consumer that first skips as many
+    blocks as there are V stages would wait forever for a block that needs this stage: then it is released here.
 
     Returns the work tile, n_work_tiles or more when there is none left; this consumer's part of it; the step of the
     scores; these, of no meaning when there is no work tile; and whether the V stage is still to be released.
     """
     queries, keys, values = buffers.q, buffers.k, buffers.v
     STAGES: gl.constexpr = CONFIG.value_stages
-    row: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(CONFIG.n))
+    row_layout: gl.constexpr = gl.SliceLayout(1, split_d.mma_layout(CONFIG.n))
     previous = step - 1
     if IN_FLIGHT:
-        release_early(values, previous, after >= STAGES)
-    step = skip_blocks(c, after, step, keys, values, CONFIG)
+        release_early(values, previous, skip_after >= STAGES)
+    step = skip_blocks(c, skip_after, step, keys, values, CONFIG)
     work_tile = receive(queue, n + 2 * repeating)
     there_is = work_tile < queue.n_work_tiles
-    tile = query_tile(gl.minimum(work_tile, queue.n_work_tiles - 1), c, scheduler, mask, row, CONFIG)
-    before = gl.where(there_is, tile.before, 0)
+    tile = query_tile(gl.minimum(work_tile, queue.n_work_tiles - 1), c, scheduler, mask, row_layout, CONFIG)
+    skip_before = gl.where(there_is, tile.skip_before, 0)
     if IN_FLIGHT:
-        release_early(values, previous, (after < STAGES) & (after + before >= STAGES))
-    step = skip_blocks(c, before, step, keys, values, CONFIG)
+        release_early(values, previous, (skip_after < STAGES) & (skip_after + skip_before >= STAGES))
+    step = skip_blocks(c, skip_before, step, keys, values, CONFIG)
     stage = stage_of(c, n, CONFIG)
     mbarrier.wait(queries.full.index(stage), n // CONFIG.query_stages & 1, pred=there_is)
     keys.wait(step, there_is)
     wait_for_turn(c)
     s = multiply_scores(c, n, step, queries, keys, CONFIG)
     pass_turn(c, CONFIG)
-    return work_tile, tile, step, s, after + before < STAGES
+    return work_tile, tile, step, s, skip_after + skip_before < STAGES
 
 
 @gluon.jit
-def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG: gl.constexpr):
+def mma_partition(c: gl.constexpr, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG: gl.constexpr):
     """Consumer c: queries [64 c, 64 c + 64) of each work tile."""
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
@@ -401,7 +400,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
             )
             keys.wait(step + 1, tile.i0 + 1 < tile.i1)
             values.wait(step, True)
-            p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
+            p, block, row_sum = softmax.exp_and_sum(s, subtract, rescale, row_sum, dtype, mask)
             outweighing = gl.where(dtype == gl.float16, softmax.outweighs(block, row_sum), 0)
             if JOINED:  # noqa: SIM102  # known to the compiler, unlike n
                 if n > 0:
@@ -428,7 +427,7 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
                 # Before the exponentials, whose gaps these products fill.
                 outs = split_d.rescale(outs, rescale)
                 excess *= split_d.along_rows(rescale, excess)
-                p, block, row_sum = softmax.weigh(s, subtract, rescale, row_sum, dtype, mask)
+                p, block, row_sum = softmax.exp_and_sum(s, subtract, rescale, row_sum, dtype, mask)
                 # A block that was searched has no weight above 1, but in float16, where row_max may stay behind.
                 searched = online | (i * N < tile.online_until)
                 outweighing = gl.where((dtype == gl.float16) | ~searched, softmax.outweighs(block, row_sum), 0)
@@ -436,22 +435,48 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
 
             outs = multiply_values(p, step, values, outs, CONFIG)
             excess += softmax.rounding_excess(p, block, outweighing)
-            where = work_tile, tile.b, tile.h, tile.m0
+            origin = work_tile, tile.b, tile.h, tile.m0
             if not JOINED:
                 outs = split_d.wait(0, outs)
                 values.release(step)
-                store(c, n, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG)
+                store(
+                    c,
+                    n,
+                    repeating,
+                    origin,
+                    outs,
+                    row_max,
+                    row_sum,
+                    excess,
+                    out_desc,
+                    lse_ptr,
+                    queries,
+                    mask,
+                    CONFIG,
+                )
                 release_queries(queries, c, n, CONFIG)
             n += 1
             work_tile, tile, begun, s, unreleased = begin(
-                c, JOINED, n, repeating, step + 1, tile.after, queue, scheduler, buffers, mask, CONFIG
+                c, JOINED, n, repeating, step + 1, tile.skip_after, queue, scheduler, buffers, mask, CONFIG
             )
             if JOINED:
                 outs = split_d.wait(K_PRODUCTS, outs)
                 if unreleased:
                     values.release(step)
                 store(
-                    c, n - 1, repeating, where, outs, row_max, row_sum, excess, out_rows, lse_ptr, queries, mask, CONFIG
+                    c,
+                    n - 1,
+                    repeating,
+                    origin,
+                    outs,
+                    row_max,
+                    row_sum,
+                    excess,
+                    out_desc,
+                    lse_ptr,
+                    queries,
+                    mask,
+                    CONFIG,
                 )
             s = warpgroup_mma_wait(0, deps=[s])
             if work_tile < queue.n_work_tiles:
@@ -471,27 +496,27 @@ def mma_partition(c: gl.constexpr, out_rows, lse_ptr, sinks_ptr, queue, schedule
 
 @gluon.jit(do_not_specialize=["n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def forward_kernel(
-    q_rows, k_rows, v_rows, out_rows, lse_ptr, starts_ptr, sequence_ends_ptr, sinks_ptr, taken_ptr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts_ptr, sequence_ends_ptr, sinks_ptr, taken_ptr,
     n_work_tiles, n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """out and LSE."""
     CONSUMERS: gl.constexpr = CONFIG.consumers
     mask = Mask(S, S_k, window, starts_ptr, None, tanh_scale, scale_log2)
-    PANELS: gl.constexpr = split_d.n_panels(q_rows.block_shape[3], CONFIG.columns)
-    PANELS_V: gl.constexpr = split_d.n_panels(v_rows.block_shape[3], CONFIG.columns_v)
-    k = allocate_tiles(k_rows, CONFIG.key_stages * PANELS)
-    v = allocate_tiles(v_rows, CONFIG.value_stages * PANELS_V)
-    READ: gl.constexpr = TURN_BARRIER + CONSUMERS
+    PANELS: gl.constexpr = split_d.n_panels(q_desc.block_shape[3], CONFIG.columns)
+    PANELS_V: gl.constexpr = split_d.n_panels(v_desc.block_shape[3], CONFIG.columns_v)
+    k = allocate_tiles(k_desc, CONFIG.key_stages * PANELS)
+    v = allocate_tiles(v_desc, CONFIG.value_stages * PANELS_V)
+    RELEASE: gl.constexpr = TURN_BARRIER + CONSUMERS
     THREADS: gl.constexpr = PRODUCER_WARP + WARP_GROUP * CONSUMERS
-    gl.static_assert(READ + CONFIG.key_stages + CONFIG.value_stages <= NAMED_BARRIERS)
-    keys = NamedBarrierChannel(k, allocate_barriers(CONFIG.key_stages, 1), READ, THREADS)
-    values = NamedBarrierChannel(v, allocate_barriers(CONFIG.value_stages, 1), READ + CONFIG.key_stages, THREADS)
+    gl.static_assert(RELEASE + CONFIG.key_stages + CONFIG.value_stages <= NAMED_BARRIERS)
+    keys = NamedBarrierChannel(k, allocate_barriers(CONFIG.key_stages, 1), RELEASE, THREADS)
+    values = NamedBarrierChannel(v, allocate_barriers(CONFIG.value_stages, 1), RELEASE + CONFIG.key_stages, THREADS)
     STAGES: gl.constexpr = CONSUMERS * CONFIG.query_stages
-    q = allocate_tiles(q_rows, STAGES * PANELS)
-    failed = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q = allocate_tiles(q_desc, STAGES * PANELS)
+    overflowed = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
-        failed.index(i).store(gl.full([QUERIES], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
-    queries = Queries(q, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1), failed)
+        overflowed.index(i).store(gl.full([QUERIES], -1, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    queries = Queries(q, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, 1), overflowed)
     buffers = Buffers(queries, keys, values, allocate_barriers(1, CONSUMERS))
     queue = make_queue(n_work_tiles, taken_ptr, CONSUMERS)
     scheduler = TileScheduler(n_tiles, n_work_tiles // (n_tiles * CONFIG.group), log_interleaved)
@@ -503,9 +528,9 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (mma_partition, (0, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (mma_partition, (1, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
+                (mma_partition, (0, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (mma_partition, (1, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (load_partition, (q_desc, k_desc, v_desc, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
             ],
             [4, 1],  # warps
             CONFIG.registers,
@@ -513,10 +538,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (mma_partition, (0, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (mma_partition, (1, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (mma_partition, (2, out_rows, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
-                (load_partition, (q_rows, k_rows, v_rows, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
+                (mma_partition, (0, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (mma_partition, (1, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (mma_partition, (2, out_desc, lse_ptr, sinks_ptr, queue, scheduler, buffers, mask, CONFIG)),
+                (load_partition, (q_desc, k_desc, v_desc, lse_ptr, queue, scheduler, buffers, mask, packed, CONFIG)),
             ],
             [4, 4, 1],  # warps
             CONFIG.registers,

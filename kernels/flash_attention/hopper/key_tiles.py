@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import config
-from .mask import queries_of_keys
+from .mask import exp_scores, queries_of_keys, sees
 from .padding import is_border, load_cleared, load_tile
 from .pipeline import async_load, bytes_of, load_panels
 from .scheduler import is_interleaved, tile_of
@@ -108,20 +108,35 @@ def load_queries(
     CONFIG: gl.constexpr,
 ):  # fmt: skip
     """Producer: the step's Q, with its row statistics, and its dO: query tile t of head h."""
-    q_rows, stat_rows, dout_rows = rows
-    ROW_STATS: gl.constexpr = stat_rows.block_shape[0]
+    q_desc, stat_desc, dout_desc = rows
+    ROW_STATS: gl.constexpr = stat_desc.block_shape[0]
     stage, _ = queries.q.slot(step)
     queries.q.acquire(step)
     full = queries.q.full.index(stage)
     if packed.sequence_ends_ptr is not None and is_border(t * M, M, tokens):
-        load_cleared(q_rows, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
+        load_cleared(q_desc, b, h, t * M, queries.q.tiles, stage, PANELS, tokens, packed)
         mbarrier.expect(full, ROW_STATS * 4)
     else:
-        mbarrier.expect(full, bytes_of(PANELS, q_rows) + ROW_STATS * 4)
-        load_panels(q_rows, b, h, t * M, full, queries.q.tiles, stage, PANELS)
+        mbarrier.expect(full, bytes_of(PANELS, q_desc) + ROW_STATS * 4)
+        load_panels(q_desc, b, h, t * M, full, queries.q.tiles, stage, PANELS)
     row = ((b * CONFIG.heads + h) * query_tiles + t) * ROW_STATS
-    async_load(stat_rows, [row], full, queries.row_stats.index(stage))
+    async_load(stat_desc, [row], full, queries.row_stats.index(stage))
     stage, _ = queries.dout.slot(step)
     queries.dout.acquire(step)
     full = queries.dout.full.index(stage)
-    load_tile(dout_rows, b, h, t * M, full, queries.dout.tiles, stage, PANELS_V, tokens, packed)
+    load_tile(dout_desc, b, h, t * M, full, queries.dout.tiles, stage, PANELS_V, tokens, packed)
+
+
+@gluon.jit
+def weights(s, lse, m0, n0, FIRST: gl.constexpr, masked, row_stats, mask, CONFIG: gl.constexpr):
+    """P [keys, M queries], from products after a soft cap: of keys from n0 + FIRST on, and queries from m0 on."""
+    query_layout: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    p = exp_scores(s, gl.expand_dims(lse, 0), mask.scale_log2)
+    if masked:
+        m = gl.expand_dims(m0 + gl.arange(0, M, query_layout), 0)
+        n = gl.expand_dims(n0 + FIRST + gl.arange(0, s.shape[0], gl.SliceLayout(1, s.type.layout)), 1)
+        start = 0
+        if CONFIG.starts:
+            start = gl.expand_dims(row_stats.slice(2 * M, M, 0).load(query_layout).to(gl.int32, bitcast=True), 0)
+        p = gl.where(sees(mask, m, start, n, CONFIG), p, 0.0)
+    return p

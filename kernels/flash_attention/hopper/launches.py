@@ -174,10 +174,10 @@ class FusedLaunches(BackwardLaunches):
         ) if sorts else None  # fmt: skip
         row = CHUNK_ROW.value
         sums = [floats(n_sums, QUERIES * n // row, row) for n in (*config.dq_columns, CHUNK_COLUMNS.value)]
-        dq_rows = call.rows(call.q, QUERIES, n_columns=CHUNK_COLUMNS.value)
+        dq_desc = call.rows(call.q, QUERIES, n_columns=CHUNK_COLUMNS.value)
         self.fused = Launch(
             backward_kernel, call.device, programs if config.persistent else n_work_tiles + lag * n_tiles,
-            (*self.inputs, *sums, dq_rows, *self.key_gradients),
+            (*self.inputs, *sums, dq_desc, *self.key_gradients),
             (count, lag, n_work_tiles, n_tiles, interleaved, *call.numbers, call.scale), CONFIG=config,
         )  # fmt: skip
 

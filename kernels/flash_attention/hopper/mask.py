@@ -16,7 +16,7 @@ LN2 = gl.constexpr(scores.LN2.value)
 keys_seen = gluon.jit(intervals.keys_seen.fn)
 interval_sees = gluon.jit(intervals.sees.fn)
 queries_of_keys = gluon.jit(intervals.queries_of_keys.fn)
-weigh = gluon.jit(scores.weigh.fn)
+exp_scores = gluon.jit(scores.exp_scores.fn)
 score_gradient = gluon.jit(scores.score_gradient.fn)
 
 

@@ -1,4 +1,5 @@
-"""Packed sequences: padding tokens, before the first sequence and after the last, are read as 0.
+"""Packed sequences: values of padding tokens, before the first sequence and after the last, are read as 0; in the
+backward Q, K and dO, too.
 
 Their weight is 0 whatever they are, but 0 · NaN is NaN. TMA cannot leave rows out. So the producer, whose warp has the
 time, waits for a tile at a border, overwrites its rows of padding, and only then tells the consumers. The consumers'
@@ -60,18 +61,18 @@ def load_tile(rows, b, h, row, full, tiles, stage, PANELS: gl.constexpr, tokens,
 
 @gluon.jit
 def load_pair(
-    x_rows, y_rows, b, h, row, full, x, y, stage, X_PANELS: gl.constexpr, Y_PANELS: gl.constexpr, tokens, packed
+    x_desc, y_desc, b, h, row, full, x, y, stage, X_PANELS: gl.constexpr, Y_PANELS: gl.constexpr, tokens, packed
 ):
     """Load two tiles of the same tokens, after which `full` completes."""
-    ROWS: gl.constexpr = x_rows.block_shape[2]
+    ROWS: gl.constexpr = x_desc.block_shape[2]
     if packed.sequence_ends_ptr is not None and is_border(row, ROWS, tokens):
-        load_cleared(x_rows, b, h, row, x, stage, X_PANELS, tokens, packed)
-        load_cleared(y_rows, b, h, row, y, stage, Y_PANELS, tokens, packed)
+        load_cleared(x_desc, b, h, row, x, stage, X_PANELS, tokens, packed)
+        load_cleared(y_desc, b, h, row, y, stage, Y_PANELS, tokens, packed)
         mbarrier.arrive(full, count=1)
     else:
-        mbarrier.expect(full, bytes_of(X_PANELS, x_rows) + bytes_of(Y_PANELS, y_rows))
-        load_panels(x_rows, b, h, row, full, x, stage, X_PANELS)
-        load_panels(y_rows, b, h, row, full, y, stage, Y_PANELS)
+        mbarrier.expect(full, bytes_of(X_PANELS, x_desc) + bytes_of(Y_PANELS, y_desc))
+        load_panels(x_desc, b, h, row, full, x, stage, X_PANELS)
+        load_panels(y_desc, b, h, row, full, y, stage, Y_PANELS)
 
 
 @gluon.jit

@@ -146,25 +146,25 @@ class NamedBarrierChannel:
 
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
-    read: gl.constexpr
-    """The first of STAGES named barriers; such a barrier is the stage's `empty`."""
+    release_barrier: gl.constexpr
+    """The first of STAGES named barriers: each is what a `Channel` has as a stage's `empty`."""
     threads: gl.constexpr
     """Of all consumers and the producer: a stage is free once all have come to its barrier."""
 
     @gluon.constexpr_function
-    def __init__(self, tiles, full, read, threads):
+    def __init__(self, tiles, full, release_barrier, threads):
         self.tiles = tiles
         self.full = full
-        self.read = gl.constexpr(read)
+        self.release_barrier = gl.constexpr(release_barrier)
         self.threads = gl.constexpr(threads)
 
     @gluon.jit
     def acquire(self, step):
-        """Producer: wait until all consumers have released the step's stage."""
+        """Producer: wait until all consumers have released the step's stage, and return it."""
         STAGES: gl.constexpr = self.full.shape[0]
         stage = step % STAGES
         if step >= STAGES:
-            barrier_sync(self.read + stage, self.threads)
+            barrier_sync(self.release_barrier + stage, self.threads)
         return stage
 
     @gluon.jit
@@ -184,7 +184,7 @@ class NamedBarrierChannel:
     @gluon.jit
     def release(self, step):
         """Consumer: it has read the step's tile."""
-        barrier_arrive(self.read + step % self.full.shape[0], self.threads)
+        barrier_arrive(self.release_barrier + step % self.full.shape[0], self.threads)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from ..scores import LOG2E
 
 @triton.jit(do_not_specialize=["S", "S_k", "n_tiles", "n_accumulators", "n_heads"])
 def preprocess_kernel(
-    out_rows, dout_rows, lse_ptr, dlse_ptr, starts_ptr, sequence_ends_ptr, stat_ptr, query_ends_ptr,
+    out_desc, dout_desc, lse_ptr, dlse_ptr, starts_ptr, sequence_ends_ptr, stat_ptr, query_ends_ptr,
     accum_ptr, added_ptr, cleared_ptr, semaphore_ptr,
     S, S_k, n_tiles, n_accumulators, n_heads,
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SUMMED: tl.constexpr, ROW_STATS: tl.constexpr,
@@ -24,8 +24,8 @@ def preprocess_kernel(
     b, h = head // H, head % H
     m0 = program % n_tiles * M
     m = m0 + tl.arange(0, M)
-    out = out_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
-    dout = dout_rows.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
+    out = out_desc.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
+    dout = dout_desc.load([b, h, m0, 0]).reshape(M, D).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     row = head.to(tl.int64) * S + m
     if dlse_ptr is not None:

@@ -19,8 +19,8 @@ SERIES = gl.constexpr((0.999999456, -0.33326318, 0.131902967, -0.0444022254))
 
 
 @gluon.jit
-def capped(s, tanh_scale, SOFTCAP: gl.constexpr):
-    """The tanh of a soft cap, or s as it is: `scores.capped`."""
+def softcap_tanh(s, tanh_scale, SOFTCAP: gl.constexpr):
+    """The tanh of a soft cap, or s as it is: `scores.softcap_tanh`."""
     if SOFTCAP:
         s = tanh(s * (tanh_scale * (2 / NEAR)))
     return s

@@ -5,11 +5,10 @@ which is subtracted, is the maximum of a row's first blocks, up to the first key
 blocks are not searched for a higher one, which would be a quarter of a step's instructions (L11). A row whose maximum
 comes late is therefore weighed against an earlier one, and three things follow.
 
-- *A weight above 1 is rounded* for P·V; the row's maximum, with the weight 1, would not be. If one key has nearly all
-  of a row's weight, its rounding must not show: out would not be that key's value, and the backward's dP − delta would
-  not vanish. So where a block outweighs what came before (`outweighs`), the row's outputs are divided by the sum of its
-  weights as they were multiplied, rounded: `rounding_excess` is the difference. LSE has the sum of the weights
-  themselves (L14).
+- *A weight above 1 is rounded* for P·V. Online softmax gives a row's maximum the weight 1, which is exact. If one key
+  has nearly all of a row's weight, its rounding must not show: out would not be that key's value, and the backward's
+  dP − delta would not vanish. So where a block outweighs what came before (`outweighs`), `rounding_excess` corrects the
+  divisor of the row's outputs for that block's rounding. LSE has the sum of the weights themselves (L14).
 - *A row may overflow.* Where its sum comes to `LIMIT`, or an output is not finite (`not_finite`), the program computes
   the work tile again after all others, with the maximum of every block: the usual online softmax.
 - *float16* weights end at 65,504, so there every block is searched.
@@ -24,7 +23,7 @@ from triton.experimental.gluon import language as gl
 
 from . import split_d
 from .mask import LOG2E
-from .softcap import capped
+from .softcap import softcap_tanh
 
 LIMIT = gl.constexpr(2.0**60)
 """A row whose sum comes to this is computed again: its weights may have overflowed, or its outputs."""
@@ -55,7 +54,7 @@ def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CO
     """
     N: gl.constexpr = s.shape[1]
     RISE: gl.constexpr = FLOAT16_RISE if dtype == gl.float16 else 0
-    s = capped(s, mask.tanh_scale, CONFIG.softcap)
+    s = softcap_tanh(s, mask.tanh_scale, CONFIG.softcap)
     if (n0 < tile.full_from) | (n0 + N > tile.full_to):
         n = gl.expand_dims(n0 + gl.arange(0, N, gl.SliceLayout(0, s.type.layout)), 0)
         s = hide(s, n, tile.first, tile.width)
@@ -73,7 +72,7 @@ def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CO
 
 
 @gluon.jit
-def weigh(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
+def exp_and_sum(s, subtract, rescale, row_sum, dtype: gl.constexpr, mask):
     """The second half: p, what it adds to the sums, and these."""
     p = gl.exp2(s * mask.scale_log2 - gl.expand_dims(subtract, 1))
     # The four threads of a row add up at the very end: a shuffle less in every block.

@@ -25,7 +25,7 @@ def mma_layout(columns):
 
 @gluon.constexpr_function
 def n_panels(width, columns):
-    """The panels of a tile, where each is so wide: one for each part, or one for all."""
+    """Panels of a tile: one for each part if a panel is narrower than all parts together, else one."""
     return len(columns) if width < sum(columns) else 1
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..intervals import keys_seen, queries_by_ends, queries_by_starts, queries_of_keys
-from ..scores import LN2, LOG2E, capped, score_gradient, weigh
+from ..scores import LN2, LOG2E, exp_scores, score_gradient, softcap_tanh
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def forward_kernel(
         k = _load(k_rows, b, h // GROUP, n0, N, D, HEAD_DIM, TMA, kept)
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
-        s = capped(s, tanh_scale, SOFTCAP)
+        s = softcap_tanh(s, tanh_scale, SOFTCAP)
         if ALIBI:
             bias, _ = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], scale_log2)
             s += bias
@@ -255,12 +255,12 @@ def dq_kernel(
         # [M, N]
         s = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        s = capped(s, tanh_scale, SOFTCAP)
+        s = softcap_tanh(s, tanh_scale, SOFTCAP)
         biased = s
         if ALIBI:
             bias, distance = _alibi(slopes_ptr, h, m[:, None], S_k - S, n0 + tl.arange(0, N)[None, :], scale_log2)
             biased += bias
-        p = _at_most_1(weigh(biased, lse[:, None], scale_log2))
+        p = _at_most_1(exp_scores(biased, lse[:, None], scale_log2))
         if (n0 < full_from) | (n0 + N > full_to):
             n = n0 + tl.arange(0, N)[None, :]
             p = tl.where((n >= first[:, None]) & (n < end[:, None]), p, 0.0)
@@ -339,12 +339,12 @@ def dkdv_kernel(
             delta = tl.where(kept_rows, delta, 0.0)
         # [N, M]: transposed, so that the sums over queries are plain products
         s = tl.dot(k, q.T, input_precision=PRECISION)
-        s = capped(s, tanh_scale, SOFTCAP)
+        s = softcap_tanh(s, tanh_scale, SOFTCAP)
         biased = s
         if ALIBI:
             bias, _ = _alibi(slopes_ptr, h, m[None, :], shift, n[:, None], scale_log2)
             biased += bias
-        p = _at_most_1(weigh(biased, lse[None, :], scale_log2))
+        p = _at_most_1(exp_scores(biased, lse[None, :], scale_log2))
         if (m0 < full_from) | (m0 + M > full_to):
             if not ENDS:
                 start = 0
