@@ -114,7 +114,7 @@ def test_no_kernel_is_compiled_for_the_value_of_a_number(kernel: Any) -> None:
     """For compiled kernels are not kept by it."""
     numbers = {
         name for name, parameter in inspect.signature(kernel.fn).parameters.items()
-        if "constexpr" not in str(parameter.annotation) and not name.endswith(("_rows", "_ptr"))
+        if "constexpr" not in str(parameter.annotation) and not name.endswith(("_desc", "_ptr"))
     }  # fmt: skip
     never = {"tanh_scale", "scale_log2", "scale"}  # a float's value Triton never compiles for
     found = kernel.do_not_specialize if hasattr(kernel, "do_not_specialize") else kernel.kwargs["do_not_specialize"]
@@ -330,7 +330,7 @@ def test_each_launch_has_what_its_kernel_has_parameters_for(
         ]
         assert names[len(args) :] == list(launch.constants)
         for name, arg in zip(names, args, strict=False):
-            if name.endswith("_rows"):
+            if name.endswith("_desc"):
                 assert hasattr(arg, "block_shape"), name
                 arg.__post_init__()  # Triton's own check
             elif name == "sequence_ends_ptr":

@@ -138,7 +138,7 @@ def wait_and_load(c: gl.constexpr, work_tile, n, step, args, CONFIG: gl.constexp
 def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed, CONFIG: gl.constexpr):
     """The program's n-th work tile; returns the steps so far."""
     q_desc, k_desc, v_desc, dout_desc, stat_desc = descriptors
-    query_rows = q_desc, stat_desc, dout_desc
+    query_descs = q_desc, stat_desc, dout_desc
     query_tiles = gl.cdiv(mask.S, M)
     tile = locate(work_tile, scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
@@ -152,7 +152,7 @@ def load(work_tile, n, step, descriptors, scheduler, keys, queries, mask, packed
         h = g * CONFIG.group + i
         t = first_query_tile(tile, descending, CONFIG)
         for _ in range(tile.t0, tile.t3):
-            load_queries(step, b, h, t, query_tiles, query_rows, queries, 1, 1, tokens, packed, CONFIG)
+            load_queries(step, b, h, t, query_tiles, query_descs, queries, 1, 1, tokens, packed, CONFIG)
             t = next_query_tile(t, tile, descending)
             step += 1
     return step
@@ -322,7 +322,7 @@ def store_keys(work_tile, n, dk_desc, dv_desc, scheduler, keys, mask, CONFIG: gl
 
 @gluon.jit(do_not_specialize=["count", "lag", "n_work_tiles", "n_tiles", "log_interleaved", "S", "S_k", "window"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, dout_desc, stat_desc, accum0_rows, accum1_rows, chunk_desc, dq_desc, dk_desc, dv_desc,
+    q_desc, k_desc, v_desc, dout_desc, stat_desc, accum0_desc, accum1_desc, chunk_desc, dq_desc, dk_desc, dv_desc,
     accum_ptr, starts_ptr, sequence_ends_ptr, query_ends_ptr, sorted_ptr, taken_ptr, added_ptr, cleared_ptr,
     semaphore_ptr, count, lag, n_work_tiles, n_tiles, log_interleaved, S, S_k, window, tanh_scale, scale_log2, scale,
     CONFIG: gl.constexpr,
@@ -339,8 +339,8 @@ def backward_kernel(
     queries = Queries(q_channel, row_stats, Channel(dout, allocate_barriers(STAGES, 1), empty))
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONFIG.n, M], dtype)
     ds = gl.allocate_shared_memory(dtype, [DS_STAGES, CONFIG.n, M], ds_layout)
-    dq0 = gl.allocate_shared_memory(gl.float32, accum0_rows.block_shape, accum0_rows.layout)
-    dq1 = gl.allocate_shared_memory(gl.float32, accum1_rows.block_shape, accum1_rows.layout)
+    dq0 = gl.allocate_shared_memory(gl.float32, accum0_desc.block_shape, accum0_desc.layout)
+    dq1 = gl.allocate_shared_memory(gl.float32, accum1_desc.block_shape, accum1_desc.layout)
     exchange = DsExchange(ds, allocate_barriers(1, CONSUMERS))
     staging = DqStaging((dq0, dq1), allocate_barriers(CONSUMERS, 1), allocate_barriers(CONSUMERS, 1))
     complete = gl.allocate_shared_memory(gl.float32, [CONFIG.chunk_stages] + chunk_desc.block_shape, chunk_desc.layout)
@@ -352,7 +352,7 @@ def backward_kernel(
     loaded = allocate_barriers(1, 1) if sequence_ends_ptr is not None else None
     packed = Packed(starts_ptr, sequence_ends_ptr, loaded)
     fence_async_shared()
-    accum_desc = (accum0_rows, accum1_rows)
+    accum_desc = (accum0_desc, accum1_desc)
     gl.warp_specialize(
         [
             (mma_partition, (0, scale, queue, scheduler, keys, queries, exchange, staging, mask, CONFIG)),

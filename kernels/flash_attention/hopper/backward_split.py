@@ -215,7 +215,7 @@ def dkdv_load_partition(
     PANELS: gl.constexpr = len(CONFIG.columns)
     PANELS_V: gl.constexpr = len(CONFIG.columns_v)
     query_tiles = gl.cdiv(mask.S, M)
-    query_rows = q_desc, stat_desc, dout_desc
+    query_descs = q_desc, stat_desc, dout_desc
     tile = locate(gl.program_id(0), scheduler, mask, CONFIG)
     b, g, n0 = tile.b, tile.g, tile.n0
     tokens = tokens_of_sequences(b, mask.S, packed)
@@ -225,7 +225,7 @@ def dkdv_load_partition(
     for i in range(0, CONFIG.group):
         h = g * CONFIG.group + i
         for t in range(tile.t0, tile.t3):
-            load_queries(step, b, h, t, query_tiles, query_rows, queries, PANELS, PANELS_V, tokens, packed, CONFIG)
+            load_queries(step, b, h, t, query_tiles, query_descs, queries, PANELS, PANELS_V, tokens, packed, CONFIG)
             step += 1
 
 

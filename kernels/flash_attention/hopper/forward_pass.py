@@ -277,12 +277,10 @@ def multiply_values(p, step, values, outs, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def store(
-    c: gl.constexpr, n, repeating, origin, outs, row_max, row_sum, excess, out_desc, lse_ptr, queries, mask,
-    CONFIG: gl.constexpr,
-):  # fmt: skip
+def store(c: gl.constexpr, n, repeating, origin, outs, sums, out_desc, lse_ptr, queries, mask, CONFIG: gl.constexpr):
     """The epilogue: out, over the queries of the program's n-th work tile and from there to global memory, and LSE."""
     work_tile, b, h, m0 = origin
+    row_max, row_sum, excess = sums
     row_layout: gl.constexpr = row_max.type.layout
     COLUMNS: gl.constexpr = CONFIG.columns_v
     PANELS: gl.constexpr = split_d.n_panels(out_desc.block_shape[3], COLUMNS)
@@ -395,9 +393,7 @@ def mma_partition(c: gl.constexpr, out_desc, lse_ptr, sinks_ptr, queue, schedule
             keys.release(step)
         while work_tile < queue.n_work_tiles:
             row_max, row_sum, excess = softmax.nothing_seen(s, sinks_ptr, tile)
-            s, row_max, subtract, rescale, row_sum = softmax.maximum(
-                s, row_max, row_sum, tile, tile.i0 * N, True, dtype, mask, CONFIG
-            )
+            s, row_max, subtract, rescale = softmax.maximum(s, row_max, tile, tile.i0 * N, True, dtype, mask, CONFIG)
             keys.wait(step + 1, tile.i0 + 1 < tile.i1)
             values.wait(step, True)
             p, block, row_sum = softmax.exp_and_sum(s, subtract, rescale, row_sum, dtype, mask)
@@ -413,9 +409,7 @@ def mma_partition(c: gl.constexpr, out_desc, lse_ptr, sinks_ptr, queue, schedule
                 pass_turn(c, CONFIG)
                 s = warpgroup_mma_wait(V_PRODUCTS, deps=[s])
                 keys.release(step + 1)
-                s, row_max, subtract, rescale, row_sum = softmax.maximum(
-                    s, row_max, row_sum, tile, i * N, online, dtype, mask, CONFIG
-                )
+                s, row_max, subtract, rescale = softmax.maximum(s, row_max, tile, i * N, online, dtype, mask, CONFIG)
                 # Here, and not where the tiles are used: under the maximum it takes no time, and its branch keeps the
                 # wait for P·V below in its place: compiler.py (L7).
                 keys.wait(step + 2, i + 1 < tile.i1)
@@ -435,25 +429,11 @@ def mma_partition(c: gl.constexpr, out_desc, lse_ptr, sinks_ptr, queue, schedule
 
             outs = multiply_values(p, step, values, outs, CONFIG)
             excess += softmax.rounding_excess(p, block, outweighing)
-            origin = work_tile, tile.b, tile.h, tile.m0
+            origin, sums = (work_tile, tile.b, tile.h, tile.m0), (row_max, row_sum, excess)
             if not JOINED:
                 outs = split_d.wait(0, outs)
                 values.release(step)
-                store(
-                    c,
-                    n,
-                    repeating,
-                    origin,
-                    outs,
-                    row_max,
-                    row_sum,
-                    excess,
-                    out_desc,
-                    lse_ptr,
-                    queries,
-                    mask,
-                    CONFIG,
-                )
+                store(c, n, repeating, origin, outs, sums, out_desc, lse_ptr, queries, mask, CONFIG)
                 release_queries(queries, c, n, CONFIG)
             n += 1
             work_tile, tile, begun, s, unreleased = begin(
@@ -463,21 +443,7 @@ def mma_partition(c: gl.constexpr, out_desc, lse_ptr, sinks_ptr, queue, schedule
                 outs = split_d.wait(K_PRODUCTS, outs)
                 if unreleased:
                     values.release(step)
-                store(
-                    c,
-                    n - 1,
-                    repeating,
-                    origin,
-                    outs,
-                    row_max,
-                    row_sum,
-                    excess,
-                    out_desc,
-                    lse_ptr,
-                    queries,
-                    mask,
-                    CONFIG,
-                )
+                store(c, n - 1, repeating, origin, outs, sums, out_desc, lse_ptr, queries, mask, CONFIG)
             s = warpgroup_mma_wait(0, deps=[s])
             if work_tile < queue.n_work_tiles:
                 keys.release(begun)

@@ -46,11 +46,11 @@ def nothing_seen(s, sinks_ptr, tile):
 
 
 @gluon.jit
-def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
+def maximum(s, row_max, tile, n0, online, dtype: gl.constexpr, mask, CONFIG: gl.constexpr):
     """The first half of a block's online softmax.
 
-    Returns the masked scores; `row_max`, −inf where nothing is seen yet; what to subtract; the factor for everything
-    before; and the sums, infinite once they have come to LIMIT.
+    Returns the masked scores; `row_max`, −inf where nothing is seen yet; what to subtract; and the factor for
+    everything before.
     """
     N: gl.constexpr = s.shape[1]
     RISE: gl.constexpr = FLOAT16_RISE if dtype == gl.float16 else 0
@@ -67,8 +67,7 @@ def maximum(s, row_max, row_sum, tile, n0, online, dtype: gl.constexpr, mask, CO
         subtract = gl.where(highest == float("-inf"), 0.0, highest)
         rescale = gl.exp2(row_max - subtract)
         row_max = highest
-        row_sum = gl.where(row_sum >= LIMIT, float("inf"), row_sum)
-    return s, row_max, subtract, rescale, row_sum
+    return s, row_max, subtract, rescale
 
 
 @gluon.jit
