@@ -135,7 +135,7 @@ def backward(row: dict[str, Any], kind: Kind, kernel: Any, *, deterministic: boo
     types |= {"stat_ptr": "*fp32", "accum_ptr": "*fp32"}
     if isinstance(constants, config.Backward):
         for i, columns in enumerate(constants.dq_columns):
-            types[f"accum{i}_rows"] = type_of(host.floats(m * columns, m * columns // 32, 32))
+            types[f"accum{i}_desc"] = type_of(host.floats(m * columns, m * columns // 32, 32))
         types["chunk_desc"] = type_of(host.floats(1024, 32, 32))
         types["dq_desc"] = rows(m, head_dim, dtype, n_columns=16)
     absent = {} if kind.starts else {"starts_ptr" if kernel is backward_split.dq_kernel else "query_ends_ptr": None}
