@@ -61,6 +61,8 @@ class Workload:
     """Of a number in which gradients are summed over ranks."""
     sums_queries: bool = True
     """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
+    repeats_keys: bool = False
+    """Whether attention repeats keys and values for each query head, as SDPA does for cuDNN."""
 
     @property
     def tokens(self) -> int:
@@ -116,9 +118,7 @@ def layer_bytes(work: Workload, layer: int) -> int:
         work.model.mlp == "swiglu" and not work.compiled
     ):  # gradients of both halves of that product, and of the activation
         live += sizes.up + sizes.active
-    scores = 0
-    if work.writes_scores and isinstance(policy, SelectiveConfig):
-        scores = score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
+    scores = scores_again(work) if isinstance(policy, SelectiveConfig) else 0
     # And the gradient of the largest matrix before it is cast.
     live_bytes = work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
     # Where ranks share rows, attention's backward may need more: the gradients of the residual stream, of attention's
@@ -138,13 +138,19 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     ends = max(sizes.attended + sizes.qkv // g, sizes.attended // g + sizes.qkv)
     attention = T * (sizes.residual + ends - kept + 3 * sizes.positioned // g) + workspace_bytes(work, g)
     attention += exchange_bytes(work, g)
-    if work.writes_scores:
-        attention += score_bytes(work.model, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes) // g
-    return max(mlp, attention)
+    return max(mlp, attention + scores_again(work, g))
+
+
+def scores_again(work: Workload, groups: int = 1) -> int:
+    """S × S numbers of attention=math that is computed again: weights in float32 and as a product takes them, and the
+    gradients of both products, of a group of heads."""
+    numbers = FLOAT32 + 3 * work.product_bytes
+    return score_bytes(work.model, work.batch_size, work.seq_len, numbers) // groups if work.writes_scores else 0
 
 
 def workspace_bytes(work: Workload, groups: int = 1) -> int:
-    """What attention's backward takes while it runs: row statistics, and with the Hopper kernels sums of dQ.
+    """What attention's backward takes while it runs: row statistics; with the Hopper kernels sums of dQ; or keys and
+    values, and the gradients of both, for each query head.
 
     The sums are those of some 900 tiles of 128 keys, and of two key heads at least; see `hopper.backward`.
     """
@@ -152,6 +158,8 @@ def workspace_bytes(work: Workload, groups: int = 1) -> int:
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     statistics = work.tokens * config.n_heads // groups * 4 * FLOAT32
+    if work.repeats_keys:
+        return statistics + 4 * work.tokens * config.n_heads // groups * config.head_dim * work.product_bytes
     if not work.sums_queries or config.head_dim > 128:
         return statistics
     rows = min(2 * work.seq_len + 900 * 128, work.tokens * config.n_kv_heads // groups)

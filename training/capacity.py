@@ -74,6 +74,7 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         keeps_lse=chosen.name == "flash",
         reduction_bytes=2 if config.precision.reduction == "bfloat16" else 4,
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
+        repeats_keys=chosen.repeats_keys(spec),
     )
 
 

@@ -28,6 +28,10 @@ class AttentionConfig:
         """The reason this backend cannot honour the spec, with a remedy; None when it can."""
         return None
 
+    def repeats_keys(self, spec: AttentionSpec) -> bool:
+        """Whether it computes with keys and values that are repeated for each query head."""
+        return False
+
 
 @dataclass
 class FlashConfig(AttentionConfig):
@@ -109,6 +113,14 @@ class SdpaConfig(AttentionConfig):
                 f"for a head_dim that is a multiple of 8 up to 256; use attention.kernel=auto"
             )
         return None
+
+    def repeats_keys(self, spec: AttentionSpec) -> bool:
+        """As PyTorch's cuDNN and efficient kernels want it. `auto` is what `sdpa.choose_kernel` tries first."""
+        if spec.capability is None or spec.n_kv_heads == spec.n_heads:
+            return False
+        is_hopper = spec.capability >= (9, 0)
+        first = ("cudnn" if is_hopper else "flash") if spec.is_plain else "flash" if takes_varlen(spec) else "efficient"
+        return (first if self.kernel == "auto" else self.kernel) in ("cudnn", "efficient")
 
 
 def takes_varlen(spec: AttentionSpec) -> bool:

@@ -51,6 +51,10 @@ MEASURED = [row for row in json.loads(RECORD.read_text("utf-8"))["rows"] if "ste
 ON_SEVERAL = [
     row for row in json.loads(RECORD.with_name("parallel-h200.json").read_text("utf-8"))["rows"] if row["gpus"] > 1
 ]
+COMPARED = [
+    row for name in ("compare-h200", "compare-llama-1b-h200")
+    for row in json.loads(RECORD.with_name(f"{name}.json").read_text("utf-8"))["rows"] if row["outcome"] == "done"
+]  # fmt: skip
 LLAMA_1B = "model=llama-1b"
 MOMENTS = "precision.moments=bfloat16"
 
@@ -95,6 +99,13 @@ def test_a_peak_that_was_measured_is_predicted(on_card: Callable[..., Any], row:
     predicted = (plan.total - (plan.optimizer if is_first else 0)) / GIB
     measured = row["peak_allocated_gib"]
     assert -0.02 <= predicted / measured - 1 <= 0.05, f"{predicted:.2f} GiB, not {measured:.2f}"
+
+
+@pytest.mark.parametrize("row", COMPARED, ids=lambda row: " ".join(row["command"][1:4]))
+def test_a_peak_with_each_attention_is_predicted(on_card: Callable[..., Any], row: dict[str, Any]) -> None:
+    config, runtime = on_card(*row["command"][1:])
+    predicted = predict(workload(resolve_memory(config, runtime), runtime)).total / GIB
+    assert -0.02 <= predicted / row["peak_gib"] - 1 <= 0.05, f"{predicted:.2f} GiB, not {row['peak_gib']:.2f}"
 
 
 @pytest.mark.parametrize("row", ON_SEVERAL, ids=lambda row: f"{row['line']} on {row['gpus']}")
