@@ -39,8 +39,10 @@ class Workload:
     residual_bytes: int = 4
     """Of a number in the residual stream: 2 with precision=bf16-residual, otherwise 4."""
     compiled: bool = True
-    writes_scores: bool = False
-    """Whether attention writes S × S scores to memory, as attention=math does."""
+    attention: str = "flash"
+    """The backend that attends: flash, flex, sdpa or math."""
+    mask_rows: int = 0
+    """Rows for which an S × S mask in memory says which query sees which key."""
     saves: bool = True
     """Whether weights and moments are copied to the host's memory, for checkpoints."""
     ranks: int = 1
@@ -55,14 +57,34 @@ class Workload:
     """Ranks that share each row; seq_len is this rank's part."""
     context_method: str = "ulysses"
     """How these attend: ulysses or all-gather."""
-    keeps_lse: bool = True
-    """Whether attention's backward takes its output and log-sum-exp, as flash attention's does, or computes again."""
     reduction_bytes: int = FLOAT32
     """Of a number in which gradients are summed over ranks."""
     sums_queries: bool = True
     """Whether attention's backward sums the gradient of the queries in float32, as the Hopper kernels do."""
     repeats_keys: bool = False
     """Whether attention repeats keys and values for each query head, as SDPA does for cuDNN."""
+
+    @property
+    def keeps_lse(self) -> bool:
+        """Whether attention's backward takes its output and log-sum-exp, as flash attention's does, or computes
+        again."""
+        return self.attention == "flash"
+
+    @property
+    def writes_scores(self) -> bool:
+        """Whether attention writes S × S scores to memory."""
+        return self.attention == "math"
+
+    @property
+    def scores(self) -> int:
+        """Scores of one layer: where ranks share a row each has a part of the heads, or of the queries."""
+        return score_bytes(self.model, self.batch_size, self.seq_len, 1) * self.context
+
+    @property
+    def mask_pairs(self) -> int:
+        """A rank attends to whole rows by Ulysses, and by all-gather from its own queries."""
+        ranks = self.context**2 if self.context_method == "ulysses" else self.context
+        return self.mask_rows * self.seq_len**2 * ranks
 
     @property
     def tokens(self) -> int:
@@ -99,8 +121,8 @@ def kept_bytes(work: Workload, layer: int) -> int:
         kept += sizes.active  # silu(gate), which a compiler computes again
     if work.input_bytes is not None:  # 8-bit copies in place of the inputs of linear layers
         kept += sizes.inputs - 2 * sizes.product - sizes.active
-    scores = score_bytes(config, work.batch_size, work.seq_len, FLOAT32 + work.product_bytes)
-    return work.tokens * kept + (scores if work.writes_scores else 0)
+    keeps_scores = work.writes_scores and work.context == 1  # where ranks share rows, attention keeps its inputs
+    return work.tokens * kept + keeps_scores * work.scores * (FLOAT32 + work.product_bytes)
 
 
 def layer_bytes(work: Workload, layer: int) -> int:
@@ -118,7 +140,8 @@ def layer_bytes(work: Workload, layer: int) -> int:
         work.model.mlp == "swiglu" and not work.compiled
     ):  # gradients of both halves of that product, and of the activation
         live += sizes.up + sizes.active
-    scores = scores_again(work) if isinstance(policy, SelectiveConfig) else 0
+    again = isinstance(policy, SelectiveConfig) or work.context > 1
+    scores = scores_again(work, work.compiled and work.context == 1) if again else 0
     # And the gradient of the largest matrix before it is cast.
     live_bytes = work.tokens * live + scores + work.product_bytes * max(matrix_sizes(work.model))
     # Where ranks share rows, attention's backward may need more: the gradients of the residual stream, of attention's
@@ -138,14 +161,15 @@ def recompute_bytes(work: Workload, sizes: _Sizes, policy: FullConfig, keeps_att
     ends = max(sizes.attended + sizes.qkv // g, sizes.attended // g + sizes.qkv)
     attention = T * (sizes.residual + ends - kept + 3 * sizes.positioned // g) + workspace_bytes(work, g)
     attention += exchange_bytes(work, g)
-    return max(mlp, attention + scores_again(work, g))
+    return max(mlp, attention + scores_again(work, compiled=False, groups=g))
 
 
-def scores_again(work: Workload, groups: int = 1) -> int:
-    """S × S numbers of attention=math that is computed again: weights in float32 and as a product takes them, and the
-    gradients of both products, of a group of heads."""
-    numbers = FLOAT32 + 3 * work.product_bytes
-    return score_bytes(work.model, work.batch_size, work.seq_len, numbers) // groups if work.writes_scores else 0
+def scores_again(work: Workload, compiled: bool, groups: int = 1) -> int:
+    """S × S numbers of attention=math that is computed again, for a group of heads: weights and their gradients, in
+    float32 and as products take them. Compiled, gradients are never there in float32."""
+    if not work.writes_scores:
+        return 0
+    return work.scores // groups * (2 * (FLOAT32 + work.product_bytes) - compiled * (FLOAT32 - work.product_bytes))
 
 
 def workspace_bytes(work: Workload, groups: int = 1) -> int:
@@ -158,6 +182,8 @@ def workspace_bytes(work: Workload, groups: int = 1) -> int:
     assert config.head_dim is not None
     assert config.n_kv_heads is not None
     statistics = work.tokens * config.n_heads // groups * 4 * FLOAT32
+    if work.attention == "sdpa":  # which adds a mask in the dtype of products
+        statistics += work.mask_pairs * work.product_bytes
     if work.repeats_keys:
         return statistics + 4 * work.tokens * config.n_heads // groups * config.head_dim * work.product_bytes
     if not work.sums_queries or config.head_dim > 128:

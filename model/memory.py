@@ -166,10 +166,11 @@ def loss_bytes(work: Workload) -> int:
 
 
 def batch_bytes(work: Workload) -> int:
-    """Tokens, targets and positions in 64 bits, starts in 32; outside of a compiled graph the angles of positions."""
+    """Tokens, targets and positions in 64 bits, starts in 32; outside of a compiled graph the angles of positions; and
+    an S × S mask."""
     is_rotary = work.model.position == "rotary" and not work.is_one_graph
     assert work.model.head_dim is not None
-    return work.tokens * (28 + (FLOAT32 * work.model.head_dim if is_rotary else 0))
+    return work.tokens * (28 + (FLOAT32 * work.model.head_dim if is_rotary else 0)) + work.mask_pairs
 
 
 def update_bytes(work: Workload) -> int:

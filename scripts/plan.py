@@ -34,6 +34,7 @@ from training.capacity import (
     host_bytes,
     host_memory,
     longest_row,
+    remedy,
     resolve_memory,
     rows,
     workload,
@@ -58,7 +59,7 @@ PARTS = {
     "kept": "kept by layers for the backward pass",
     "layer": "one layer's own, while it computes",
     "loss": "logits, and gradients at the head",
-    "batch": "tokens and positions",
+    "batch": "tokens, positions and S × S masks",
 }
 
 
@@ -223,13 +224,12 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
         longest = work.context * longest_row(mine, limit)
         yield f"{mark} {name:38} {peak.total / GIB:9,.1f} {host:>8} {seconds:>8} {longest:11,}"
     yield ""
-    yield (
-        f"→ the fastest of those below {AUTO_FILLS:.0%} of the card, as the longest rows are"
-        if chosen
-        else "None fits."
-    )
+    if chosen:
+        yield f"→ the fastest that fills at most {AUTO_FILLS:.0%} of the card, as the longest rows do"
+    else:
+        yield f"None fits; use {remedy(config, runtime, limit)}."
     if any(name in runtime.gpu.name for name in MEASURED_ON):
-        yield f"Times: products at {PRODUCTS:.0%} of this card's peak, attention as measured; whole rows."
+        yield f"Times: products at {PRODUCTS:.0%} of this card's peak, {work.attention} as measured; whole rows."
     else:
         yield "Times: not measured on this card; for as much of its peak as an H200 reaches."
 
@@ -239,6 +239,8 @@ def take_cluster(words: list[str]) -> None:
     typed = dict[str, str]()
     for word in list(words):
         name, is_setting, value = word.partition("=")
+        if name == "card":
+            _refuse(f"{word} is no setting; use gpu={value}")
         if is_setting and name in ("gpu", "gpus", "node", "link", "network"):
             words.remove(word)
             typed[name] = value
@@ -247,14 +249,15 @@ def take_cluster(words: list[str]) -> None:
         _refuse(f"gpu={card} is unknown; use {', '.join(CARDS)}")
     counts = typed.pop("gpus", "")
     for name, value in [*typed.items(), *(("gpus", count) for count in counts.split(",") if counts)]:
-        if not value.isdecimal() or int(value) == 0:
-            _refuse(f"{name}={value} is not possible; use a whole number from 1")
+        is_rate = name in ("link", "network")
+        if not value.replace(".", "", is_rate).isdecimal() or float(value) == 0:
+            _refuse(f"{name}={value} is not possible; use {'GB/s' if is_rate else 'a whole number from 1'}")
     cluster.several = [int(count) for count in counts.split(",") if counts]
     cluster.node = int(typed.get("node", NODE))
-    cluster.network = 1e9 * int(typed["network"]) if "network" in typed else NETWORK_BYTES_PER_SECOND
+    cluster.network = 1e9 * float(typed["network"]) if "network" in typed else NETWORK_BYTES_PER_SECOND
     if card is not None:
         machine.supposed = CARDS[card]
-        cluster.link = 1e9 * int(typed["link"]) if "link" in typed else LINKS[card]
+        cluster.link = 1e9 * float(typed["link"]) if "link" in typed else LINKS[card]
     elif counts:
         _refuse(f"gpus={counts} needs a card to plan for; name one: gpu={', '.join(CARDS)}")
 

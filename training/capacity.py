@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from model.activations_config import AutoConfig, FullConfig, MemoryConfig, OffloadConfig, SelectiveConfig
 from model.arithmetic import parameter_count
 from model.attention import choose_attention
-from model.attention.config import has_hopper_kernels
+from model.attention.config import SdpaConfig, has_hopper_kernels
 from model.layer_memory import Workload
 from model.memory import GIB, MemoryPlan, moments, predict, state_bytes
 from model.precision_config import Float8Config
@@ -49,6 +49,10 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
     """What of a run decides its memory."""
     spec = inner_spec(config, attention_spec(config, runtime))
     chosen, parallel = choose_attention(config.attention, spec), config.parallel
+    method = method_of(config) if parallel.context > 1 else "ulysses"
+    if method == "all-gather" and isinstance(chosen, SdpaConfig) and chosen.kernel != "math":
+        chosen = replace(chosen, kernel="efficient")  # the one that takes fewer queries than keys, by a mask
+    reads_mask = chosen.reads_mask(spec) or (method == "all-gather" and chosen.name == "sdpa")
     return Workload(
         model=config.model,
         memory=config.memory,
@@ -63,24 +67,19 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         input_bytes=1 if getattr(runtime.precision, "weight_gradients", None) == "fp8" else None,
         residual_bytes=runtime.precision.residual_bytes,
         compiled=runtime.compile,
-        writes_scores=writes_scores(config),
+        attention="math" if getattr(chosen, "kernel", None) == "math" else chosen.name,
+        mask_rows=reads_mask * (config.batch_size if spec.masks_documents else 1),
         saves=config.checkpoint.save,
         ranks=Launch.here().size,
         shards=parallel.shard_size(Launch.here()),
         reshards=getattr(parallel, "reshard", True),
         state_on_host=getattr(parallel, "offload", False),
         context=parallel.context,
-        context_method=method_of(config) if parallel.context > 1 else "ulysses",
-        keeps_lse=chosen.name == "flash",
+        context_method=method,
         reduction_bytes=2 if config.precision.reduction == "bfloat16" else 4,
         sums_queries=chosen.name == "flash" and has_hopper_kernels(spec),
         repeats_keys=chosen.repeats_keys(spec),
     )
-
-
-def writes_scores(config: TrainConfig) -> bool:
-    """Whether attention writes S × S scores to memory."""
-    return "math" in (config.attention.name, getattr(config.attention, "kernel", None))
 
 
 def host_memory() -> int | None:
@@ -125,10 +124,10 @@ def candidates(n_kv_heads: int) -> Iterator[MemoryConfig]:
     yield OffloadConfig(keep_attention=0.5)
     yield FullConfig(keep_attention=0.0)
     yield OffloadConfig(keep_attention=0.0)
-    for groups in (2, 4, 8):
-        if n_kv_heads % groups == 0:
-            yield FullConfig(keep_attention=0.0, head_groups=groups)
-            yield OffloadConfig(keep_attention=0.0, head_groups=groups)
+    for groups in [groups for groups in (2, 4, 8) if n_kv_heads % groups == 0][-2:]:
+        for kept in (1.0, 0.0):
+            yield FullConfig(keep_attention=kept, head_groups=groups)
+            yield OffloadConfig(keep_attention=kept, head_groups=groups)
 
 
 def cheapest(

@@ -17,10 +17,19 @@ loss and the update in their time. llama-1b and a GPT of 1.3 B in rows of 16k to
 ATTENTION = {64: (0.59, 0.52), 128: (0.73, 0.63), 256: (0.85, 0.43)}
 """The same of attention forward and backward, by head dimension: our kernels in causal rows of 16k, on an H200 (256: on
 an H100). Longer rows are a little faster."""
+SLOWER = {"flash": (1.0, 1.0), "sdpa": (0.75, 0.8), "flex": (0.44, 0.55)}
+"""Of those rates, what other backends reach in the same rows: cuDNN, and FlexAttention."""
+SCORE_SECONDS = (3.0e-12, 6.2e-12)
+"""Of one score of attention=math, forward and backward, on a card with PEAK: it is written and read several times.
+llama-1b in rows of 4k and 16k, and GPT-2 124M in rows of 4k, on an H200."""
+PEAK = 989e12
+"""FLOP/s of an H200 in bf16. Other cards are taken to be slower with scores as they are with products."""
 ELEMENTWISE = 0.03
 """What memory=selective computes again, as a fraction of the time outside of attention. An estimate, not measured."""
 HOST_BYTES_PER_SECOND = 50e9
 """To pinned host memory or back, over PCIe 5. An assumption."""
+ATTEND_AGAIN = ("math", "flex")
+"""Backends whose result memory=full cannot keep: see docs/long-context.md."""
 MEASURED_ON = ("H100", "H200")
 
 
@@ -55,29 +64,23 @@ def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -
         return None
     model, policy, tokens = work.model, work.memory, micro_batches * work.tokens
     assert model.head_dim is not None
-    forward_rate, backward_rate = (peak * 1e12 * part for part in _attention(model.head_dim))
     product_rate = peak * 1e12 * PRODUCTS
     products = 6 * parameter_count(model).matmul * tokens / product_rate
-    forward = (
-        4
-        * model.n_heads
-        * model.head_dim
-        * causal_keys(work.seq_len * work.context, model.window)
-        * tokens
-        / forward_rate
-    )
-    backward = 2.5 * forward * forward_rate / backward_rate
+    forward, backward = _attention_seconds(work, micro_batches, peak * 1e12)
     attention = model.n_layers * (forward + backward)
 
-    again = waiting = 0.0
+    waiting = 0.0
+    again = model.n_layers * forward if work.context > 1 and not work.keeps_lse else 0.0
     if isinstance(policy, FullConfig):
         layers = policy.of(model.n_layers)
-        attending = sum(not policy.keeps_attention(layer, model.n_layers) for layer in range(layers))
+        keeping = (policy.keeps_attention(layer, model.n_layers) for layer in range(layers))
+        attending = layers - (0 if work.attention in ATTEND_AGAIN else sum(keeping))
         qkv, *computed_again, _ = matrix_sizes(model)  # all but the MLP's last product; qkv before attention, too
         weights = layers * (qkv + sum(computed_again)) + attending * qkv
-        again = 2 * weights * tokens / product_rate + attending * forward
+        again += 2 * weights * tokens / product_rate + attending * forward
     elif isinstance(policy, SelectiveConfig):
-        again = ELEMENTWISE * products * policy.of(model.n_layers) / model.n_layers
+        layers = policy.of(model.n_layers)
+        again += ELEMENTWISE * products * layers / model.n_layers + work.writes_scores * layers * forward
     if isinstance(policy, OffloadConfig):
         host = sum(kept_bytes(work, layer) for layer in range(policy.on_host(model.n_layers)))
         hidden = (products / 3 + model.n_layers * forward) / micro_batches  # the shorter of the two passes
@@ -85,6 +88,15 @@ def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -
     return StepTime(products, attention, again, waiting)
 
 
-def _attention(head_dim: int) -> tuple[float, float]:
-    """The fractions of the next larger head dimension that was measured; the largest beyond."""
-    return next((rates for known, rates in ATTENTION.items() if head_dim <= known), ATTENTION[256])
+def _attention_seconds(work: Workload, micro_batches: int, peak: float) -> tuple[float, float]:
+    """Of one layer, forward and backward."""
+    model = work.model
+    assert model.head_dim is not None
+    if work.writes_scores:
+        forward, backward = (micro_batches * work.scores * seconds * PEAK / peak for seconds in SCORE_SECONDS)
+        return forward, backward
+    pairs = model.n_heads * causal_keys(work.seq_len * work.context, model.window) * micro_batches * work.tokens
+    # The fractions of the next larger head dimension that was measured; the largest beyond.
+    measured = next((rates for known, rates in ATTENTION.items() if model.head_dim <= known), ATTENTION[256])
+    rates = [peak * one * slower for one, slower in zip(measured, SLOWER[work.attention], strict=True)]
+    return 4 * model.head_dim * pairs / rates[0], 10 * model.head_dim * pairs / rates[1]

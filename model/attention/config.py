@@ -32,6 +32,10 @@ class AttentionConfig:
         """Whether it computes with keys and values that are repeated for each query head."""
         return False
 
+    def reads_mask(self, spec: AttentionSpec) -> bool:
+        """Whether it reads from an S × S mask in memory which query sees which key."""
+        return self.name == "math"
+
 
 @dataclass
 class FlashConfig(AttentionConfig):
@@ -115,12 +119,19 @@ class SdpaConfig(AttentionConfig):
         return None
 
     def repeats_keys(self, spec: AttentionSpec) -> bool:
-        """As PyTorch's cuDNN and efficient kernels want it. `auto` is what `sdpa.choose_kernel` tries first."""
-        if spec.capability is None or spec.n_kv_heads == spec.n_heads:
-            return False
-        is_hopper = spec.capability >= (9, 0)
-        first = ("cudnn" if is_hopper else "flash") if spec.is_plain else "flash" if takes_varlen(spec) else "efficient"
-        return (first if self.kernel == "auto" else self.kernel) in ("cudnn", "efficient")
+        """As PyTorch's cuDNN and efficient kernels want it."""
+        return spec.n_kv_heads != spec.n_heads and self.likely(spec) in ("cudnn", "efficient")
+
+    def reads_mask(self, spec: AttentionSpec) -> bool:
+        return spec.capability is not None and not spec.is_plain and self.likely(spec) in ("efficient", "math")
+
+    def likely(self, spec: AttentionSpec) -> str:
+        """What `sdpa.choose_kernel` will find, where PyTorch cannot be asked."""
+        if self.kernel != "auto" or spec.capability is None:
+            return "flash" if self.kernel == "auto" else self.kernel
+        if spec.dtype not in ("bfloat16", "float16") or not (spec.is_plain or takes_varlen(spec)):
+            return "efficient"
+        return "cudnn" if spec.is_plain and spec.capability >= (9, 0) else "flash"
 
 
 def takes_varlen(spec: AttentionSpec) -> bool:

@@ -246,7 +246,7 @@ def test_flash_attention_is_recognised_in_a_compiled_model(
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_with_math_attention_what_is_kept_is_predicted_too(build_lively: Build, policy: str) -> None:
     deep, shallow = (pair(build_lively, POLICIES[policy], replace(LLAMA, n_layers=n), "math")[1] for n in (6, 2))
-    work = Workload(LLAMA, POLICIES[policy], B, S, product_bytes=4, writes_scores=True)
+    work = Workload(LLAMA, POLICIES[policy], B, S, product_bytes=4, attention="math")
     predicted = sum(kept_bytes(work, layer) for layer in range(LLAMA.n_layers))
     assert held(deep) - held(shallow) == predicted, "of 4 layers"
 

@@ -91,7 +91,9 @@ def test_many_gpus_are_planned_for_as_one_process_of_them() -> None:
 SHARDS = {1: ["gpu=h200", "model=llama-1b"], 8: ["gpu=h200", "gpus=8", "parallel=fsdp", "model=llama-1b"]}
 
 
-@pytest.mark.parametrize("word", ["gpus=0", "gpus=12", "gpus=8,none", "link=fast", "parallel.context=3 gpus=8"])
+@pytest.mark.parametrize(
+    "word", ["gpus=0", "gpus=12", "gpus=8,none", "link=fast", "network=1.2.3", "card=h200", "parallel.context=3 gpus=8"]
+)
 def test_gpus_that_are_impossible_are_refused_in_one_line(word: str) -> None:
     done = plan("gpu=h200", *word.split())
     assert done.returncode == 2

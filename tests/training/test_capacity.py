@@ -108,6 +108,18 @@ def test_a_peak_with_each_attention_is_predicted(on_card: Callable[..., Any], ro
     assert -0.02 <= predicted / row["peak_gib"] - 1 <= 0.05, f"{predicted:.2f} GiB, not {row['peak_gib']:.2f}"
 
 
+@pytest.mark.parametrize("row", COMPARED, ids=lambda row: " ".join(row["command"][1:4]))
+def test_a_step_with_each_attention_takes_about_as_long_as_is_predicted(
+    on_card: Callable[..., Any], row: dict[str, Any]
+) -> None:
+    config, runtime = on_card(*row["command"][1:])
+    config = resolve_memory(config, runtime)
+    taken = step_time(workload(config, runtime), config.plan.accumulation, runtime.gpu, runtime.dtype_name)
+    assert taken is not None
+    is_small = "model=gpt2-124m" in row["command"]  # its products are slower than those the prediction knows
+    assert -(0.4 if is_small else 0.15) <= taken.total / (row["step_ms"] / 1000) - 1 <= 0.15, f"{taken.total:.3f} s"
+
+
 @pytest.mark.parametrize("row", ON_SEVERAL, ids=lambda row: f"{row['line']} on {row['gpus']}")
 def test_a_peak_and_a_step_that_were_measured_on_several_gpus_are_predicted(
     on_card: Callable[..., Any], row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -172,6 +184,37 @@ def test_every_policy_that_auto_may_choose_can_be_typed(config: MakeConfig, n_kv
         typed = as_typed(policy).split()
         assert config(*typed, "model.n_heads=8", f"model.n_kv_heads={n_kv_heads}").memory == policy
     assert len(set(map(as_typed, policies))) == len(policies)
+
+
+def test_auto_may_attend_by_groups_of_heads_and_keep_what_they_give(on_card: Callable[..., Any]) -> None:
+    config, runtime = on_card("model=llama-8b", "seq_len=128k", "memory=auto", gib=139.8)
+    chosen = resolve_memory(config, runtime).memory
+    assert isinstance(chosen, OffloadConfig)
+    assert (chosen.keep_attention, chosen.head_groups > 1) == (1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        (["attention=math", "memory=full", "memory.keep_attention=0", "parallel.context=8"], 8),
+        (["attention=sdpa", "attention.kernel=efficient", "memory=full", "parallel.context=1"], 1),
+    ],
+    ids=["scores", "mask"],
+)
+def test_what_grows_with_the_square_of_a_row_is_that_of_the_whole_row(
+    on_card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, more: list[str], factor: int
+) -> None:
+    """Of 8 GPUs each has an eighth of the heads, or of the queries."""
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(factor))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    peaks = []
+    for seq_len in (2**16, 2**17):
+        config, runtime = on_card(LLAMA_1B, *more, f"seq_len={seq_len}", "check_memory=false")
+        peaks.append(predict(workload(config, runtime)).total)
+    bytes_a_pair = 12 * 32 / 8 if "attention=math" in more else 1
+    assert peaks[1] - peaks[0] >= bytes_a_pair * (2**34 - 2**32)
 
 
 def test_the_smaller_the_card_the_slower_and_leaner_is_what_auto_means(on_card: Callable[..., Any]) -> None:
