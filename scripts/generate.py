@@ -77,6 +77,8 @@ def generate(options: argparse.Namespace) -> None:
     if prompts is None:
         converse(writer)
         return
+    for prompt in prompts:
+        writer.room(prompt)
     for begin in range(0, len(prompts), options.batch_size):
         writer.write(prompts[begin : begin + options.batch_size])
 
@@ -84,6 +86,8 @@ def generate(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> SamplingConfig:
     """Raises ValueError for numbers that cannot be."""
     check_positive(options, ("max_tokens", "batch_size", "chunk"))
+    if "" in options.stop:
+        raise ValueError('--stop "" would end every text at its beginning; name a text')
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2⁶³ − 1")
     return SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
@@ -98,12 +102,14 @@ def prompts_of(options: argparse.Namespace) -> list[str] | None:
     prompts = list(options.prompt)
     if options.prompts is not None:
         try:
-            lines = options.prompts.read_text("utf-8").splitlines()
+            lines = options.prompts.read_text("utf-8-sig").split("\n")
         except (OSError, UnicodeError) as error:
             raise ValueError(f"--prompts {options.prompts} cannot be read: {' '.join(str(error).split())}") from error
-        prompts += [line for line in lines if line.strip()]
+        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {options.prompts} holds no prompt; write one a line")
+    for prompt in prompts:
+        check_text(prompt)
     if prompts:
         return prompts
     if sys.stdin is not None and sys.stdin.isatty():
@@ -111,7 +117,17 @@ def prompts_of(options: argparse.Namespace) -> list[str] | None:
     text = sys.stdin.read() if sys.stdin is not None else ""
     if not text:
         raise ValueError('no prompt: write one after RUN, such as "Once upon a time"; "" begins with nothing')
+    check_text(text)
     return [text]
+
+
+def check_text(prompt: str) -> None:
+    """Raises ValueError for bytes that are no UTF-8, which Python reads as surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        around = ascii(prompt[max(0, error.start - 10) : error.end + 10])
+        raise ValueError(f"a prompt is not UTF-8, near {around}; convert it, for example by iconv -t utf-8") from error
 
 
 def converse(writer: Writer) -> None:
@@ -123,6 +139,7 @@ def converse(writer: Writer) -> None:
             print()
             return
         try:
+            check_text(prompt)
             writer.write([prompt])
         except KeyboardInterrupt:
             print(flush=True)
@@ -145,14 +162,19 @@ class Writer:
         from model.text import encode, write
 
         options = self.options
+        num_tokens = min(map(self.room, prompts))
+        if num_tokens < options.max_tokens and len(prompts) > 1:  # alone each has the room that is left to it
+            for prompt in prompts:
+                self.write([prompt])
+            return
         ids = [encode(self.tokenizer, prompt) for prompt in prompts]
-        generator = self._generator(len(prompts), max(map(len, ids)) + options.max_tokens)
+        generator = self._generator(len(prompts), max(map(len, ids)) + num_tokens)
         streams = len(prompts) == 1 and not options.json
         if streams:
             print(plain(prompts[0]), end="", flush=True)
         began, first, count = time.perf_counter(), 0.0, 0
         texts = [""] * len(prompts)
-        for piece in write(generator, self.tokenizer, ids, options.max_tokens, seed=options.seed, stops=options.stop):
+        for piece in write(generator, self.tokenizer, ids, num_tokens, seed=options.seed, stops=options.stop):
             first = first or time.perf_counter()
             texts[piece.row] += piece.text
             if streams:
@@ -162,6 +184,25 @@ class Writer:
             count += piece.num_tokens if piece.finish else 0
         if options.tokens_per_second:
             self._say_speed(generator, ids, count, first - began, time.perf_counter() - first)
+
+    def room(self, prompt: str) -> int:
+        """Tokens that may be added: --max-tokens, or fewer where learned positions end.
+
+        Raises:
+            ValueError: none.
+        """
+        from model.text import encode
+
+        config = self.model.config
+        if config.position != "learned":
+            return int(self.options.max_tokens)
+        read = len(encode(self.tokenizer, prompt))
+        if read >= config.n_positions:
+            raise ValueError(
+                f"the prompt {shortened(prompt)} has {read:,} tokens, which fill the model's {config.n_positions:,} "
+                f"learned positions; shorten it"
+            )
+        return min(self.options.max_tokens, config.n_positions - read)
 
     def _print(self, prompt: str, text: str, num_tokens: int, finish: str) -> None:
         if self.options.json:
@@ -193,18 +234,31 @@ class Writer:
         if config.position == "learned":
             capacity = max(tokens, min(capacity, config.n_positions))
         self.generator = None  # its memory first
-        self.generator = Generator(
-            self.model,
-            max(rows, now.batch_size if now else 1),
-            capacity,
-            self.sampling,
-            chunk=options.chunk,
-            compile=options.compile,
-            cuda_graph=self.model.attention.spec.device == "cuda",
-        )
+        rows = max(rows, now.batch_size if now else 1)
+        try:
+            self.generator = Generator(
+                self.model,
+                rows,
+                capacity,
+                self.sampling,
+                chunk=options.chunk,
+                compile=options.compile,
+                cuda_graph=self.model.attention.spec.device == "cuda",
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or "allocate" in str(error)):
+                raise
+            raise ValueError(
+                f"a cache of {rows} × {capacity:,} tokens does not fit into memory; use a smaller --max-tokens"
+            ) from error
         if now is None:
             note(f"attention  {self.generator.cache.describe()}")
         return self.generator
+
+
+def shortened(prompt: str) -> str:
+    """As an error names it: its beginning."""
+    return json.dumps(prompt if len(prompt) <= 40 else f"{prompt[:40]}…", ensure_ascii=False)
 
 
 if __name__ == "__main__":

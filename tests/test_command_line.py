@@ -427,7 +427,7 @@ def test_a_run_that_is_asked_before_it_trains_has_nothing_to_save_and_says_so(ho
         out, err = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
-    assert (process.returncode, err) == (code, f"error: interrupted by {name}; the same command goes on\n")
+    assert (process.returncode, err) == (code, f"error: interrupted by {name} before training began\n")
     assert "run  " not in out
     assert not (home / f"early-{name}").exists()
 

@@ -73,7 +73,7 @@ def leave(number: signal.Signals) -> NoReturn:
     LINE.end()
     with suppress(OSError, ValueError):  # nobody may read it
         if speaks():
-            os.write(2, f"error: interrupted by {number.name}; the same command goes on\n".encode())
+            os.write(2, f"error: interrupted by {number.name} before training began\n".encode())
     os._exit(code_of(number.name))
 
 

@@ -41,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> None:
     """Raises ValueError where something cannot be."""
     check_positive(options, ("limit", "seq_len", "eval_tokens", "documents", "batch_size"))
+    if options.tasks is None and (options.limit or options.num_fewshot or options.include_path):
+        raise ValueError("--limit, --num-fewshot and --include-path are about tasks; name some with --tasks")
+    if options.tasks is not None and not options.tasks.strip(", "):
+        raise ValueError(f'--tasks "{options.tasks}" names none; leave it out for held-out text')
+    if options.out:
+        make(options.out)
     if options.tasks:
         from .harness import evaluate_tasks
 
@@ -58,14 +64,26 @@ def write(options: argparse.Namespace, results: dict[str, object]) -> None:
     home = place.parent.parent if is_checkpoint(place) else place
     out = options.out or home / "evaluation"
     picture = results.pop("picture", None)
+    make(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         disk.write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
         if isinstance(picture, str):
             disk.write_whole(out / "recall.svg", picture)
     except OSError as error:
-        raise ValueError(f"{out} cannot be written ({error.strerror}); name another place with --out") from error
+        raise unwritable(out, error) from error
     say(str(out))
+
+
+def make(out: Path) -> None:
+    """Raises ValueError where there can be no such folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def unwritable(out: Path, error: OSError) -> ValueError:
+    return ValueError(f"{out} cannot be written ({error.strerror}); name another place with --out")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, batches.world, is_recall=is_recall)
     assert metrics is not None
     say_metrics(metrics)
-    results: dict[str, object] = {"seq_len": config.seq_len, "metrics": metrics}
+    results: dict[str, object] = {
+        "model": found.what, "seq_len": config.seq_len, "eval_tokens": config.eval_tokens,
+        "dtype": model.attention.spec.dtype, "metrics": metrics,
+    }  # fmt: skip
     if is_recall:
         pairs = min(8, getattr(config.data, "pairs", 8))
         recall = measure_depths(forward, tokenizer, config.seq_len, pairs, options.documents)

@@ -226,6 +226,13 @@ def test_a_damaged_cache_is_named_and_made_anew(config, damage):
     assert any(f"{named} is damaged" in line and "again" in line for line in lines)
 
 
+def test_a_cache_is_that_of_a_tokenizer_however_it_is_named(config, tmp_path):
+    load(config).tokenizer.save(tmp_path / "tokenizer.json")
+    lines: list[str] = []
+    load_corpus(config, FileTokenizer(path=str(tmp_path / "tokenizer.json")), lines.append)
+    assert not any("again" in line for line in lines), lines
+
+
 def flip_a_bit(path, place=0.5):
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 4

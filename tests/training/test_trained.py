@@ -220,6 +220,8 @@ def test_nothing_that_a_terminal_would_obey_is_printed(trained: Trainer, capsys:
         (["--top-p=0"], "top_p=0.0"),
         (["--max-tokens=0"], "--max-tokens 0: use 1 or more"),
         (["--seed=-1"], "--seed -1"),
+        (["--stop="], '--stop "" would end every text at its beginning'),
+        (["caf\udce9"], r"a prompt is not UTF-8, near 'caf\udce9'"),
         (["--prompts=nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--device=cuda", "--attention=math"], "sees no CUDA GPU"),
         (["--attention=flsh"], "attention=flsh is unknown"),
@@ -234,6 +236,13 @@ def test_mistakes_are_one_line_and_exit_code_2(trained: Trainer, capsys: Any, ar
     assert said in err
 
 
+def test_a_cache_that_does_not_fit_is_refused(trained: Trainer, capsys: Any) -> None:
+    assert generate(trained.run.folder, PROMPT, "--device=cpu", "--max-tokens=9999999999999") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a cache of 1 × 10,000,000,")
+    assert error.endswith("tokens does not fit into memory; use a smaller --max-tokens")
+
+
 @pytest.mark.parametrize("arguments", [[], ["run", "--nope"], ["run", "--seed=x"]])
 def test_arguments_that_are_none_are_one_line_too(capsys: Any, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -245,6 +254,13 @@ def test_arguments_that_are_none_are_one_line_too(capsys: Any, arguments: list[s
 def test_learned_positions_end(config: MakeConfig, capsys: Any) -> None:
     trainer = Trainer(config("model=gpt2-124m", "model.n_kv_heads=2", "max_steps=1"), silently)
     trainer.fit()
-    assert generate(trainer.run.folder, PROMPT, "--device=cpu", "--max-tokens=31") == 2
-    assert "beyond the model's 32 learned positions" in capsys.readouterr().err
-    assert generate(trainer.run.folder, PROMPT, "--device=cpu", "--max-tokens=10") == 0
+    capsys.readouterr()
+    assert generate(trainer.run.folder, PROMPT, PROMPT * 9, "--device=cpu") == 2
+    out, err = capsys.readouterr()
+    assert out == "", "no prompt is continued before all are known to fit"
+    assert f'the prompt "{PROMPT}' in err
+    assert "fill the model's 32 learned positions; shorten it" in err
+    assert generate(trainer.run.folder, PROMPT, PROMPT + PROMPT, "--device=cpu", "--temperature=0", "--json") == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["finish"] for result in results] == ["length"] * 2
+    assert results[0]["tokens"] > results[1]["tokens"], "each to the end of its own positions"
