@@ -11,28 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from data import disk
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.huggingface.folder import is_huggingface, read_separator, read_settings, write_json, write_tokenizer
 from model.huggingface.settings import describe, understand
-from model.huggingface.shards import read_weights, write_weights
-from model.huggingface.weights import from_theirs, to_theirs
 from scripts.parser import parser_of
 from training.checkpoint.fits import flat
+from training.terminal import secure
 from training.trained import find, read_state
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "model"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 where the command cannot work."""
+    """Returns the exit code: 0; 2 where the command cannot work; 130 after Ctrl-C."""
     parser = parser_of("convert", __doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     there = directions.add_parser("to-hf", help="write a folder that AutoModelForCausalLM and AutoTokenizer read")
@@ -60,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.refuse(str(error))
     except OSError as error:
         parser.refuse(f"{options.target} cannot be written: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -69,6 +68,11 @@ def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes:
     Raises:
         ValueError: there is no model, or transformers has none like it.
     """
+    import torch  # here, for it takes seconds: Ctrl-C meanwhile is answered as any other
+
+    from model.huggingface.shards import write_weights
+    from model.huggingface.weights import to_theirs
+
     found = find(str(run), print)
     if is_huggingface(run):
         raise ValueError(f"{run} is a folder of transformers already; name a run folder or a checkpoint")
@@ -77,7 +81,7 @@ def to_huggingface(run: Path, target: Path, dtype: str = "float32", shard_bytes:
     described = describe(config, seq_len, dtype, tokenizer.separator_id)
     with disk.part_of(target) as part:
         write_json(part / "config.json", described)
-        parameters = write_weights(part, to_theirs(config, read_state(found)), DTYPES[dtype], shard_bytes)
+        parameters = write_weights(part, to_theirs(config, read_state(found)), getattr(torch, dtype), shard_bytes)
         most = config.n_positions if config.position == "learned" else seq_len
         write_tokenizer(part, tokenizer.to_json(), tokenizer.separator, tokenizer.separator_id, most)
         os.replace(part, target)
@@ -91,6 +95,11 @@ def from_huggingface(source: Path, target: Path) -> None:
     Raises:
         ValueError: the model cannot be expressed, or something is missing.
     """
+    from safetensors.torch import save_file
+
+    from model.huggingface.shards import read_weights
+    from model.huggingface.weights import from_theirs
+
     described = read_settings(source)
     config = understand(described, str(source / "config.json"), name=target.name)
     if not (source / "tokenizer.json").is_file():
@@ -139,4 +148,5 @@ def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]
 
 
 if __name__ == "__main__":
+    secure()
     raise SystemExit(main())

@@ -7,15 +7,15 @@ python -m scripts.report SWEEP             compares the runs of a sweep's folder
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from scripts.parser import parser_of
 from training.report import RunReader, runs_at, write_page
+from training.terminal import say_error, secure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 where the command cannot work."""
+    """Returns the exit code: 0; 2 where the command cannot work; 130 after Ctrl-C."""
     parser = parser_of("report", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or the folder of a sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page")
@@ -28,14 +28,17 @@ def main(arguments: list[str] | None = None) -> int:
         return refuse(str(error))
     except OSError as error:
         return refuse(f"{error.filename or out}: {error.strerror}; make it readable, or name another place with --out")
+    except KeyboardInterrupt:
+        return 130
     print(out)
     return 0
 
 
 def refuse(why: str) -> int:
-    print(f"error: {' '.join(why.split())}", file=sys.stderr)
+    say_error(why)
     return 2
 
 
 if __name__ == "__main__":
+    secure()
     raise SystemExit(main())

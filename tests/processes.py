@@ -30,6 +30,18 @@ def wait_until(event: Callable[[], bool], process: subprocess.Popen[str] | None 
         time.sleep(0.02)
 
 
+def run_unread(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Python command whose standard output nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, **options
+        )
+    finally:
+        os.close(writer)
+
+
 def environments(size: int) -> list[dict[str, str]]:
     """Of the ranks of a run on this machine."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

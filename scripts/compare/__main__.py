@@ -1,6 +1,16 @@
-import sys
+from training.terminal import secure
 
-from .command import main
+
+def main() -> int:
+    """Returns the exit code: the command's; 130 after Ctrl-C, which may come while torch is imported, for seconds."""
+    try:
+        from .command import main as compare
+
+        return compare()
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    secure()
+    raise SystemExit(main())

@@ -8,6 +8,7 @@ import re
 import signal
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from processes import ROOT, run_unread
 
-from scripts.compare import jobs
+from scripts.compare import __main__ as process
+from scripts.compare import command, jobs
 from scripts.compare.command import main, split
 from scripts.compare.jobs import combinations
 from scripts.record import STYLE, png
@@ -193,6 +196,34 @@ def kill_once(number: int, began: list[Any]) -> None:
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+UNREAD = """
+import runpy, sys
+from pathlib import Path
+from scripts.compare import jobs
+jobs.ROOT = Path(sys.argv.pop(1))
+runpy.run_module("scripts.compare", run_name="__main__")
+"""
+
+
+def test_a_reader_that_went_away_ends_no_comparison(calls: Path, out: Path) -> None:
+    words = ["attention=math,sdpa", "seq_len=1024", "device=cpu", "--out", str(out)]
+    done = run_unread(["-c", UNREAD, str(calls.parent), *words], cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(results(out)) == 2
+
+
+def test_ctrl_c_before_the_first_run_is_silent(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "check", interrupted)
+    monkeypatch.setattr(sys, "argv", ["compare", "--out", str(out)])
+    assert process.main() == 130
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

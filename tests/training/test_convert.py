@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import LIMIT_S
+from processes import LIMIT_S, ROOT, run_unread
 from safetensors.torch import load_file
 
+from scripts import convert
 from scripts.convert import main
 from training.config import TrainConfig
 from training.loggers import read_metrics
@@ -164,6 +165,24 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         main(["from-hf", str(out), new])
     assert "out/config.json has model_type=gemma2, which this model cannot be" in capsys.readouterr().err
+
+
+def test_a_reader_that_went_away_and_ctrl_c_give_no_traceback(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    done = run_unread(["-m", "scripts.convert", "to-hf", str(run), str(tmp_path / "unread")], cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert tensors_of(tmp_path / "unread").keys() == tensors_of(out).keys()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    capsys.readouterr()
+    monkeypatch.setattr(convert, "write_tokenizer", interrupted)  # the last file
+    assert main(["to-hf", str(run), str(tmp_path / "new")]) == 130
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.glob("*new*"))
 
 
 def test_a_folder_of_transformers_that_does_not_fit_is_refused(config: MakeConfig, out: Path, tmp_path: Path) -> None:

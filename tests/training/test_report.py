@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT, run_unread
 
 from scripts import report as command
 from training.config import TrainConfig
@@ -221,6 +222,22 @@ def test_what_is_no_run_is_refused_in_one_line(
     assert error.startswith(f"error: {tmp_path / 'run'}")
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_went_away_and_ctrl_c_give_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [1.0])
+    done = run_unread(["-m", "scripts.report", str(run)], cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (run / "report.html").exists()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "write_page", interrupted)
+    assert command.main([str(run)]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 # ---- a run's own page
