@@ -17,9 +17,11 @@ from data import disk
 from scripts.parser import parser_of
 from scripts.record import png, write, write_json
 from training import cli
+from training.history import FACTS
 from training.machine import find_gpu
 from training.mistakes import CONFIGS, explain
 from training.report import RunReader, write_page
+from training.run_folder import LOCK
 
 from . import __doc__ as usage
 from .jobs import Row, Settings, combinations, run_job
@@ -32,6 +34,8 @@ DEFAULTS = {
 STEPS = {"gpu": 40, "cpu": 8}
 TOLERANCE = 0.005
 NOT_SWEPT = ("run_dir", "max_steps", "max_tokens", "log_every", "resume", "init_from", "logger")
+OF_A_RUN = ("config.yaml", "metrics.jsonl", FACTS, LOCK)
+"""Any of these is in a run's folder, and none in a comparison's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--steps {steps} measures nothing: the first three are warm-up; use 5 or more")
         swept = values_of(options.settings, DEFAULTS[machine])
         check(swept)
-        options.out.mkdir(parents=True, exist_ok=True)
+        check_out(options.out)
     except ValueError as error:
         return refuse(str(error))
     except OSError as error:
@@ -136,6 +140,17 @@ def check(swept: Mapping[str, Sequence[str]]) -> None:
                 raise ValueError(explain(error)) from error
             finally:
                 sys.argv = before
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that holds something else; make one that is not there.
+
+    Raises:
+        ValueError: a run is there, whose page would be overwritten. OSError: the folder cannot be written.
+    """
+    if any((out / name).exists() for name in OF_A_RUN):
+        raise ValueError(f"--out {out} is the folder of a run, whose report.html would be lost; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def many(swept: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

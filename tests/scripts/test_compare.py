@@ -248,6 +248,20 @@ def test_what_cannot_work_is_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "facts.json", "run.lock"])
+def test_the_folder_of_a_run_is_refused_before_anything_runs(
+    calls: Path, out: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out.mkdir()
+    (out / name).touch()
+    (out / "report.html").write_text("the run's own")
+    assert main(["attention=sdpa", "seq_len=1024", "--out", str(out)]) == 2
+    line = f"error: --out {out} is the folder of a run, whose report.html would be lost; name another folder\n"
+    assert capsys.readouterr().err == line
+    assert (out / "report.html").read_text() == "the run's own"
+    assert not calls.exists()
+
+
 def test_values_and_combinations() -> None:
     assert split("1,2,1") == ["1", "2"]
     assert split("[0.9,0.95],[0.8,0.9]") == ["[0.9,0.95]", "[0.8,0.9]"]
