@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -259,6 +260,20 @@ def test_the_folder_of_a_run_is_refused_before_anything_runs(
     line = f"error: --out {out} is the folder of a run, whose report.html would be lost; name another folder\n"
     assert capsys.readouterr().err == line
     assert (out / "report.html").read_text() == "the run's own"
+    assert not calls.exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_anything_runs(
+    calls: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / "tmpx"))
+
+    out.mkdir()
+    monkeypatch.setattr(command, "TemporaryFile", refused)  # root may write everywhere
+    assert main(["attention=sdpa", "seq_len=1024", "--out", str(out)]) == 2
+    line = f"error: --out {out} cannot be written: Permission denied; name another folder\n"
+    assert capsys.readouterr().err == line
     assert not calls.exists()
 
 
