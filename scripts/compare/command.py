@@ -18,6 +18,7 @@ from data import disk
 from scripts.parser import parser_of
 from scripts.record import png, write, write_json
 from training import cli
+from training.config.load import with_types
 from training.history import FACTS
 from training.machine import find_gpu
 from training.mistakes import CONFIGS, explain
@@ -123,7 +124,7 @@ def split(value: str) -> list[str]:
 
 
 def check(swept: Mapping[str, Sequence[str]]) -> None:
-    """Refuse what is no setting or no choice before anything runs; what a machine refuses is a result.
+    """Refuse what is no setting, no choice or no number before anything runs; what a machine refuses is a result.
 
     Raises:
         ValueError: one line.
@@ -136,7 +137,7 @@ def check(swept: Mapping[str, Sequence[str]]) -> None:
             words = [f"{key}={value}" for key, value in settings.items()]
             before, sys.argv = sys.argv, ["train.py", *words]  # which the explanation reads
             try:
-                compose("train", words)
+                with_types(compose("train", words))
             except (HydraException, OmegaConfBaseException) as error:
                 raise ValueError(explain(error)) from error
             finally:

@@ -232,6 +232,14 @@ def test_ctrl_c_before_the_first_run_is_silent(
     [
         (["attentoin=math"], "attentoin is not a setting; did you mean attention?"),
         (["attention=math,flsh"], "attention=flsh is unknown; use auto, flash, flex, math, sdpa (did you mean flash?)"),
+        (
+            ["attention=sdpa", "seq_len=64,abc"],
+            "seq_len: Value 'abc' of type 'str' could not be converted to Integer; use a whole number",
+        ),
+        (
+            ["attention=sdpa", "seq_len=64", "model.dim=64,x"],
+            "model.dim: Value 'x' of type 'str' could not be converted to Integer; use a whole number",
+        ),
         (["seq_len"], "cannot read seq_len; write key=value or key=a,b"),
         (["seq_len=1", "seq_len=2"], "seq_len is there twice; write all its values as seq_len=a,b"),
         (["run_dir=x"], "run_dir is set by the comparison; use --steps and --out"),

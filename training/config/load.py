@@ -45,19 +45,34 @@ def load_config(composed: DictConfig | Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError: one line that names the field, the value and what to do instead.
     """
-    raw = resolved(composed)
-    refuse_secrets(raw)
-    _refuse_what_is_no_section(raw)
+    typed = with_types(composed)
     try:
-        loaded = OmegaConf.to_object(OmegaConf.merge(_schema(raw), raw))
-    except ConfigKeyError as error:
-        raise ValueError(unknown_key(str(error.full_key or error.key), dotted_keys(_whole_schema(raw)))) from error
+        loaded = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error)) from error
     assert isinstance(loaded, TrainConfig)
     _refuse_what_cannot_be_used(asdict(loaded))
     written_out: dict[str, Any] = {name: expand_path(getattr(loaded, name) or "", name) or None for name in PATHS}
     return replace(loaded, tokens_per_step=loaded.plan.tokens_per_step, **written_out)
+
+
+def with_types(composed: DictConfig | Mapping[str, Any]) -> DictConfig:
+    """Every setting as a value of its own type, which need not be one that a run can use.
+
+    Raises:
+        ValueError: one line, such as for seq_len=abc.
+    """
+    raw = resolved(composed)
+    refuse_secrets(raw)
+    _refuse_what_is_no_section(raw)
+    try:
+        typed = OmegaConf.merge(_schema(raw), raw)
+    except ConfigKeyError as error:
+        raise ValueError(unknown_key(str(error.full_key or error.key), dotted_keys(_whole_schema(raw)))) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(one_line(error)) from error
+    assert isinstance(typed, DictConfig)
+    return typed
 
 
 def resolved(composed: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
