@@ -6,6 +6,7 @@ python -m scripts.convert from-hf DIR RUN                                      D
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -48,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{options.source} is no folder; name a run, a checkpoint or a folder of transformers")
         options.target.parent.mkdir(parents=True, exist_ok=True)
         if options.direction == "to-hf":
-            if not options.shard_size > 0:
-                raise ValueError(f"--shard-size {options.shard_size:g} is not possible; use gigabytes above 0")
+            if not 0 < options.shard_size * 1e9 < math.inf:
+                raise ValueError(
+                    f"--shard-size {options.shard_size:g} is not possible; use gigabytes, such as 5 or 0.5"
+                )
             to_huggingface(options.source, options.target, options.dtype, int(options.shard_size * 1e9))
         else:
             from_huggingface(options.source, options.target)

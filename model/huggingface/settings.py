@@ -164,6 +164,13 @@ class Described:
             raise self.refused(name, self.values.get(name), "it must be a number")
         return value
 
+    def count(self, name: str, default: Any = None) -> int:
+        """How many of something."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refused(name, value, "it must be a whole number from 1")
+        return value
+
     def expect(self, name: str, *possible: Any) -> None:
         """Raises ValueError unless the value is one of these, of which the first is the default."""
         if (value := self.take(name, possible[0])) not in possible:
@@ -193,7 +200,7 @@ def understand(values: Mapping[str, Any], where: str, name: str = "imported") ->
     read = _understand_gpt2 if family == "gpt2" else _understand_llama
     fields = read(described)
     described.end()
-    return ModelConfig(name=name, vocab_size=described.number("vocab_size"), **fields)
+    return ModelConfig(name=name, vocab_size=described.count("vocab_size"), **fields)
 
 
 def _understand_gpt2(described: Described) -> dict[str, Any]:
@@ -202,14 +209,14 @@ def _understand_gpt2(described: Described) -> dict[str, Any]:
     described.expect("scale_attn_weights", True)
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         described.expect(name, False)
-    dim = described.number("n_embd")
+    dim = described.count("n_embd")
     return {
-        "n_layers": described.number("n_layer"),
-        "n_heads": described.number("n_head"),
+        "n_layers": described.count("n_layer"),
+        "n_heads": described.count("n_head"),
         "dim": dim,
-        "ffn_dim": described.number("n_inner", 4 * dim),
+        "ffn_dim": described.count("n_inner", 4 * dim),
         "position": "learned",
-        "n_positions": described.number("n_positions"),
+        "n_positions": described.count("n_positions"),
         "norm": "layernorm",
         "norm_eps": described.number("layer_norm_epsilon", 1e-5),
         "mlp": "gelu",
@@ -222,20 +229,20 @@ def _understand_llama(described: Described) -> dict[str, Any]:
     family = described.values["model_type"]
     described.take("vocab_size")
     described.expect("hidden_act", "silu")
-    heads, dim = described.number("num_attention_heads"), described.number("hidden_size")
-    head_dim = described.number("head_dim", 128 if family == "qwen3" else dim // heads)
+    heads, dim = described.count("num_attention_heads"), described.count("hidden_size")
+    head_dim = described.count("head_dim", 128 if family == "qwen3" else dim // heads)
     bias = bool(described.take("attention_bias", False)) if family in ("llama", "qwen3") else False
     if family == "llama":
         described.expect("mlp_bias", *([True, None] if bias else [False]))
     elif bias:
         raise described.refused("attention_bias", bias, "only false")
     return {
-        "n_layers": described.number("num_hidden_layers"),
+        "n_layers": described.count("num_hidden_layers"),
         "n_heads": heads,
-        "n_kv_heads": described.number("num_key_value_heads", heads if family == "llama" else None),
+        "n_kv_heads": described.count("num_key_value_heads", heads if family == "llama" else None),
         "head_dim": head_dim,
         "dim": dim,
-        "ffn_dim": described.number("intermediate_size"),
+        "ffn_dim": described.count("intermediate_size"),
         "rotary": _rotary(described),
         "norm_eps": described.number("rms_norm_eps", 1e-6),
         "bias": bias,
@@ -248,7 +255,7 @@ def _understand_llama(described: Described) -> dict[str, Any]:
 
 def _window(described: Described, family: str) -> int | None:
     """The window that all layers have; one that only some have is refused."""
-    layers = described.number("num_hidden_layers")
+    layers = described.count("num_hidden_layers")
     window = described.take("sliding_window")
     is_used = described.take("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
     first = described.take("max_window_layers", 28) if family.startswith("qwen") else 0
@@ -265,7 +272,7 @@ def _window(described: Described, family: str) -> int | None:
 
 def _rotary(described: Described) -> RotaryConfig:
     """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as files before transformers 5 have them."""
-    length = described.number("max_position_embeddings")
+    length = described.count("max_position_embeddings")
     described.expect("partial_rotary_factor", 1.0)
     theta = described.take("rope_theta", 10000.0)
     given = {**(described.take("rope_scaling") or {}), **(described.take("rope_parameters") or {})}

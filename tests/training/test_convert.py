@@ -152,6 +152,9 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
         ("to-hf", str(tmp_path / "empty"), new): r"empty holds no trained model",
         ("to-hf", str(tmp_path / "none"), new): r"none is no folder",
         ("to-hf", str(tmp_path / "run"), new, "--shard-size", "0"): r"--shard-size 0 is not possible",
+        ("to-hf", str(tmp_path / "run"), new, "--shard-size", "inf"): r"--shard-size inf is not possible",
+        ("to-hf", str(tmp_path / "run"), new, "--shard-size", "1e300"): r"--shard-size 1e\+300 is not possible",
+        ("to-hf", str(tmp_path / "run"), new, "--shard-size", "nan"): r"--shard-size nan is not possible",
         ("from-hf", str(tmp_path / "empty"), new): r"empty has no config\.json",
     }
     for arguments, message in refusals.items():
