@@ -98,9 +98,7 @@ def from_huggingface(source: Path, target: Path) -> None:
     Raises:
         ValueError: the model cannot be expressed, or something is missing.
     """
-    from safetensors.torch import save_file
-
-    from model.huggingface.shards import read_weights
+    from model.huggingface.shards import read_weights, save
     from model.huggingface.weights import from_theirs
 
     described = read_settings(source)
@@ -119,7 +117,7 @@ def from_huggingface(source: Path, target: Path) -> None:
         "seq_len": seq_len,
     }
     with disk.part_of(target) as part:
-        save_file(state, part / "model.safetensors")
+        save(state, part / "model.safetensors")
         (part / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         tokenizer.save(part / "tokenizer.json")
         os.replace(part, target)

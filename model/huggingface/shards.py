@@ -33,12 +33,20 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     for number, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Converted here, a shard at a time; cloned, for tensors that share memory cannot be written.
-        save_file({key: tensor.to(dtype, copy=True) for key, tensor in shard.items()}, folder / name, {"format": "pt"})
+        save({key: tensor.to(dtype, copy=True) for key, tensor in shard.items()}, folder / name, {"format": "pt"})
         places |= dict.fromkeys(shard, name)
         total += sum(tensor.numel() for tensor in shard.values())
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": places})
     return total
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write one file, with the mode of any new file: safetensors' own would be for its owner alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata)  # another file, put in the place of this one
+    file.chmod(mode)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

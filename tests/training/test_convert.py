@@ -121,6 +121,18 @@ def test_shards_hold_every_weight_in_the_dtype_that_is_asked_for(config: MakeCon
     assert all((tmp_path / "many" / file).stat().st_size < max(10_000, largest) + 4000 for file in files)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(out: Path, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        assert main(["to-hf", str(tmp_path / "run"), str(tmp_path / "there"), "--shard-size", "1e-5"]) == 0
+        assert main(["from-hf", str(out), str(tmp_path / "back")]) == 0
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "there").iterdir(), *(tmp_path / "back").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
 def test_a_checkpoint_and_a_run_that_was_stopped_are_taken_too(config: MakeConfig, tmp_path: Path) -> None:
     run = fit(config("max_steps=2"))
     assert main(["to-hf", str(run), str(tmp_path / "finished")]) == 0
