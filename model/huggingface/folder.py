@@ -29,9 +29,18 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no config.json of a model."""
-    if not (values := read_json(folder / "config.json")):
+    """Raises ValueError where there is no config.json of a model, or one that cannot be read."""
+    file = folder / "config.json"
+    if not file.exists():
         raise ValueError(f"{folder} has no config.json: name a folder that transformers' save_pretrained wrote")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); save the model again") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; make it readable") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no settings of a model; save the model again")
     return values
 
 

@@ -176,6 +176,11 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
         assert re.search(message, last), last
         assert not Path(new).exists()
     described = json.loads((out / "config.json").read_text())
+    for text, message in {'{"model_type": ': "cannot be read as JSON (", "[1]": "holds no settings of a model"}.items():
+        (out / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            main(["from-hf", str(out), new])
+        assert f"error: {out / 'config.json'} {message}" in capsys.readouterr().err
     (out / "config.json").write_text(json.dumps(described | {"model_type": "gemma2"}))
     with pytest.raises(SystemExit, match="2"):
         main(["from-hf", str(out), new])
