@@ -8,6 +8,7 @@ python -m scripts.report SWEEP             compares the runs of a sweep's folder
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from scripts.parser import parser_of
 from training.report import RunReader, runs_at, write_page
@@ -23,15 +24,23 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
     try:
         folders = list(dict.fromkeys(folder for path in options.runs for folder in runs_at(path)))
-        write_page(out, [RunReader(folder).read() for folder in folders])
+        write(out, [RunReader(folder).read() for folder in folders])
     except ValueError as error:
         return refuse(str(error))
     except OSError as error:
-        return refuse(f"{error.filename or out}: {error.strerror}; make it readable, or name another place with --out")
+        return refuse(f"{error.filename} cannot be read: {error.strerror}; make it readable")
     except KeyboardInterrupt:
         return 130
     print(out)
     return 0
+
+
+def write(out: Path, runs: list[dict[str, Any]]) -> None:
+    """Raises ValueError where the page cannot be written."""
+    try:
+        write_page(out, runs)
+    except OSError as error:  # which names the file that the page is written to first
+        raise ValueError(f"{out} cannot be written: {error.strerror}; name another place with --out") from error
 
 
 def refuse(why: str) -> int:

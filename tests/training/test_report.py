@@ -210,8 +210,18 @@ def test_the_command_writes_a_page_into_the_run_and_compares_several(
         (lambda path: path.mkdir(), "holds no run; name a run folder that holds metrics.jsonl"),
         (lambda path: (path.mkdir(), (path / "run.lock").touch()), "has no metrics.jsonl yet; name a run folder"),
         (lambda path: write_run(path, [1.0], config_yaml="{"), "config.yaml cannot be read"),
+        (lambda path: write_run(path, [1.0], facts_json="{"), "facts.json cannot be read as JSON ("),
+        (lambda path: write_run(path, [1.0], facts_json="[1]"), "facts.json holds no JSON object"),
     ],
-    ids=["nothing", "a file", "another folder", "a run before its first event", "a damaged configuration"],
+    ids=[
+        "nothing",
+        "a file",
+        "another folder",
+        "a run before its first event",
+        "a damaged configuration",
+        "damaged facts",
+        "facts of another kind",
+    ],
 )
 def test_what_is_no_run_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Any], line: str
@@ -222,6 +232,14 @@ def test_what_is_no_run_is_refused_in_one_line(
     assert error.startswith(f"error: {tmp_path / 'run'}")
     assert line in error
     assert error.count("\n") == 1
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [1.0])
+    out = tmp_path / "none" / "a.html"
+    assert command.main([str(run), "--out", str(out)]) == 2
+    line = f"error: {out} cannot be written: No such file or directory; name another place with --out\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_reader_that_went_away_and_ctrl_c_give_no_traceback(

@@ -67,7 +67,7 @@ class RunReader:
         """
         for line in self._new_lines():
             self._add(line)
-        facts = json.loads(_text(self.folder / FACTS) or "{}")
+        facts = _object(self.folder / FACTS) or {}
         began = facts.get("started") or next((p.time for p in self.clock.points if p.time is not None), None)
         samples = list(SAMPLE.finditer(_text(self.folder / "samples.md")))
         bad_lines = _text(self.folder / "bad-steps.jsonl").splitlines()
@@ -89,7 +89,7 @@ class RunReader:
             "num_bad_steps": len(bad_steps),
             "samples": [_sample(found) for found in samples[-MOST_SAMPLES:]],
             "num_samples": len(samples),
-            "profile": json.loads(_text(self.folder / PROFILE) or "null"),
+            "profile": _object(self.folder / PROFILE),
         }
 
     def _new_lines(self) -> Iterator[bytes]:
@@ -139,6 +139,23 @@ def _text(path: Path) -> str:
     with suppress(FileNotFoundError):
         return path.read_text("utf-8", "replace")
     return ""
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no file.
+
+    Raises:
+        ValueError: it holds something else; names it.
+    """
+    if not (text := _text(path)):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); remove it to see the rest") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object; remove it to see the rest")
+    return found
 
 
 def _sample(found: re.Match[str]) -> dict[str, Any]:
