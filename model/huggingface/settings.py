@@ -195,7 +195,7 @@ def understand(values: Mapping[str, Any], where: str, name: str = "imported") ->
     """
     described = Described(values, where)
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise described.refused("model_type", family, f"only {', '.join(FAMILIES)} can be read")
     read = _understand_gpt2 if family == "gpt2" else _understand_llama
     fields = read(described)

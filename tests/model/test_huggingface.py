@@ -295,6 +295,7 @@ def test_the_usual_attention_scale_may_be_written_out():
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"new_setting": 3}, "new_setting=3"),
         ("llama", {"num_hidden_layers": "two"}, "num_hidden_layers=two"),
+        ("llama", {"model_type": ["llama"]}, "model_type=['llama']"),
         ("llama", {"num_hidden_layers": -1}, "num_hidden_layers=-1"),
         ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
         ("llama", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
