@@ -221,7 +221,7 @@ def test_nothing_that_a_terminal_would_obey_is_printed(trained: Trainer, capsys:
         (["--max-tokens=0"], "--max-tokens 0: use 1 or more"),
         (["--seed=-1"], "--seed -1"),
         (["--stop="], '--stop "" would end every text at its beginning'),
-        (["caf\udce9"], r"a prompt is not UTF-8, near 'caf\udce9'"),
+        (["x\udce9"], r"a prompt is not UTF-8, near 'x\udce9'"),
         (["--prompts=nowhere.txt"], "--prompts nowhere.txt cannot be read"),
         (["--device=cuda", "--attention=math"], "sees no CUDA GPU"),
         (["--attention=flsh"], "attention=flsh is unknown"),
