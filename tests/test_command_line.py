@@ -353,6 +353,7 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_the_same_command_goes_on(
         (line,) = err.splitlines()
         assert line.startswith(f"error: interrupted by {'the STOP file' if name == 'STOP' else name}; saved {run_dir}/")
         assert "run interrupted" in out.splitlines()
+        assert f"next       run_dir={run_dir} goes on from here" in out.splitlines()
         assert ("resume     step" in out) == (before > 0)
         if second is not None:
             check_refusal(second, f"run_dir={run_dir}", f"is being trained by process {process.pid}", "choose another")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from processes import run_ranks
 
+from training.parallel import watch as watching
+from training.parallel.watch import Watch
 from training.parallel.world import World
 
 TWO_RANKS = """
@@ -58,3 +60,20 @@ def test_two_ranks_agree() -> None:
 @pytest.mark.slow
 def test_a_shard_in_the_memory_of_the_host_stays_there_whatever_the_device_of_its_mesh() -> None:
     assert run_ranks(["-c", SHARDS], 2) == ["[[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]] torch.bfloat16\nTrue\n"] * 2
+
+
+def test_a_lost_rank_is_told_once_whichever_thread_leaves_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watching, "say_error", said.append)
+    monkeypatch.setattr(watching.os, "_exit", lambda code: None)
+    watch = Watch(torch.distributed.HashStore(), rank=1, size=2)
+    with monkeypatch.context() as held_up:
+        held_up.setattr(watch, "_leave", lambda *args, **options: None)  # the thread, once it has found it
+        watch._tell(0, "has not answered for 9 s")
+    verdict = watch.verdict()
+    assert verdict is not None
+    watch.leave("", verdict[1])  # the main thread
+    assert said == [verdict[0]]
+    watch.leave(*verdict)
+    assert len(said) == 1
+    watch.close()

@@ -57,6 +57,9 @@ class Watch:
         self.is_needed = False
         """While ranks work together; before and after that each may come and go."""
         self._known: tuple[str, int] | None = None
+        self._found = ""
+        """By the thread; whichever thread leaves first tells it, if it is the verdict."""
+        self._told = False
         self._closed = threading.Event()
         self._lock = threading.Lock()
         store.set(f"host/{rank}", socket.gethostname())
@@ -96,6 +99,10 @@ class Watch:
         LINE.end()
         if self._known == GONE and self.rank == 1:  # rank 0 cannot say it
             message = GONE[0]
+        with self._lock:  # the main thread may have seen the verdict before the thread that found it has told it
+            is_found = self._known is not None and self._found == self._known[0]
+            message = "" if self._told else self._found if is_found else message
+            self._told = self._told or bool(message)
         if message:
             say_error(message)
         with suppress(Exception):
@@ -147,7 +154,7 @@ class Watch:
     def _tell(self, rank: int, what: str) -> None:
         with self._lock:
             host = self.store.get(f"host/{rank}").decode() if self.store.check([f"host/{rank}"]) else "its host"
-        message = lost(f"rank {rank} on {host}", what)
+        message = self._found = lost(f"rank {rank} on {host}", what)
         told, code = self.claim(message, Interrupted.code)
         self._leave(told, code, is_ours=told == message)
 

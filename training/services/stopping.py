@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from training.run import Run
 
 from .base import Service
@@ -20,4 +22,7 @@ class Stopping(Service):
         is_done = progress.step == run.plan.max_steps and not progress.unfinished
         reason = run.stop_reason()
         if reason and not is_done:
-            raise run.interrupt.end(save(run, wait=True), reason)
+            saved = save(run, wait=True)
+            if saved is not None:
+                run.notify(f"next       run_dir={shlex.quote(str(run.folder))} goes on from here")
+            raise run.interrupt.end(saved, reason)
