@@ -39,7 +39,7 @@ def is_prepared(folder: Path, facts: dict[str, Any], notify: Callable[[str], Non
     """Whether a folder holds what was once written for `facts`. Damage is named. All files are read, but for large ones
     that were read before and have not changed since, by their inode, size and times."""
     manifest = read_manifest(folder)
-    if manifest is None or manifest["hash"] != facts["hash"]:
+    if manifest is None or manifest.get("hash") != facts["hash"]:
         if folder.exists():
             notify(f"data       {folder} is damaged (its manifest or the size of a file): preparing it again")
         return False

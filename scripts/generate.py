@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from model.generate_config import SamplingConfig
 from scripts.model_command import add_machine, check_positive, exit_code, note
@@ -77,10 +77,9 @@ def generate(options: argparse.Namespace) -> None:
     if prompts is None:
         converse(writer)
         return
-    for prompt in prompts:
-        writer.room(prompt)
-    for begin in range(0, len(prompts), options.batch_size):
-        writer.write(prompts[begin : begin + options.batch_size])
+    read = [writer.read(text) for text in prompts]
+    for begin in range(0, len(read), options.batch_size):
+        writer.write(read[begin : begin + options.batch_size])
 
 
 def check(options: argparse.Namespace) -> SamplingConfig:
@@ -108,17 +107,16 @@ def prompts_of(options: argparse.Namespace) -> list[str] | None:
         prompts += [line.removesuffix("\r") for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {options.prompts} holds no prompt; write one a line")
+    if not prompts:
+        if sys.stdin is not None and sys.stdin.isatty():
+            return None
+        text = sys.stdin.read() if sys.stdin is not None else ""
+        if not text:
+            raise ValueError('no prompt: write one after RUN, such as "Once upon a time"; "" begins with nothing')
+        prompts = [text]
     for prompt in prompts:
         check_text(prompt)
-    if prompts:
-        return prompts
-    if sys.stdin is not None and sys.stdin.isatty():
-        return None
-    text = sys.stdin.read() if sys.stdin is not None else ""
-    if not text:
-        raise ValueError('no prompt: write one after RUN, such as "Once upon a time"; "" begins with nothing')
-    check_text(text)
-    return [text]
+    return prompts
 
 
 def check_text(prompt: str) -> None:
@@ -140,11 +138,18 @@ def converse(writer: Writer) -> None:
             return
         try:
             check_text(prompt)
-            writer.write([prompt])
+            writer.write([writer.read(prompt)])
         except KeyboardInterrupt:
             print(flush=True)
         except ValueError as error:  # it is too long
             say_error(str(error))
+
+
+class Prompt(NamedTuple):
+    text: str
+    ids: list[int]
+    room: int
+    """Tokens that may be added: --max-tokens, or fewer where learned positions end."""
 
 
 @dataclass
@@ -157,21 +162,21 @@ class Writer:
     sampling: SamplingConfig
     generator: Generator | None = None
 
-    def write(self, prompts: list[str]) -> None:
-        """Raises ValueError where they are too long."""
-        from model.text import encode, write
+    def write(self, prompts: list[Prompt]) -> None:
+        """Raises ValueError where they do not fit into memory."""
+        from model.text import write
 
         options = self.options
-        num_tokens = min(map(self.room, prompts))
+        num_tokens = min(prompt.room for prompt in prompts)
         if num_tokens < options.max_tokens and len(prompts) > 1:  # alone each has the room that is left to it
             for prompt in prompts:
                 self.write([prompt])
             return
-        ids = [encode(self.tokenizer, prompt) for prompt in prompts]
+        ids = [prompt.ids for prompt in prompts]
         generator = self._generator(len(prompts), max(map(len, ids)) + num_tokens)
         streams = len(prompts) == 1 and not options.json
         if streams:
-            print(plain(prompts[0]), end="", flush=True)
+            print(plain(prompts[0].text), end="", flush=True)
         began, first, count = time.perf_counter(), 0.0, 0
         texts = [""] * len(prompts)
         for piece in write(generator, self.tokenizer, ids, num_tokens, seed=options.seed, stops=options.stop):
@@ -180,29 +185,25 @@ class Writer:
             if streams:
                 print(plain(piece.text), end="\n" if piece.finish else "", flush=True)
             elif piece.finish:
-                self._print(prompts[piece.row], texts[piece.row], piece.num_tokens, piece.finish)
+                self._print(prompts[piece.row].text, texts[piece.row], piece.num_tokens, piece.finish)
             count += piece.num_tokens if piece.finish else 0
         if options.tokens_per_second:
             self._say_speed(generator, ids, count, first - began, time.perf_counter() - first)
 
-    def room(self, prompt: str) -> int:
-        """Tokens that may be added: --max-tokens, or fewer where learned positions end.
-
-        Raises:
-            ValueError: none.
-        """
+    def read(self, text: str) -> Prompt:
+        """Raises ValueError where learned positions leave no room."""
         from model.text import encode
 
-        config = self.model.config
-        if config.position != "learned":
-            return int(self.options.max_tokens)
-        read = len(encode(self.tokenizer, prompt))
-        if read >= config.n_positions:
+        config, ids = self.model.config, encode(self.tokenizer, text)
+        room: int = self.options.max_tokens
+        if config.position == "learned":
+            room = min(room, config.n_positions - len(ids))
+        if room < 1:
             raise ValueError(
-                f"the prompt {shortened(prompt)} has {read:,} tokens, which fill the model's {config.n_positions:,} "
+                f"the prompt {shortened(text)} has {len(ids):,} tokens, which fill the model's {config.n_positions:,} "
                 f"learned positions; shorten it"
             )
-        return min(self.options.max_tokens, config.n_positions - read)
+        return Prompt(text, ids, room)
 
     def _print(self, prompt: str, text: str, num_tokens: int, finish: str) -> None:
         if self.options.json:

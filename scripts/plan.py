@@ -250,7 +250,8 @@ def take_cluster(words: list[str]) -> None:
     counts = typed.pop("gpus", "")
     for name, value in [*typed.items(), *(("gpus", count) for count in counts.split(",") if counts)]:
         is_rate = name in ("link", "network")
-        if not value.replace(".", "", is_rate).isdecimal() or float(value) == 0:
+        digits = value.replace(".", "", 1) if is_rate else value
+        if not digits.isdecimal() or float(value) == 0:
             _refuse(f"{name}={value} is not possible; use {'GB/s' if is_rate else 'a whole number from 1'}")
     cluster.several = [int(count) for count in counts.split(",") if counts]
     cluster.node = int(typed.get("node", NODE))

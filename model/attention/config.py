@@ -127,8 +127,10 @@ class SdpaConfig(AttentionConfig):
 
     def likely(self, spec: AttentionSpec) -> str:
         """What `sdpa.choose_kernel` will find, where PyTorch cannot be asked."""
-        if self.kernel != "auto" or spec.capability is None:
-            return "flash" if self.kernel == "auto" else self.kernel
+        if self.kernel != "auto":
+            return self.kernel
+        if spec.capability is None:
+            return "flash"
         if spec.dtype not in ("bfloat16", "float16") or not (spec.is_plain or takes_varlen(spec)):
             return "efficient"
         return "cudnn" if spec.is_plain and spec.capability >= (9, 0) else "flash"

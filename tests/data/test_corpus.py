@@ -192,6 +192,7 @@ DAMAGE = [
     "another count",
     "broken manifest",
     "another hash",
+    "no hash",
     "missing file",
     "truncated file",
     *prepared.FILES,
@@ -212,6 +213,10 @@ def test_a_damaged_cache_is_named_and_made_anew(config, damage):
         (folder / "manifest.json").write_text(
             (folder / "manifest.json").read_text().replace('"documents": 4', '"documents": 5')
         )
+    elif damage == "no hash":
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["hash"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     elif damage == "another hash":
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace('"hash": "', '"hash": "0'))
     elif damage == "truncated file":

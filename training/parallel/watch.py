@@ -100,10 +100,10 @@ class Watch:
         if self._known == GONE and self.rank == 1:  # rank 0 cannot say it
             message = GONE[0]
         with self._lock:  # the main thread may have seen the verdict before the thread that found it has told it
-            is_found = self._known is not None and self._found == self._known[0]
-            message = "" if self._told else self._found if is_found else message
-            self._told = self._told or bool(message)
-        if message:
+            if self._known is not None and self._found == self._known[0]:
+                message = self._found
+            tells, self._told = bool(message) and not self._told, self._told or bool(message)
+        if tells:
             say_error(message)
         with suppress(Exception):
             sys.stdout.flush()

@@ -65,7 +65,7 @@ FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three consumers: 32
 # which passes through the instruction cache.
 FORWARD_64_LOCAL = ForwardTiles(3, 64, 2, 4, 4)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
 FORWARD_128 = ForwardTiles(2, 128, 2, 2, 3)  # 711; three consumers and 64 keys: 629
-FORWARD_192 = ForwardTiles(2, 64, 2, 2, 3, panel=64)  # 778; one panel of 256 and one stage of queries: 700
+FORWARD_192 = ForwardTiles(2, 64, 2, 2, 3, panel=64)  # on an H200 778; in one panel, one stage: 700
 FORWARD_256 = ForwardTiles(2, 64, 1, 2, 3)  # 762: two stages of 128 keys do not fit
 
 

@@ -7,8 +7,8 @@ complete sums to dQ and clear its accumulator (`finish_partition`). Two counters
     added_ptr     counts work tiles that have added all they have to; at n_tiles the head's sums are complete
     cleared_ptr   counts work tiles that have converted their share; at n_tiles the accumulator is free for head + count
 
-A work tile waits only for earlier ones. Programs start in the order of their numbers, as all of NVIDIA's GPUs do it
-though CUDA does not promise it, so nothing can deadlock (L12).
+A work tile waits only for earlier ones, and programs start in the order of their numbers, so nothing can deadlock
+(L12). CUDA does not promise that order; every NVIDIA GPU has it.
 
 The order of the sum. In the default mode tiles are added as they come, and the last bits of dQ differ between runs. In
 deterministic mode (for one shape on one GPU) `semaphore_ptr` counts the key tiles that have been added to each tile of
