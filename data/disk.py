@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 READ_BYTES = 1 << 24  # at once: a thread that hashes asks for the interpreter, which trains, only so often
@@ -202,3 +203,9 @@ def alone(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def need_writable(folder: Path) -> None:
+    """Raises OSError where a folder, or the one in which it will be made, takes no files."""
+    with TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+        pass

@@ -11,7 +11,6 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import BinaryIO
 
 from data import disk
@@ -53,8 +52,7 @@ def check(config: TrainConfig) -> None:
     if holds_something and config.resume == "none":
         raise ValueError(f"run_dir={config.run_dir} already holds a run; choose another, or resume=auto to continue it")
     try:
-        with TemporaryFile(dir=next(path for path in (run, *run.absolute().parents) if path.exists())):
-            pass
+        disk.need_writable(run)
     except OSError as error:
         raise ValueError(f"run_dir={config.run_dir} cannot be written: {error.strerror}; choose another") from error
     for name in (LOCK, *RECORDS):  # a pipe would be waited for

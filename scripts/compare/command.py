@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -153,8 +152,7 @@ def check_out(out: Path) -> None:
     if any((out / name).exists() for name in OF_A_RUN):
         raise ValueError(f"--out {out} is the folder of a run, whose report.html would be lost; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out):  # a folder that is there need not take files
-        pass
+    disk.need_writable(out)  # a folder that is there need not take files
 
 
 def many(swept: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:

@@ -45,8 +45,11 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError("--limit, --num-fewshot and --include-path are about tasks; name some with --tasks")
     if options.tasks is not None and not options.tasks.strip(", "):
         raise ValueError(f'--tasks "{options.tasks}" names none; leave it out for held-out text')
-    if options.out:
-        make(options.out)
+    out = folder_of(options)
+    try:
+        disk.need_writable(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
     if options.tasks:
         from .harness import evaluate_tasks
 
@@ -55,31 +58,26 @@ def evaluate(options: argparse.Namespace) -> None:
         from .held_out import evaluate_held_out
 
         results = evaluate_held_out(options, note)
-    write(options, results)
+    write(out, results)
 
 
-def write(options: argparse.Namespace, results: dict[str, object]) -> None:
-    """Raises ValueError where the folder cannot be written."""
+def folder_of(options: argparse.Namespace) -> Path:
     place = Path(options.run).resolve()
     home = place.parent.parent if is_checkpoint(place) else place
-    out = options.out or home / "evaluation"
+    return options.out or home / "evaluation"
+
+
+def write(out: Path, results: dict[str, object]) -> None:
+    """Raises ValueError where the folder cannot be written."""
     picture = results.pop("picture", None)
-    make(out)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         disk.write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
         if isinstance(picture, str):
             disk.write_whole(out / "recall.svg", picture)
     except OSError as error:
         raise unwritable(out, error) from error
     say(str(out))
-
-
-def make(out: Path) -> None:
-    """Raises ValueError where there can be no such folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(out, error) from error
 
 
 def unwritable(out: Path, error: OSError) -> ValueError:

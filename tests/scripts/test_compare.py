@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import pytest
 from processes import ROOT, run_unread
 
+from data import disk
 from scripts.compare import __main__ as process
 from scripts.compare import command, jobs
 from scripts.compare.command import main, split
@@ -278,7 +279,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_anything_runs(
         raise PermissionError(errno.EACCES, "Permission denied", str(dir / "tmpx"))
 
     out.mkdir()
-    monkeypatch.setattr(command, "TemporaryFile", refused)  # root may write everywhere
+    monkeypatch.setattr(disk, "TemporaryFile", refused)  # root may write everywhere
     assert main(["attention=sdpa", "seq_len=1024", "--out", str(out)]) == 2
     line = f"error: --out {out} cannot be written: Permission denied; name another folder\n"
     assert capsys.readouterr().err == line
