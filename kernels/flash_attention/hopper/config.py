@@ -59,8 +59,9 @@ class ForwardTiles:
 
 # Head_dim up to 64: three consumers hide more of the softmax, which sets the limit there.
 FORWARD_64 = ForwardTiles(consumers=3, n=128, query_stages=2, key_stages=4, value_stages=4)  # 641; two consumers: 553
-# Rows up to 2,048: tiles of 192 queries leave too much of themselves unused.
-FORWARD_64_SHORT = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three consumers: 320
+# Rows up to 2,048: tiles of 192 queries leave too much of themselves unused. A soft cap: three consumers have too few
+# registers for it.
+FORWARD_64_TWO = ForwardTiles(2, 128, 2, 4, 4)  # 1k: 350; three: 320. On an H200, a cap of 50: 330; three: 220
 # Documents, and windows up to 2,048: blocks of 64 keys waste less at the ends, and masked blocks are half as much code,
 # which passes through the instruction cache.
 FORWARD_64_LOCAL = ForwardTiles(3, 64, 2, 4, 4)  # window of 1k: 372; 128 keys: 317. Documents of 1k: 377; 128 keys: 284
@@ -182,10 +183,11 @@ def forward_config(kind: Kind, head_dim: int, head_dim_v: int, S_k: int, window:
     if head_dim > 64:
         tiles = FORWARD_128 if head_dim <= 128 else FORWARD_192 if head_dim <= 192 else FORWARD_256
     elif S_k <= 2048:
-        tiles = FORWARD_64_SHORT
+        tiles = FORWARD_64_TWO
+    elif kind.starts or (window is not None and window <= 2048):
+        tiles = FORWARD_64_LOCAL
     else:
-        local = kind.starts or (window is not None and window <= 2048)
-        tiles = FORWARD_64_LOCAL if local else FORWARD_64
+        tiles = FORWARD_64_TWO if kind.softcap else FORWARD_64
     return _forward(kind, tiles, head_dim, head_dim_v)
 
 
