@@ -27,8 +27,6 @@ class Workload:
     """Whether a step has several micro-batches, so that gradients are there when one begins."""
     optimizer: str = "adamw"
     moment_bytes: int = 4
-    rounded_at_once: int = 0
-    """Numbers whose moments, where they are bf16, the update has in float32 at a time."""
     product_bytes: int = 2
     """Of a number in a matrix product: 2 with bf16, otherwise 4."""
     in_fp8: bool = False

@@ -174,9 +174,8 @@ def batch_bytes(work: Workload) -> int:
 
 
 def update_bytes(work: Workload) -> int:
-    """Beside the gradients: moments that are bf16, in float32 for a while, of so many numbers at once or of the largest
-    parameter; Muon's step on a matrix, itself as it was and what its iteration multiplies."""
-    config, matrix = work.model, max(matrix_sizes(work.model))
-    is_muon, largest = work.optimizer == "muon", max(config.vocab_size * config.dim, matrix)
-    in_float32 = 2 * FLOAT32 * max(work.rounded_at_once, largest) if work.moment_bytes < FLOAT32 else 0
-    return max(in_float32, 4 * FLOAT32 * matrix if is_muon else 0)
+    """Beside the gradients: of Muon's step on a matrix, itself as it was, what its iteration multiplies, and a momentum
+    that is bf16 in float32."""
+    if work.optimizer != "muon":
+        return 0
+    return (5 if work.moment_bytes < FLOAT32 else 4) * FLOAT32 * max(matrix_sizes(work.model))

@@ -19,7 +19,7 @@ from model.precision_config import Float8Config
 
 from . import machine
 from .config import TrainConfig
-from .optimizer_config import ROUNDED_AT_ONCE, SLOWEST_IN_BF16
+from .optimizer_config import SLOWEST_IN_BF16
 from .parallel.launch import Launch
 from .runtime import Runtime, attention_spec, inner_spec, method_of
 from .step_time import step_time
@@ -61,7 +61,6 @@ def workload(config: TrainConfig, runtime: Runtime) -> Workload:
         accumulates=config.plan.accumulation > 1,
         optimizer=config.optimizer.name,
         moment_bytes=config.precision.moment_bytes,
-        rounded_at_once=ROUNDED_AT_ONCE,
         product_bytes=runtime.precision.product_bytes,
         in_fp8=isinstance(runtime.precision, Float8Config),
         input_bytes=1 if getattr(runtime.precision, "weight_gradients", None) == "fp8" else None,

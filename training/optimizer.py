@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
-from .optimizer_config import ROUNDED_AT_ONCE
 from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
 from .parts import Part, check_tensors
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 MOMENTS = (torch.float32, torch.bfloat16)
+ROUNDED_AT_ONCE = 2**26
+"""On a CPU: numbers whose bf16 moments the update has in float32 at a time, 8 bytes each."""
 MUON: dict[str, Any] = {"lr": 0.0, "adjust_lr_fn": "match_rms_adamw"}
 
 
@@ -41,24 +43,18 @@ class Optimizer(Part):
         by_muon = set(hidden) if isinstance(config, MuonConfig) else set()
         self.moments: torch.dtype = getattr(torch, moments)
         beta1, beta2 = config.betas
-        runs = [
-            run
-            for others in _by_device(p for name, p in self.parts.items() if name not in by_muon)
-            for run in ([others] if self.moments == torch.float32 else _in_runs(others, ROUNDED_AT_ONCE))
-        ]
-        self.adamws = [
-            torch.optim.AdamW(
-                [
+        self.adamws: list[torch.optim.Optimizer] = []
+        for others in _by_device(p for name, p in self.parts.items() if name not in by_muon):
+            on_gpu = others[0].is_cuda
+            rounds_in_copies = self.moments != torch.float32 and not on_gpu
+            for some in _in_runs(others, ROUNDED_AT_ONCE) if rounds_in_copies else [others]:
+                groups = [
                     {"params": [p for p in some if p.dim() >= 2], "weight_decay": config.weight_decay},
                     {"params": [p for p in some if p.dim() < 2], "weight_decay": 0.0},
-                ],
-                lr=0.0,
-                betas=(beta1, beta2),
-                eps=config.eps,
-                fused=True,
-            )
-            for some in runs
-        ]
+                ]
+                options: dict[str, Any] = {"lr": 0.0, "betas": (beta1, beta2), "eps": config.eps}
+                kind = FusedAdamW if on_gpu else partial(torch.optim.AdamW, fused=True)
+                self.adamws.append(kind(groups, **options))
         self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
             # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one. Of sharded
@@ -91,12 +87,13 @@ class Optimizer(Part):
             # PyTorch would warn that it also runs outside of a graph, which the first steps do.
             optimizer._warned_capturable_if_run_uncaptured = True
 
-    def step(self, learning_rate: float | Tensor, good: Tensor) -> None:
+    def step(self, learning_rate: float | Tensor, good: Tensor, scale: Tensor | None = None) -> None:
         """Update the parameters and clear the gradients.
 
         Args:
             learning_rate: of this step.
             good: bool scalar on the device. Where it is False nothing changes: no parameter, no moment.
+            scale: float32 scalar on the device, by which gradients are multiplied; None: 1.
         """
         for optimizer in self.all:
             for group in optimizer.param_groups:
@@ -104,7 +101,13 @@ class Optimizer(Part):
         for name, part in self.parts.items():
             if part is not (parameter := self.parameters[name]):
                 part.grad, parameter.grad = None if parameter.grad is None else local(parameter.grad), None
+        for optimizer in self.all:
+            if scale is not None and not isinstance(optimizer, FusedAdamW):
+                torch._foreach_mul_([_grad(p) for p in _parameters(optimizer)], scale.to(_device(optimizer)))
         for adamw in self.adamws:
+            if isinstance(adamw, FusedAdamW):
+                adamw.step(good, scale)
+                continue
             # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation. For
             # parameters that lie in the host's memory the host must know it.
             adamw.found_inf = (~good).float().to(_device(adamw))  # type: ignore[attr-defined]
@@ -171,6 +174,31 @@ class Optimizer(Part):
         return {part: inner for inner in self.all for part in _parameters(inner)}
 
 
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW on a GPU: a kernel for each parameter, which scales the gradient and reads and writes bf16 moments."""
+
+    @torch.no_grad()
+    def step(self, good: Tensor, scale: Tensor | None) -> None:  # type: ignore[override]
+        """`Optimizer.step` of its parameters."""
+        from kernels.adamw_kernel import adamw
+
+        for parameter in _parameters(self):
+            if not self.state[parameter]:
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        device = _device(self)
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in _parameters(self)], good.float())
+        for group in self.param_groups:
+            rate = group["lr"]
+            learning_rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
+            for parameter in group["params"]:
+                step, mean, square = (self.state[parameter][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+                adamw(
+                    parameter, _grad(parameter), mean, square, step, learning_rate, scale, good,
+                    decays=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                )  # fmt: skip
+
+
 class ShardedMuon(torch.optim.Optimizer):
     """Muon of matrices of which this rank holds some rows: at most as many as ranks hold them together.
 
@@ -224,6 +252,11 @@ class ShardedMuon(torch.optim.Optimizer):
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _device(optimizer: torch.optim.Optimizer) -> torch.device:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ROUNDED_AT_ONCE = 2**26
-"""Numbers whose bf16 moments the update has in float32 at a time, 8 bytes each: half a GiB, or one parameter's."""
-
 SLOWEST_IN_BF16 = 0.98
 """Largest decay of a moment in bf16: docs/lab/2026-11-29-precision.md has what rounding did to slower ones."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -118,7 +117,7 @@ class TrainStep(Forward):
         super().__init__(model, world.device, autocast, shared)
         self.optimizer, self.guard, self.world = optimizer, guard, world
         self.gradients = Gradients(model, world, reduction)
-        self.max_norm = grad_clip or math.inf
+        self.max_norm = grad_clip
 
     @property
     def replayed_peak(self) -> int:
@@ -155,8 +154,15 @@ class TrainStep(Forward):
     def update(self, loss: Tensor, step: int | Tensor, learning_rate: float | Tensor) -> tuple[Tensor, Tensor]:
         """Add up, clip, guard, step; returns the gradient's norm, and whether the parameters took the step."""
         self.gradients.add_up()
-        grad_norm = self.gradients.clip(self.max_norm)
+        grad_norm = self.gradients.norm()
+        scale = clip_scale(grad_norm, self.max_norm) if self.max_norm else None
         good = self.guard.check(step, loss, grad_norm)
-        self.optimizer.step(learning_rate, good)
+        self.optimizer.step(learning_rate, good, scale)
         refresh(self.model)
         return grad_norm, good
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by, so that it is `max_norm` at most; as
+    torch.nn.utils.clip_grad_norm_."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)

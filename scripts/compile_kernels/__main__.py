@@ -26,14 +26,14 @@ import triton
 
 from scripts.parser import Parser, parser_of
 
-from . import cross_entropy, decode, float8, hopper, matvec, portable
+from . import adamw, cross_entropy, decode, float8, hopper, matvec, portable
 from .cache import compile_anew, read_compiled
 from .configuration import Configuration, name_of
 from .reading import MOVES_BUFFERS, normalised, read
 
 FAMILIES: dict[str, Any] = {
     "portable": portable, "hopper": hopper, "decode": decode, "cross_entropy": cross_entropy, "float8": float8,
-    "matvec": matvec,
+    "matvec": matvec, "adamw": adamw,
 }  # fmt: skip
 
 

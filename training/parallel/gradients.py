@@ -1,8 +1,7 @@
-"""Gradients of all ranks: added up, and scaled down to a norm."""
+"""Gradients of all ranks: added up, and their norm."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -69,21 +68,16 @@ class Gradients:
             each.finish()
         self._sums.clear()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of at most `max_norm`; returns what it was, on the device."""
+    def norm(self) -> Tensor:
+        """Their global norm: float32 scalar on the device."""
+        whole = torch.nn.utils.get_total_norm([_grad(p) for p in self.whole])
         if not self.sharded:
-            norm: Tensor = torch.nn.utils.clip_grad_norm_(self.whole, max_norm)
-            return norm
-        whole, shards = [_grad(p) for p in self.whole], [local(_grad(p)) for p in self.sharded]
-        square = torch.nn.utils.get_total_norm(shards).to(self.world.device).square()
+            return whole
+        shards = torch.nn.utils.get_total_norm([local(_grad(p)) for p in self.sharded])
+        square = shards.to(self.world.device).square()
         assert self.world.mesh is not None
         dist.all_reduce(square, group=self.world.mesh.get_group("shard"))
-        norm = (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
-        if max_norm < math.inf:
-            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-            for gradients in (whole, shards):
-                torch._foreach_mul_(gradients, scale.to(gradients[0].device))
-        return norm
+        return (square + whole.square()).sqrt()
 
     def _before_block(self, block: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         """Add up the block's gradients as soon as that of its input is there: by then they are, too."""

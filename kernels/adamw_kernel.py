@@ -1,0 +1,91 @@
+"""AdamW's update of a parameter in Triton (Loshchilov and Hutter 2017, arXiv:1711.05101): one pass over memory.
+
+The gradient is scaled where it is read, so clipping needs no pass of its own. Moments are float32, or bf16, rounded to
+the nearest once a step; arithmetic is float32. What differs from step to step lies on the device, so the host waits for
+nothing, and a CUDA graph may hold the update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, NUM_WARPS = 2048, 4
+"""Numbers of a program: 16 a thread, in vectors of four."""
+
+
+@triton.jit
+def _bias_correction(count, LOG2_DECAY: tl.constexpr):
+    """1 − decay^count, computed in float64: with a decay near 1 it is a difference of near numbers."""
+    return (1.0 - tl.exp2(count.to(tl.float64) * LOG2_DECAY)).to(tl.float32)
+
+
+@triton.jit
+def adamw_kernel(
+    param_ptr, grad_ptr, mean_ptr, square_ptr, count_ptr, learning_rate_ptr, scale_ptr, good_ptr, n, eps, weight_decay,
+    DECAY1: tl.constexpr, DECAY2: tl.constexpr, LOG2_DECAY1: tl.constexpr, LOG2_DECAY2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`count_ptr` has the number of this step, from 1 on. A scale_ptr that is None is 1."""
+    if tl.load(good_ptr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n
+        param = tl.load(param_ptr + at, mask=inside)
+        grad = tl.load(grad_ptr + at, mask=inside)
+        mean = tl.load(mean_ptr + at, mask=inside).to(tl.float32)
+        square = tl.load(square_ptr + at, mask=inside).to(tl.float32)
+        count = tl.load(count_ptr)
+        learning_rate = tl.load(learning_rate_ptr)
+        if scale_ptr is not None:
+            grad *= tl.load(scale_ptr)
+        mean = DECAY1 * mean + (1 - DECAY1) * grad
+        square = DECAY2 * square + (1 - DECAY2) * grad * grad
+        step_size = learning_rate / _bias_correction(count, LOG2_DECAY1)
+        root = tl.sqrt_rn(square) / tl.sqrt_rn(_bias_correction(count, LOG2_DECAY2))
+        param -= learning_rate * weight_decay * param
+        param -= step_size * mean / (root + eps)
+        tl.store(param_ptr + at, param, mask=inside)
+        tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=inside)
+        tl.store(square_ptr + at, square.to(square_ptr.dtype.element_ty), mask=inside)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    count: Tensor,
+    learning_rate: Tensor,
+    scale: Tensor | None,
+    good: Tensor,
+    *,
+    decays: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update a parameter and its moments in place.
+
+    Args:
+        param, grad: float32, contiguous, of one shape.
+        mean, square: the moments, float32 or bf16, of that shape.
+        count: float32 scalar on the device: the number of this step, from 1 on.
+        learning_rate: float32 scalar on the device.
+        scale: float32 scalar on the device, by which the gradient is multiplied; None: 1.
+        good: bool scalar on the device. Where it is False nothing changes.
+        decays: of the two moments, in [0, 1).
+    """
+    if param.numel() == 0:  # a shard of a parameter with fewer rows than ranks
+        return
+    assert all(x.is_contiguous() for x in (param, grad, mean, square))
+    # 2^-1000 to the power of any count is 0 in float32, as 0 would be.
+    log2_decays = [math.log2(decay) if decay else -1000.0 for decay in decays]
+    with torch.cuda.device_of(param):
+        adamw_kernel[(triton.cdiv(param.numel(), BLOCK),)](
+            param, grad, mean, square, count, learning_rate, scale, good, param.numel(), eps, weight_decay,
+            DECAY1=decays[0], DECAY2=decays[1], LOG2_DECAY1=log2_decays[0], LOG2_DECAY2=log2_decays[1],
+            BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
