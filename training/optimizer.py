@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +52,8 @@ class Optimizer(Part):
                     {"params": [p for p in some if p.dim() < 2], "weight_decay": 0.0},
                 ]
                 options: dict[str, Any] = {"lr": 0.0, "betas": (beta1, beta2), "eps": config.eps}
-                kind = FusedAdamW if on_gpu else partial(torch.optim.AdamW, fused=True)
-                self.adamws.append(kind(groups, **options))
+                adamw = FusedAdamW(groups, options) if on_gpu else torch.optim.AdamW(groups, fused=True, **options)
+                self.adamws.append(adamw)
         self.muons: list[torch.optim.Optimizer] = []
         if isinstance(config, MuonConfig):
             # One for each matrix, so that `_step_where` keeps one at a time, and `_in_float32` casts one. Of sharded
@@ -186,8 +185,8 @@ class FusedAdamW(torch.optim.Optimizer):
             if not self.state[parameter]:
                 moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        device = _device(self)
-        torch._foreach_add_([self.state[parameter]["step"] for parameter in _parameters(self)], good.float())
+        counts, device = [self.state[parameter]["step"] for parameter in _parameters(self)], _device(self)
+        torch._foreach_add_(counts, [good.float()] * len(counts))  # one tensor for all would be read by the host
         for group in self.param_groups:
             rate = group["lr"]
             learning_rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)

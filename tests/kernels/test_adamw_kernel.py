@@ -12,6 +12,7 @@ from compile_process import compiled
 
 from kernels.adamw_kernel import BLOCK, adamw
 from kernels.flash_attention.portable import INTERPRETED
+from training.optimizer import FusedAdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter is NumPy, which warns of what lanes past the end compute.
@@ -111,6 +112,30 @@ def test_what_lies_past_the_end_stays() -> None:
     one.update(torch.ones(50, device=DEVICE), 1e-2, None, True)
     assert torch.equal(whole[50:], before[50:])
     assert not torch.equal(whole[:50], before[:50])
+
+
+def test_the_optimizer_is_torchs_own() -> None:
+    """Groups with decays of their own, counts that stay in a bad step, and moments by torch's names."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((3, 5), (7,))]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+
+    def groups(parameters: list[torch.nn.Parameter]) -> list[dict[str, object]]:
+        return [{"params": [p], "weight_decay": decay} for p, decay in zip(parameters, (0.1, 0.0), strict=True)]
+
+    options = {"lr": 1e-2, "betas": DECAYS, "eps": 1e-6}
+    optimizer, plain = FusedAdamW(groups(ours), options), torch.optim.AdamW(groups(theirs), **options)  # type: ignore[arg-type]
+    for good in (True, False, True):
+        for mine, their in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            their.grad = mine.grad * 0.5
+        optimizer.step(torch.tensor(good, device=DEVICE), torch.tensor(0.5, device=DEVICE))
+        if good:
+            plain.step()
+    for mine, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-6)
+        assert optimizer.state[mine].keys() == plain.state[their].keys()
+        assert optimizer.state[mine]["step"] == 2
 
 
 @pytest.mark.slow

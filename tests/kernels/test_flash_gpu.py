@@ -55,6 +55,7 @@ CASES = [
     Case(2500, D=64, heads=(4, 4), causal=False, dtype=BF16),
     Case(190, D=128, heads=(4, 1), extra_keys=1000, causal=False, dtype=BF16),
     Case(900, D=64, heads=(4, 2), softcap=3.0, documents="of-64", dtype=FP16),
+    Case(2500, D=64, heads=(4, 2), softcap=20.0, dtype=BF16),  # rows above 2,048 with a cap have tiles of their own
     # Hopper's backward for more than 128 columns: tiles of 64 keys.
     *(Case(S, D=256, heads=(2, 1), dtype=BF16) for S in (1, 64, 65, 129)),
     Case(900, D=256, heads=(4, 2), window=300, documents="long", softcap=30.0, dtype=BF16),
