@@ -25,7 +25,7 @@ from scripts.compare import __main__ as process
 from scripts.compare import command, jobs
 from scripts.compare.command import main, split
 from scripts.compare.jobs import combinations
-from scripts.record import STYLE, png
+from scripts.record import STYLE, font, png
 
 Compare = Callable[..., int]
 
@@ -104,9 +104,10 @@ def test_out_of_memory_and_a_refusal_are_results_with_their_line(
 def test_the_page_and_the_picture_hold_a_line_for_each_value(calls: Path, out: Path) -> None:
     main(["attention=math,sdpa,flex", "seq_len=1024,4096,2048", "--out", str(out)])
     picture = ElementTree.fromstring((out / "report.svg").read_text())
-    raster = (out / "report.png").read_bytes()
-    size = struct.unpack(">II", raster[16:24])  # of a PNG's first chunk
-    assert list(size) == [2 * round(float(side)) for side in picture.attrib["viewBox"].split()[2:]]
+    if font():
+        raster = (out / "report.png").read_bytes()
+        size = struct.unpack(">II", raster[16:24])  # of a PNG's first chunk
+        assert list(size) == [2 * round(float(side)) for side in picture.attrib["viewBox"].split()[2:]]
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     legend = ["sdpa", "flex", "math (out of memory at 4,096)"]
     assert [text for text in texts if text in legend] == legend, "the fastest first"
@@ -132,6 +133,7 @@ def test_what_is_predicted_not_to_fit_is_named_in_the_picture(calls: Path, out: 
     assert "- attention=sdpa seq_len=8192, attention=flex seq_len=8192: does not fit. tiny needs 223 GiB" in page
 
 
+@pytest.mark.skipif(font() is None, reason="no font that a PNG's words could be drawn with")
 def test_a_png_is_drawn_on_white() -> None:
     word = '<svg class="chart" viewBox="0 0 40 20" xmlns="http://www.w3.org/2000/svg" width="40" height="20">{}</svg>'
     drawn = png(word.format(f'<style>{STYLE}</style><rect class="ground" width="40" height="20" fill="white"/>'))

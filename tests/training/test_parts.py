@@ -107,14 +107,15 @@ def test_a_checkpoint_of_format_1_goes_on(config: MakeConfig, old_run: Path) -> 
     lines: list[str] = []
     trainer = Trainer(config(*OLD_RUN), lines.append)
     run, seen = trainer.run, {}
+    take_step = run.optimizer.step
 
-    def look(rate: float, good: torch.Tensor, step: Callable[..., None] = run.optimizer.step) -> None:
+    def look(rate: float, good: torch.Tensor, scale: torch.Tensor | None) -> None:
         if not seen:
             seen.update({part.name: dict(part.tensors()) for part in run.parts[:2]})
             for name in ("model", "optimizer"):
                 assert seen[name].keys() == files[name].keys()
                 assert all(torch.equal(seen[name][key], tensor) for key, tensor in files[name].items())
-        step(rate, good)
+        take_step(rate, good, scale)
 
     run.optimizer.step = look  # type: ignore[method-assign]
     trainer.fit()

@@ -189,10 +189,10 @@ def test_gradients_are_clipped_after_their_norm_is_taken(config: MakeConfig, tmp
         trainer = Trainer(config("max_steps=1", f"grad_clip={clip}", f"run_dir={tmp_path / clip}"), silently)
         step = trainer.run.optimizer.step
 
-        def spy(rate: float, finite: torch.Tensor) -> None:
+        def spy(rate: float, finite: torch.Tensor, scale: torch.Tensor | None) -> None:
             grads = [parameter.grad for parameter in trainer.run.model.parameters() if parameter.grad is not None]
-            seen.append(torch.nn.utils.get_total_norm(grads).item())
-            step(rate, finite)
+            seen.append(torch.nn.utils.get_total_norm(grads).item() * (1.0 if scale is None else scale.item()))
+            step(rate, finite, scale)
 
         trainer.run.optimizer.step = spy  # type: ignore[method-assign]
         return trainer.fit()["train/grad_norm"]
@@ -261,9 +261,9 @@ def test_a_gradient_that_is_not_a_number_ends_the_run_and_moves_nothing(config: 
 
     trainer.run.model.blocks[0].mlp.down.weight.register_hook(spoil)  # type: ignore[union-attr]
 
-    def spy(rate: float, finite: torch.Tensor) -> None:
+    def spy(rate: float, finite: torch.Tensor, scale: torch.Tensor | None) -> None:
         before = [parameter.detach().clone() for parameter in trainer.run.model.parameters()]
-        step(rate, finite)
+        step(rate, finite, scale)
         changed = [not torch.equal(*pair) for pair in zip(before, trainer.run.model.parameters(), strict=True)]
         history.append((trainer.run.progress.step, any(changed)))
 
