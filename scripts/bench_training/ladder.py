@@ -200,7 +200,8 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None
     ]
     for row in rows:
         if "command" in row:
-            checked = "" if row["checked"] or row.get("policy") == "none" else "; numbers not checked in this call"
+            unchecked = not row["checked"] and is_checked(shlex.split(row["command"]))
+            checked = "; numbers not checked in this call" if unchecked else ""
             lines.append(f"- {row['rung']}, {row['measured']}, commit {row['commit']}{checked}: `{row['command']}`")
     for row in rows:
         if found := row.get("profile"):
