@@ -101,20 +101,13 @@ class Optimizer(Part):
             if part is not (parameter := self.parameters[name]):
                 part.grad, parameter.grad = None if parameter.grad is None else local(parameter.grad), None
         for optimizer in self.all:
-            if scale is not None and not isinstance(optimizer, FusedAdamW):
-                torch._foreach_mul_([_grad(p) for p in _parameters(optimizer)], scale.to(_device(optimizer)))
-        for adamw in self.adamws:
-            if isinstance(adamw, FusedAdamW):
-                adamw.step(good, scale)
+            if isinstance(optimizer, FusedAdamW):
+                optimizer.step(good, scale)
                 continue
-            # The fused kernel reads this flag itself, as it does for GradScaler: no host synchronisation. For
-            # parameters that lie in the host's memory the host must know it.
-            adamw.found_inf = (~good).float().to(_device(adamw))  # type: ignore[attr-defined]
-            with _in_float32(adamw):
-                adamw.step()
-        for muon in self.muons:
-            with _in_float32(muon):
-                _step_where(good.to(_device(muon)), muon)
+            if scale is not None:
+                torch._foreach_mul_([_grad(p) for p in _parameters(optimizer)], scale.to(_device(optimizer)))
+            with _in_float32(optimizer):
+                _step_where(good.to(_device(optimizer)), optimizer)
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
@@ -313,15 +306,19 @@ def _in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _step_where(good: Tensor, muon: torch.optim.Optimizer) -> None:
-    """Step a Muon where `good`. It has no flag like AdamW's."""
-    matrices = _parameters(muon)
+def _step_where(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step PyTorch's AdamW or a Muon where `good`."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        # The fused kernel reads this flag itself, as it does for GradScaler: the host need not know it.
+        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    matrices = _parameters(optimizer)
     originals = [matrix.detach().clone() for matrix in matrices]
     for matrix in matrices:
-        momentum = muon.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
+        momentum = optimizer.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
         # The momentum moves towards the gradient: towards itself it stays, to the last bit.
-        assert matrix.grad is not None
-        matrix.grad = torch.where(good, matrix.grad, momentum)
-    muon.step()
+        matrix.grad = torch.where(good, _grad(matrix), momentum)
+    optimizer.step()
     for matrix, before in zip(matrices, originals, strict=True):
         matrix.copy_(torch.where(good, matrix, before))
