@@ -15,17 +15,30 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object; an empty one where there is none."""
+    """An object; an empty one where there is no file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-    return values if isinstance(values, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({error}); save the model again") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; make it readable") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no JSON object; save the model again")
+    return values
 
 
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder is one that transformers reads."""
-    return isinstance(read_json(folder / "config.json").get("model_type"), str)
+    try:
+        return isinstance(read_json(folder / "config.json").get("model_type"), str)
+    except ValueError:
+        return False
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -33,25 +46,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} has no config.json: name a folder that transformers' save_pretrained wrote")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}); save the model again") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}; make it readable") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no settings of a model; save the model again")
-    return values
+    return read_json(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with the weights: one, or those that an index names.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: one is not there, or the index names none.
     """
-    places = read_json(folder / INDEX).get("weight_map")
-    files = [folder / name for name in (sorted(set(places.values())) if isinstance(places, dict) else [WEIGHTS])]
+    index = read_json(folder / INDEX)
+    places = index.get("weight_map") if index else {"all": WEIGHTS}
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{folder / INDEX} does not name the file of each tensor; save the model again")
+    files = [folder / name for name in sorted(set(places.values()))]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: weights are read as safetensors only")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from model.config import ModelConfig, RotaryConfig
 
@@ -30,6 +30,11 @@ WITHOUT_MEANING = {
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "n_ctx", "gradient_checkpointing",
     "reorder_and_upcast_attn",
 }  # fmt: skip
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+T = TypeVar("T")
+END = 2**63
+"""Numbers of a model are below it."""
 
 
 def family_of(config: ModelConfig) -> str:
@@ -158,17 +163,30 @@ class Described:
         value = self.values.get(name)
         return default if value is None else value
 
-    def number(self, name: str, default: Any = None) -> Any:
+    def number(self, name: str, default: Any = None) -> float:
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refused(name, self.values.get(name), "it must be a number")
-        return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < END:
+            raise self.refused(name, value, "it must be a number from 0 to 2⁶³")
+        return float(value)
 
-    def count(self, name: str, default: Any = None) -> int:
+    def count(self, name: str, default: Any = None, least: int = 1) -> int:
         """How many of something."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refused(name, value, "it must be a whole number from 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < END:
+            raise self.refused(name, value, f"it must be a whole number from {least} to 2⁶³ − 1")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise self.refused(name, value, "it must be true or false")
+        return value
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Settings inside one; none where it is null or not there."""
+        value = self.take(name, {})
+        if not isinstance(value, dict):
+            raise self.refused(name, value, "it must be an object")
         return value
 
     def expect(self, name: str, *possible: Any) -> None:
@@ -176,13 +194,21 @@ class Described:
         if (value := self.take(name, possible[0])) not in possible:
             raise self.refused(name, value, f"only {' or '.join(map(str, possible))}")
 
+    def make(self, kind: type[T], **fields: Any) -> T:
+        """Raises ValueError for settings that cannot be together; names the file."""
+        try:
+            return kind(**fields)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
     def end(self) -> None:
         for name, value in self.values.items():
             if name not in self.read and value is not None:
                 raise self.refused(name, value, "this setting is not known here")
 
     def refused(self, name: str, value: Any, why: str) -> ValueError:
-        return ValueError(f"{self.where} has {name}={value}, which this model cannot be: {why}")
+        shown = str(value) if len(str(value)) <= 80 else f"{str(value)[:80]}…"
+        return ValueError(f"{self.where} has {name}={shown}, which this model cannot be: {why}")
 
 
 def understand(values: Mapping[str, Any], where: str, name: str = "imported") -> ModelConfig:
@@ -200,7 +226,7 @@ def understand(values: Mapping[str, Any], where: str, name: str = "imported") ->
     read = _understand_gpt2 if family == "gpt2" else _understand_llama
     fields = read(described)
     described.end()
-    return ModelConfig(name=name, vocab_size=described.count("vocab_size"), **fields)
+    return described.make(ModelConfig, name=name, vocab_size=described.count("vocab_size"), **fields)
 
 
 def _understand_gpt2(described: Described) -> dict[str, Any]:
@@ -221,7 +247,7 @@ def _understand_gpt2(described: Described) -> dict[str, Any]:
         "norm_eps": described.number("layer_norm_epsilon", 1e-5),
         "mlp": "gelu",
         "bias": True,
-        "tie_head": described.take("tie_word_embeddings", True),
+        "tie_head": described.flag("tie_word_embeddings", True),
     }
 
 
@@ -230,10 +256,12 @@ def _understand_llama(described: Described) -> dict[str, Any]:
     described.take("vocab_size")
     described.expect("hidden_act", "silu")
     heads, dim = described.count("num_attention_heads"), described.count("hidden_size")
+    if dim % heads:
+        raise described.refused("num_attention_heads", heads, f"it must divide hidden_size={dim}")
     head_dim = described.count("head_dim", 128 if family == "qwen3" else dim // heads)
-    bias = bool(described.take("attention_bias", False)) if family in ("llama", "qwen3") else False
+    bias = described.flag("attention_bias", False) if family in ("llama", "qwen3") else False
     if family == "llama":
-        described.expect("mlp_bias", *([True, None] if bias else [False]))
+        described.expect("mlp_bias", bias)
     elif bias:
         raise described.refused("attention_bias", bias, "only false")
     return {
@@ -249,7 +277,7 @@ def _understand_llama(described: Described) -> dict[str, Any]:
         "qkv_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
         "window": _window(described, family),
-        "tie_head": described.take("tie_word_embeddings", False),
+        "tie_head": described.flag("tie_word_embeddings", False),
     }
 
 
@@ -257,25 +285,29 @@ def _window(described: Described, family: str) -> int | None:
     """The window that all layers have; one that only some have is refused."""
     layers = described.count("num_hidden_layers")
     window = described.take("sliding_window")
-    is_used = described.take("use_sliding_window", False) if family.startswith("qwen") else family == "mistral"
-    first = described.take("max_window_layers", 28) if family.startswith("qwen") else 0
-    types = described.take("layer_types") or [
-        "sliding_attention" if is_used and window and layer >= first else "full_attention" for layer in range(layers)
-    ]
-    if len(set(types)) > 1:
-        shown = "layer_types" if described.values.get("layer_types") else "max_window_layers"
+    if window is not None:
+        window = described.count("sliding_window")
+    is_used, first = family == "mistral", 0
+    if family.startswith("qwen"):
+        is_used, first = described.flag("use_sliding_window", False), described.count("max_window_layers", 28, least=0)
+    types, shown = described.take("layer_types"), "layer_types"
+    if types is None:
+        windowed, shown = max(layers - first, 0) if is_used and window else 0, "max_window_layers"
+    elif isinstance(types, list) and len(types) == layers and all(kind in LAYER_TYPES for kind in types):
+        windowed = types.count("sliding_attention")
+    else:
+        raise described.refused(shown, types, f"it must be {' or '.join(LAYER_TYPES)} for each of {layers} layers")
+    if 0 < windowed < layers:
         raise described.refused(shown, described.values.get(shown, first), "all layers have the same window")
-    if types[0] not in ("sliding_attention", "full_attention"):
-        raise described.refused("layer_types", types[0], "only full_attention or sliding_attention")
-    return window if types[0] == "sliding_attention" else None
+    return described.count("sliding_window") if windowed else None
 
 
 def _rotary(described: Described) -> RotaryConfig:
     """From `rope_parameters`, or from `rope_theta` and `rope_scaling` as files before transformers 5 have them."""
     length = described.count("max_position_embeddings")
     described.expect("partial_rotary_factor", 1.0)
-    theta = described.take("rope_theta", 10000.0)
-    given = {**(described.take("rope_scaling") or {}), **(described.take("rope_parameters") or {})}
+    theta = described.number("rope_theta", 10000.0)
+    given = {**described.section("rope_scaling"), **described.section("rope_parameters")}
     rope = Described({name: value for name, value in given.items() if name != "type"}, f"{described.where}: rope")
     rope.expect("partial_rotary_factor", 1.0)
     kind = rope.take("rope_type", given.get("type", "default"))
@@ -283,16 +315,16 @@ def _rotary(described: Described) -> RotaryConfig:
     if kind == "default":
         rope.expect("factor", 1.0)
         rope.end()
-        return RotaryConfig(theta=float(theta))
+        return rope.make(RotaryConfig, theta=theta)
     if kind not in ("linear", "yarn", "llama3"):
         raise rope.refused("rope_type", kind, "only default, linear, yarn or llama3")
-    fields: dict[str, Any] = {"theta": float(theta), "scaling": kind, "factor": float(rope.number("factor"))}
+    fields: dict[str, Any] = {"theta": theta, "scaling": kind, "factor": rope.number("factor")}
     if kind != "linear":
-        fields["original_seq_len"] = rope.number("original_max_position_embeddings", length)
+        fields["original_seq_len"] = rope.count("original_max_position_embeddings", length)
     if kind == "yarn":
         rope.expect("truncate", True)
-        fields |= {"beta_fast": float(rope.number("beta_fast", 32)), "beta_slow": float(rope.number("beta_slow", 1))}
+        fields |= {"beta_fast": rope.number("beta_fast", 32), "beta_slow": rope.number("beta_slow", 1)}
     if kind == "llama3":
-        fields |= {name: float(rope.number(name)) for name in ("low_freq_factor", "high_freq_factor")}
+        fields |= {name: rope.number(name) for name in ("low_freq_factor", "high_freq_factor")}
     rope.end()
-    return RotaryConfig(**fields)
+    return rope.make(RotaryConfig, **fields)

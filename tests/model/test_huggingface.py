@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from processes import LIMIT_S
 from safetensors.torch import load_file, save_file
 
@@ -299,12 +302,26 @@ def test_the_usual_attention_scale_may_be_written_out():
         ("llama", {"num_hidden_layers": -1}, "num_hidden_layers=-1"),
         ("llama", {"num_hidden_layers": 2.5}, "num_hidden_layers=2.5"),
         ("llama", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
+        ("llama", {"num_attention_heads": 5}, "num_attention_heads=5"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan"),
+        ("llama", {"rope_theta": math.inf}, "rope_theta=inf"),
+        ("llama", {"rope_scaling": "yarn"}, "rope_scaling=yarn"),
+        ("llama", {"rope_parameters": ["yarn"]}, "rope_parameters=['yarn']"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings=no"),
+        ("llama", {"new_setting": [3] * 1000}, "new_setting=[3, 3, "),
         ("gpt2", {"n_layer": 0}, "n_layer=0"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale=0.7"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "max_window_layers=1"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "layer_types="),
+        ("qwen3", {"layer_types": ["some_attention"] * 2}, "layer_types="),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types=full_attention"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": "all"}, "sliding_window=all"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": "all"}, "max_window_layers=all"),
         ("gpt2", {"activation_function": "relu"}, "activation_function=relu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ],
@@ -315,6 +332,36 @@ def test_what_this_model_cannot_be_is_refused_by_name_and_value(family, change, 
         understand(describe(config, SEQ_LEN, "float32") | change, "x/config.json")
     assert f"has {named}" in str(error.value)
     assert "x/config.json" in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+# Values that a setting might have by mistake; 2⁶² is a size, but one for which nothing may be counted through.
+ODD = ["x", [], ["x"], [[]], {}, {"rope_type": []}, {"factor": 2}, True, False, -1, 0, 1, 1.5]
+ODD += [math.inf, -math.inf, math.nan, 10**30, 10**400, 2**62]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-yarn", "llama-llama3", "mistral", "qwen2-window", "qwen3"])
+def test_any_value_of_any_setting_is_understood_or_refused_in_one_line(name):
+    described = describe(CASES[name], SEQ_LEN, "float32")
+    names = {*described, "layer_types", "sliding_window", "rope_scaling", "rope_theta", "n_inner", "head_dim"}
+    changes = [{field: value} for value in ODD for field in sorted(names)]
+    if rope := described.get("rope_parameters"):
+        changes += [{"rope_parameters": rope | {field: value}} for value in ODD for field in [*rope, "type"]]
+    for change in changes:
+        found = understood(described | change)
+        if isinstance(found, str):
+            assert re.fullmatch(r"x/config\.json.+", found), change
+        else:
+            saved = OmegaConf.merge(OmegaConf.structured(ModelConfig), asdict(found))
+            assert OmegaConf.to_object(saved) == found, change
+
+
+def understood(described):
+    """The model, or what is said instead."""
+    try:
+        return understand(described, "x/config.json")
+    except ValueError as error:
+        return str(error)
 
 
 def test_rope_settings_of_older_files_are_read():

@@ -176,7 +176,7 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
         assert re.search(message, last), last
         assert not Path(new).exists()
     described = json.loads((out / "config.json").read_text())
-    for text, message in {'{"model_type": ': "cannot be read as JSON (", "[1]": "holds no settings of a model"}.items():
+    for text, message in {'{"model_type": ': "cannot be read as JSON (", "[1]": "holds no JSON object"}.items():
         (out / "config.json").write_text(text)
         with pytest.raises(SystemExit, match="2"):
             main(["from-hf", str(out), new])
@@ -185,6 +185,27 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         main(["from-hf", str(out), new])
     assert "out/config.json has model_type=gemma2, which this model cannot be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "[" * 100_000, "cannot be read as JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "cannot be read as JSON"),
+        ("model.safetensors.index.json", "[" * 100_000, "cannot be read as JSON"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": []}}', "does not name the file of each tensor"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_refused_in_one_line(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, message: str
+) -> None:
+    (out / file).write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["from-hf", str(out), str(tmp_path / "new")])
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {out / file} {message}")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_reader_that_went_away_and_ctrl_c_give_no_traceback(
