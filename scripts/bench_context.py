@@ -34,7 +34,7 @@ from model.attention import ATTENTIONS, AttentionSpec, build_attention
 from model.attention.base import AttentionBackend
 from model.attention.config import CONTEXT_METHODS, context_method, context_spec
 from model.attention.context import ContextAttention
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import collect_facts, heading, stop, write, write_json
 from training.parallel.config import ParallelConfig
 from training.parallel.context import SharedRows
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_of("bench_context", __doc__, of_ranks=True)
     parser.add_argument("--methods", nargs="+", choices=CONTEXT_METHODS, default=CONTEXT_METHODS, help="default both")
-    parser.add_argument("--tokens", nargs="+", type=positive, default=[8192, 32768, 131072], help="of each GPU")
+    parser.add_argument("--tokens", nargs="+", type=row_length, default=[8192, 32768, 131072], help="of each GPU")
     parser.add_argument("--heads", default="64:8", help="query:key/value heads")
     parser.add_argument("--head-dim", type=positive, default=128, help="default 128")
     parser.add_argument(
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = [name for name in ATTENTIONS if name != "auto"]
     parser.add_argument("--attention", default="flash", choices=names, help="default flash")
-    parser.add_argument("--documents", type=positive, default=8192, help="mean length in packed rows")
+    parser.add_argument("--documents", type=row_length, default=8192, help="mean length in packed rows")
     parser.add_argument("--repeat", type=positive, default=10, help="calls of which the median is taken (default 10)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default cuda")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json, over what is there")

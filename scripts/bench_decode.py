@@ -28,7 +28,7 @@ from kernels import attention, flash_attention, flash_decode
 from kernels.flash_attention.config import choose_decode_tiles
 from scripts.bench_attention.check import error
 from scripts.bench_attention.timing import gpu_time
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import collect_facts, heading, need_cuda, write, write_json
 
 SHAPES = {"llama-1b": (32, 8, 64), "llama-8b": (32, 8, 128)}  # query heads, key/value heads, head_dim
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="implementations; default all")
     parser.add_argument("--batch", nargs="+", type=positive, default=list(BATCHES), help="rows; default 1 16")
     parser.add_argument(
-        "--length", nargs="+", type=positive, default=list(LENGTHS), help="tokens; default 1k 8k 32k 128k"
+        "--length", nargs="+", type=row_length, default=list(LENGTHS), help="tokens; default 1k 8k 32k 128k"
     )
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     parser.add_argument("--tune", action="store_true", help="time tiles and splits of our kernel instead")

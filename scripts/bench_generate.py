@@ -26,7 +26,7 @@ from model.config import ModelConfig
 from model.generate import Generator
 from model.generate_config import SamplingConfig
 from model.gpt import GPT
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import collect_facts, heading, need_cuda, write, write_json
 from scripts.settings import train_config
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", default=["llama-1b", "llama-8b"], help="names in configs/model")
     parser.add_argument("--attention", nargs="+", choices=names, default=["flash"], help="default flash")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="rows; default 1")
-    parser.add_argument("--length", nargs="+", type=positive, default=list(LENGTHS), help="tokens; default 1k 8k 32k")
+    parser.add_argument("--length", nargs="+", type=row_length, default=list(LENGTHS), help="tokens; default 1k 8k 32k")
     parser.add_argument("--compile", action="store_true", help="compile the step")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     options = parser.parse_args(argv)

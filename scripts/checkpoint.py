@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scripts.parser import Parser, parser_of
+from scripts.parser import Parser, parser_of, whole
 from training.checkpoint import folder as checkpoints
 from training.checkpoint.folder import DamagedCheckpoint
 from training.run_folder import LOCK, take
@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         action = actions.add_parser(name, help=what)
         action.add_argument("run", type=Path, metavar="RUN", help="a run folder")
         if name == "prune":
-            action.add_argument("--keep-last", type=int, default=1, help="the newest so many stay (default 1)")
-            action.add_argument("--keep-every", type=int, default=0, help="and those at multiples of this step")
+            action.add_argument("--keep-last", type=whole, default=1, help="the newest so many stay (default 1)")
+            action.add_argument("--keep-every", type=whole, default=0, help="and those at multiples of this step")
             action.add_argument("--no-best", action="store_true", help="the lowest validation loss need not stay")
     action = actions.add_parser("export", help="write the whole weights as one safetensors file")
     action.add_argument("run", type=Path, metavar="RUN", help="a run folder, or a checkpoint in one")

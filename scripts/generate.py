@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from model.generate_config import SamplingConfig
-from scripts.model_command import add_machine, check_positive, exit_code, note
-from scripts.parser import parser_of
+from scripts.model_command import add_machine, exit_code, note
+from scripts.parser import parser_of, positive, row_length, whole
 from training.terminal import plain, say_error, secure
 from training.trained import load_model
 
@@ -38,9 +39,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("prompt", nargs="*", default=[], metavar="PROMPT", help="text to continue; several are continued at once")
     add("--prompts", type=Path, metavar="FILE", help="a text file of prompts, one a line")
-    add("--max-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default 200)")
+    add("--max-tokens", type=positive, default=200, metavar="N", help="tokens to add at most (default 200)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)")
-    add("--top-k", type=int, default=50, metavar="K", help="only the K most probable; 0: all (default 50)")
+    add("--top-k", type=whole, default=50, metavar="K", help="only the K most probable; 0: all (default 50)")
     add("--top-p", type=float, default=1.0, metavar="P", help="only those that together have P (default 1)")
     add(
         "--min-p",
@@ -49,10 +50,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="P",
         help="only those of P times the highest (default 0)",
     )
-    add("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    add("--seed", type=whole, default=0, help="the same seed gives the same text (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--batch-size", type=int, default=8, metavar="B", help="prompts continued at once (default 8)")
-    add("--chunk", type=int, default=8192, metavar="N", help="tokens of a prompt read at once (default 8192)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="prompts continued at once (default 8)")
+    add("--chunk", type=row_length, default=8192, metavar="N", help="tokens of a prompt read at once (default 8192)")
     add("--json", action="store_true", help="one JSON object a prompt: prompt, text, tokens, finish")
     add("--tokens-per-second", action="store_true", help="say how fast it was, on standard error")
     add("--compile", action="store_true", help="compile the step first: for long texts on a GPU")
@@ -84,11 +85,8 @@ def generate(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> SamplingConfig:
     """Raises ValueError for numbers that cannot be."""
-    check_positive(options, ("max_tokens", "batch_size", "chunk"))
     if "" in options.stop:
         raise ValueError('--stop "" would end every text at its beginning; name a text')
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: use a whole number from 0 to 2⁶³ − 1")
     return SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
 
 
@@ -247,7 +245,7 @@ class Writer:
                 cuda_graph=self.model.attention.spec.device == "cuda",
             )
         except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or "allocate" in str(error)):
+            if not (isinstance(error, MemoryError) or re.search("allocate|overflow", str(error))):
                 raise
             raise ValueError(
                 f"a cache of {rows} × {capacity:,} tokens does not fit into memory; use a smaller --max-tokens"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention, flash_attention
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import ROOT, collect_facts, heading, need_cuda, stop, write, write_json
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_of("hbm_traffic", __doc__)
     parser.add_argument(
-        "--seq-len", nargs="+", type=positive, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
+        "--seq-len", nargs="+", type=row_length, default=[2048, 4096, 8192, 16384], help="default 2048 … 16384"
     )
     parser.add_argument("--heads", type=positive, default=8, help="default 8")
     parser.add_argument("--head-dim", type=positive, default=64, help="default 64")

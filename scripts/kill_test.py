@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, whole
 from scripts.record import ROOT, collect_facts
 from training.checkpoint import folder as checkpoints
 from training.loggers.jsonl import read_metrics
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--kills", type=positive, default=200, help="how often (default 200)")
     parser.add_argument("--ranks", type=positive, default=1, help="processes of a run (default 1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default 0)")
+    parser.add_argument("--seed", type=whole, default=0, help="of the moments at which it is killed (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="a new folder, for both runs and record.json")
     options = parser.parse_args()
     if options.out.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from training.terminal import plain, say_error
 
@@ -16,13 +16,6 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda or cpu (default auto)")
     parser.add_argument("--precision", default="auto", metavar="NAME", help="auto, bf16, tf32 or fp32 (default auto)")
-
-
-def check_positive(options: argparse.Namespace, names: Iterable[str]) -> None:
-    """Raises ValueError for a number below 1; None is no number."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: use 1 or more")
 
 
 def exit_code(command: Callable[[], None]) -> int:

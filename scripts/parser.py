@@ -7,6 +7,7 @@ import re
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from training.numbers import whole_number
 from training.parallel.launch import Launch
 from training.terminal import tell
 
@@ -29,11 +30,22 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def whole(text: str, least: int = 0, key: str = "") -> int:
+    """The type of an option: a whole number, written as train.py reads the setting `key`."""
+    number = whole_number(text, key)
+    if not isinstance(number, int) or not least <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; use a whole number from {least} to 2⁶³ − 1")
+    return number
+
+
 def positive(text: str) -> int:
-    """The type of an option: how many of something."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not possible; use a whole number from 1")
-    return int(text)
+    """The type of an option: how many of something; 1k is 1,000."""
+    return whole(text, least=1)
+
+
+def row_length(text: str) -> int:
+    """The type of an option: tokens of a row; 1k is 1,024."""
+    return whole(text, least=1, key="seq_len")
 
 
 def parser_of(name: str, usage: str | None, *, of_ranks: bool = False) -> Parser:

@@ -42,6 +42,7 @@ from training.capacity import (
 from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
 from training.metrics import short
+from training.numbers import whole_number
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
 from training.traffic import (
@@ -248,19 +249,24 @@ def take_cluster(words: list[str]) -> None:
     if card is not None and card not in CARDS:
         _refuse(f"gpu={card} is unknown; use {', '.join(CARDS)}")
     counts = typed.pop("gpus", "")
-    for name, value in [*typed.items(), *(("gpus", count) for count in counts.split(",") if counts)]:
-        is_rate = name in ("link", "network")
-        digits = value.replace(".", "", 1) if is_rate else value
-        if not digits.isdecimal() or float(value) == 0:
-            _refuse(f"{name}={value} is not possible; use {'GB/s' if is_rate else 'a whole number from 1'}")
-    cluster.several = [int(count) for count in counts.split(",") if counts]
-    cluster.node = int(typed.get("node", NODE))
+    cluster.several = [_count("gpus", count) for count in counts.split(",") if counts]
+    cluster.node = _count("node", typed.pop("node", str(NODE)))
+    for name, rate in typed.items():
+        if not rate.replace(".", "", 1).isdecimal() or float(rate) == 0:
+            _refuse(f"{name}={rate} is not possible; use GB/s")
     cluster.network = 1e9 * float(typed["network"]) if "network" in typed else NETWORK_BYTES_PER_SECOND
     if card is not None:
         machine.supposed = CARDS[card]
         cluster.link = 1e9 * float(typed["link"]) if "link" in typed else LINKS[card]
     elif counts:
         _refuse(f"gpus={counts} needs a card to plan for; name one: gpu={', '.join(CARDS)}")
+
+
+def _count(name: str, value: str) -> int:
+    number = whole_number(value)
+    if not isinstance(number, int) or number < 1:
+        _refuse(f"{name}={value} is not possible; use a whole number from 1")
+    return number
 
 
 def _refuse(message: str) -> NoReturn:

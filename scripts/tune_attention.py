@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.flash_attention import portable
 from kernels.flash_attention.config import Tiles, choose_tiles
 from kernels.flash_attention.testing import random_starts
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import need_cuda
 
 KERNELS = {"forward": portable.forward_kernel, "dq": portable.dq_kernel, "dkdv": portable.dkdv_kernel}
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
     parser.add_argument("--head-dim", nargs="+", type=positive, default=[64, 128, 256], help="default 64 128 256")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal", "full"], help="default causal full")
-    parser.add_argument("--seq-len", type=positive, default=16384, help="default 16384")
+    parser.add_argument("--seq-len", type=row_length, default=16384, help="default 16384")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default bfloat16"
     )

@@ -30,7 +30,6 @@ from data.live import LINE
 
 from . import jobs, terminal
 from .config import TrainConfig
-from .config.numbers import whole_number
 from .config.paths import expand_path
 from .config.saved import saved_settings
 from .config.schema import CHOICES
@@ -39,6 +38,7 @@ from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
 from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
+from .numbers import whole_number
 from .parallel.launch import speaks
 from .terminal import say, say_error, tell
 from .usage import usage

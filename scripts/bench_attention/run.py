@@ -15,7 +15,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import collect_facts, need_cuda, write, write_json
 
 from . import __doc__ as usage
@@ -112,7 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=GROUPS, help="groups of cases (default: all)")
     parser.add_argument("--head-dim", nargs="+", type=positive, help="default 64 128 256")
     parser.add_argument(
-        "--seq-len", nargs="+", type=positive, help="of the causal and full grids; default 1024 … 65536"
+        "--seq-len", nargs="+", type=row_length, help="of the causal and full grids; default 1024 … 65536"
     )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="implementations; default all")
     parser.add_argument("--quick", action="store_true", help="causal, documents, D 64 128, S 4096 16384; short timings")

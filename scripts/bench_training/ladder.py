@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from scripts.parser import parser_of
 from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, line_chart, need_cuda
-from training.config.numbers import whole_number
+from training.numbers import whole_number
 from training.profiled import exposed
 
 from .rungs import RUNGS, Rung

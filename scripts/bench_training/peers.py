@@ -32,7 +32,7 @@ from model.arithmetic import train_flops_per_token
 from model.attention import AttentionConfig, AttentionSpec, build_attention
 from model.config import ModelConfig
 from model.gpt import GPT
-from scripts.parser import parser_of, positive
+from scripts.parser import parser_of, positive, row_length
 from scripts.record import ROOT, collect_facts, heading, need_cuda, write, write_json
 from training.hardware import peak_flops
 from training.loggers.jsonl import read_metrics
@@ -164,7 +164,7 @@ def time_ours(overrides: str, seq_len: int, config: ModelConfig, windows: int) -
 
 def main() -> None:
     parser = parser_of("bench_training", __doc__)
-    parser.add_argument("--seq-len", type=positive, default=16384, help="tokens in a row (default 16384)")
+    parser.add_argument("--seq-len", type=row_length, default=16384, help="tokens in a row (default 16384)")
     parser.add_argument("--windows", type=positive, default=5, help="windows of ten steps (default 5)")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to time its model.py too")
     parser.add_argument("--commands", nargs="*", default=COMMANDS, help="overrides of train.py, one row each")

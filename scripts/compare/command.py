@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from data import disk
-from scripts.parser import parser_of
+from scripts.parser import parser_of, whole
 from scripts.record import png, write, write_json
 from training import cli
 from training.config.load import with_types
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = parser_of("compare", usage)
     parser.add_argument("settings", nargs="*", metavar="key=a,b", help="settings of train.py; every value is tried")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each (default 40, on a CPU 8)")
+    parser.add_argument("--steps", type=whole, help="optimizer steps of each (default 40, on a CPU 8)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default runs/compare)")
     parser.add_argument("--limit", type=float, default=20.0, help="minutes that one may take (default 20)")
     parser.add_argument(

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from data import disk
-from scripts.model_command import add_machine, check_positive, exit_code, note
-from scripts.parser import parser_of
+from scripts.model_command import add_machine, exit_code, note
+from scripts.parser import parser_of, positive, row_length, whole
 from training.checkpoint.folder import is_checkpoint
 from training.terminal import say, secure
 
@@ -21,12 +21,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("run", metavar="RUN", help="a run folder, a checkpoint, or a folder of transformers")
     add("--tasks", metavar="NAMES", help="of lm-evaluation-harness, with commas; recall is one of our own")
     add("--include-path", metavar="DIR", help="a folder with tasks of your own, as YAML")
-    add("--limit", type=int, metavar="N", help="the first N questions of each task")
-    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
-    add("--seq-len", type=int, metavar="N", help="tokens of a row, or of the longest document (default: as trained)")
-    add("--eval-tokens", type=int, metavar="N", help="held-out tokens (default: as in training)")
-    add("--documents", type=int, default=64, metavar="N", help="of each length of the recall task (default 64)")
-    add("--batch-size", type=int, default=8, metavar="B", help="rows at once (default 8)")
+    add("--limit", type=positive, metavar="N", help="the first N questions of each task")
+    add("--num-fewshot", type=whole, metavar="N", help="examples before each question (default: the task's)")
+    add("--seq-len", type=row_length, metavar="N", help="of a row, or of the longest document (default: as trained)")
+    add("--eval-tokens", type=positive, metavar="N", help="held-out tokens (default: as in training)")
+    add("--documents", type=positive, default=64, metavar="N", help="of each length of the recall task (default 64)")
+    add("--batch-size", type=positive, default=8, metavar="B", help="rows at once (default 8)")
     add("--out", type=Path, metavar="DIR", help="where results.json and recall.svg go (default RUN/evaluation)")
     add_machine(parser)
     return parser.parse_args(arguments)
@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Raises ValueError where something cannot be."""
-    check_positive(options, ("limit", "seq_len", "eval_tokens", "documents", "batch_size"))
     if options.tasks is None and (options.limit or options.num_fewshot or options.include_path):
         raise ValueError("--limit, --num-fewshot and --include-path are about tasks; name some with --tasks")
     if options.tasks is not None and not options.tasks.strip(", "):

@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from processes import LIMIT_S
 
-from scripts import parser
+from scripts import generate, parser
+from scripts.evaluate import __main__ as evaluate
 from training import terminal
 from training.mistakes import CONFIGS, options
 from training.usage import usage
@@ -79,15 +80,28 @@ def test_an_option_that_a_script_does_not_have_is_refused_in_one_line(name: str)
     assert re.fullmatch(rf"error: .+; python -m scripts\.{name}.* --help shows what there is\n", done.stderr)
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many"])
+@pytest.mark.parametrize("text", ["0", "-3", "2.5", "many", "1e-3", "k", "1e30"])
 def test_how_many_is_a_whole_number_from_1(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     parsing = parser.parser_of("bench_x", "")
     parsing.add_argument("--repeat", nargs="+", type=parser.positive)
-    assert parsing.parse_args(["--repeat", "3", "12"]).repeat == [3, 12]
     with pytest.raises(SystemExit) as ended:
         parsing.parse_args([f"--repeat={text}"])
     assert ended.value.code == 2
-    assert f"argument --repeat: {text} is not possible; use a whole number from 1" in capsys.readouterr().err
+    assert f"argument --repeat: {text} is not possible; use a whole number from 1 to 2⁶³ − 1" in capsys.readouterr().err
+
+
+def test_whole_numbers_are_written_as_in_the_settings_of_train() -> None:
+    parsing = parser.parser_of("bench_x", "")
+    parsing.add_argument("--tokens", nargs="+", type=parser.positive)
+    parsing.add_argument("--seq-len", nargs="+", type=parser.row_length)
+    parsing.add_argument("--seed", type=parser.whole)
+    words = ["3", "12_000", "1e6", "1.5k", "2M"]
+    options = parsing.parse_args(["--tokens", *words, "--seq-len", *words, "--seed=0"])
+    assert options.tokens == [3, 12_000, 1_000_000, 1500, 2_000_000]
+    assert options.seq_len == [3, 12_000, 1_000_000, 1536, 2 * 1024**2]
+    assert options.seed == 0
+    assert generate.parse(["RUN", "--max-tokens=1k", "--chunk=16k"]).max_tokens == 1000
+    assert evaluate.parse(["RUN", "--seq-len=16k"]).seq_len == 16_384
 
 
 def test_the_beginning_of_an_option_is_not_that_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import plan as script
 from scripts.plan import described
 from scripts.settings import train_config
 from training import runtime
@@ -99,6 +100,15 @@ def test_gpus_that_are_impossible_are_refused_in_one_line(word: str) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
+
+
+def test_numbers_of_gpus_are_written_as_other_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.machine.supposed", None)
+    monkeypatch.setattr(script, "cluster", script.Cluster())
+    words = ["plan", "gpu=h200", "gpus=64,1k", "node=1e1", "seq_len=16k"]
+    script.take_cluster(words)
+    assert (script.cluster.several, script.cluster.node) == ([64, 1000], 10)
+    assert words == ["plan", "seq_len=16k"]
 
 
 @pytest.mark.slow

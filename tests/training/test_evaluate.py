@@ -162,7 +162,6 @@ def test_a_text_beyond_the_rows_of_training_is_scored_whole_and_that_is_said(run
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere is no folder"),
-        (["RUN", "--seq-len", "0"], "--seq-len 0: use 1 or more"),
         (["RUN", "--limit", "5"], "are about tasks; name some with --tasks"),
         (["RUN", "--tasks", ""], '--tasks "" names none'),
         (["RUN", "--out", "/dev/null/there"], "/dev/null/there cannot be written"),

@@ -218,8 +218,6 @@ def test_nothing_that_a_terminal_would_obey_is_printed(trained: Trainer, capsys:
     [
         (["--temperature=-1"], "temperature=-1.0: use 0"),
         (["--top-p=0"], "top_p=0.0"),
-        (["--max-tokens=0"], "--max-tokens 0: use 1 or more"),
-        (["--seed=-1"], "--seed -1"),
         (["--stop="], '--stop "" would end every text at its beginning'),
         (["x\udce9"], r"a prompt is not UTF-8, near 'x\udce9'"),
         (["--prompts=nowhere.txt"], "--prompts nowhere.txt cannot be read"),
@@ -236,14 +234,17 @@ def test_mistakes_are_one_line_and_exit_code_2(trained: Trainer, capsys: Any, ar
     assert said in err
 
 
-def test_a_cache_that_does_not_fit_is_refused(trained: Trainer, capsys: Any) -> None:
-    assert generate(trained.run.folder, PROMPT, "--device=cpu", "--max-tokens=9999999999999") == 2
+@pytest.mark.parametrize(("tokens", "shown"), [("9999999999999", "10,000,000,"), ("9e18", "9,000,000,")])
+def test_a_cache_that_does_not_fit_is_refused(trained: Trainer, capsys: Any, tokens: str, shown: str) -> None:
+    assert generate(trained.run.folder, PROMPT, "--device=cpu", f"--max-tokens={tokens}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: a cache of 1 × 10,000,000,")
+    assert error.startswith(f"error: a cache of 1 × {shown}")
     assert error.endswith("tokens does not fit into memory; use a smaller --max-tokens")
 
 
-@pytest.mark.parametrize("arguments", [[], ["run", "--nope"], ["run", "--seed=x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["run", "--nope"], *(["run", word] for word in ("--seed=x", "--seed=1e19", "--max-tokens=0"))]
+)
 def test_arguments_that_are_none_are_one_line_too(capsys: Any, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)

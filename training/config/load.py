@@ -19,8 +19,8 @@ from training.guard_config import BadStepConfig
 from training.loggers import LoggerConfig, WandbConfig
 from training.require import require
 
+from ..numbers import whole_number, whole_number_keys
 from .names import dotted_keys, unknown_key
-from .numbers import whole_number, whole_number_keys
 from .paths import expand_path
 from .schema import CHOICES, TrainConfig
 from .secrets import refuse_secrets
