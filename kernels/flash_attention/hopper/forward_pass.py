@@ -55,7 +55,6 @@ from .pipeline import (
     barrier_sync,
     bytes_of,
     load_panels,
-    panels_per_stage,
     store_panels,
     wait_until_written,
 )
@@ -165,7 +164,7 @@ def load_partition(q_desc, k_desc, v_desc, lse_ptr, queue, scheduler, buffers, m
     queries, keys, values = buffers.q, buffers.k, buffers.v
     N: gl.constexpr = CONFIG.n
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    PANELS: gl.constexpr = panels_per_stage(queries)
+    PANELS: gl.constexpr = split_d.n_panels(q_desc.block_shape[3], CONFIG.columns)
     n = 0
     step = 0
     repeating = 0
@@ -210,7 +209,7 @@ def load_partition(q_desc, k_desc, v_desc, lse_ptr, queue, scheduler, buffers, m
 @gluon.jit
 def load_values(v_desc, b, g, row, step, values, tokens, packed):
     """The step's values. Padding keys may be anything: `hide` replaces their scores."""
-    PANELS: gl.constexpr = panels_per_stage(values)
+    PANELS: gl.constexpr = values.tiles.shape[0] // values.full.shape[0]
     stage = values.acquire(step)
     load_tile(v_desc, b, g, row, values.full.index(stage), values.tiles, stage, PANELS, tokens, packed)
 
@@ -293,7 +292,7 @@ def store(c: gl.constexpr, n, repeating, origin, outs, sums, out_desc, lse_ptr, 
     stage = stage_of(c, n, CONFIG)
     row_sum = gl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     outs = split_d.scale(outs, 1 / (row_sum + excess))
-    first = stage * panels_per_stage(queries)  # Q may have more panels than out
+    first = stage * split_d.n_panels(queries.tiles.shape[4], CONFIG.columns)  # Q may have more panels than out
     split_d.store(outs, split_d.from_panel(queries.tiles, first, COLUMNS))
     fence_async_shared()
     store_panels(out_desc, b, h, m0, queries.tiles, first, PANELS)

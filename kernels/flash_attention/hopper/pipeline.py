@@ -72,12 +72,6 @@ def bytes_of(panels, rows):
     return panels * rows.block_shape[2] * rows.block_shape[3] * rows.dtype.primitive_bitwidth // 8
 
 
-@gluon.constexpr_function
-def panels_per_stage(buffer):
-    """How many panels the tile of a stage has; the buffer has `tiles`, and a barrier `full` for each stage."""
-    return buffer.tiles.shape[0] // buffer.full.shape[0]
-
-
 @gluon.jit
 def allocate_tiles(rows, N_PANELS: gl.constexpr):
     return gl.allocate_shared_memory(rows.dtype, [N_PANELS] + rows.block_shape, rows.layout)
@@ -176,7 +170,7 @@ class NamedBarrierChannel:
     @gluon.jit
     def load(self, rows, b, h, row, step):
         """Producer: the step's tile, over one that all consumers have released."""
-        PANELS: gl.constexpr = panels_per_stage(self)
+        PANELS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
         stage = self.acquire(step)
         mbarrier.expect(self.full.index(stage), bytes_of(PANELS, rows))
         load_panels(rows, b, h, row, self.full.index(stage), self.tiles, stage, PANELS)
