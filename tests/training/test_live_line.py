@@ -68,10 +68,10 @@ def in_terminal(
     signal or type, until it returns True."""
     pid, terminal = pty.fork()
     if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))  # before anything asks for it
         inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
         variables = inherited | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)} | environment
         os.execve(sys.executable, [sys.executable, "-c", PREAMBLE + code], variables)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     sent, answered, deadline = b"", answer is None, time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         try:
@@ -294,7 +294,7 @@ def test_a_run_in_a_narrow_terminal_shows_all_of_it_and_wraps_nothing(tmp_path: 
     settings = ["logger=none", "device=cpu", "max_steps=12", "seq_len=64", "batch_size=2", "eval_tokens=1024"]
     settings += ["log_every=4", "sample_tokens=0", "data=synthetic"]
     screen = train_in_terminal(tmp_path, *settings, columns=60)
-    assert screen.wrapped == 0
+    assert screen.wrapped == 0, screen.lines
     assert screen.lines[-2:] == ["r", ""]
     assert any("loading PyTorch …" in line for line in screen.seen)
     assert any(re.search(r"evaluating  ━*─*  \d/\d batches", line) for line in screen.seen), screen.seen
