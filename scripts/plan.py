@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -24,7 +25,7 @@ from model.activations_config import AutoConfig
 from model.arithmetic import parameter_count, train_flops_per_token
 from model.layer_memory import Workload
 from model.memory import GIB, predict
-from scripts.parser import refuse_ranks
+from scripts.parser import positive, refuse_ranks
 from training import cli, machine
 from training.capacity import (
     AUTO_FILLS,
@@ -42,7 +43,6 @@ from training.capacity import (
 from training.cards import CARDS, LINKS
 from training.config import TrainConfig, load_config
 from training.metrics import short
-from training.numbers import whole_number
 from training.runtime import Runtime, resolve_runtime
 from training.step_time import MEASURED_ON, PRODUCTS, StepTime, step_time
 from training.traffic import (
@@ -263,10 +263,10 @@ def take_cluster(words: list[str]) -> None:
 
 
 def _count(name: str, value: str) -> int:
-    number = whole_number(value)
-    if not isinstance(number, int) or number < 1:
-        _refuse(f"{name}={value} is not possible; use a whole number from 1")
-    return number
+    try:
+        return positive(value)
+    except ArgumentTypeError as error:
+        _refuse(f"{name}={error}")
 
 
 def _refuse(message: str) -> NoReturn:

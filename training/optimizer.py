@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import MuonConfig, OptimizerConfig
+from .parallel.gradients import gradient_of
 from .parallel.sharding import is_sharded, local, local_part, sharded_as, whole
 from .parts import Part, check_tensors
 
@@ -105,7 +106,7 @@ class Optimizer(Part):
                 optimizer.step(good, scale)
                 continue
             if scale is not None:
-                torch._foreach_mul_([_grad(p) for p in _parameters(optimizer)], scale.to(_device(optimizer)))
+                torch._foreach_mul_([gradient_of(p) for p in _parameters(optimizer)], scale.to(_device(optimizer)))
             with _in_float32(optimizer):
                 _step_where(good.to(_device(optimizer)), optimizer)
         for optimizer in self.all:
@@ -186,7 +187,7 @@ class FusedAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 step, mean, square = (self.state[parameter][key] for key in ("step", "exp_avg", "exp_avg_sq"))
                 adamw(
-                    parameter, _grad(parameter), mean, square, step, learning_rate, scale, good,
+                    parameter, gradient_of(parameter), mean, square, step, learning_rate, scale, good,
                     decays=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
                 )  # fmt: skip
 
@@ -244,11 +245,6 @@ class ShardedMuon(torch.optim.Optimizer):
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _device(optimizer: torch.optim.Optimizer) -> torch.device:
@@ -318,7 +314,7 @@ def _step_where(good: Tensor, optimizer: torch.optim.Optimizer) -> None:
     for matrix in matrices:
         momentum = optimizer.state[matrix].get("momentum_buffer", 0.0)  # before its first step it is 0
         # The momentum moves towards the gradient: towards itself it stays, to the last bit.
-        matrix.grad = torch.where(good, _grad(matrix), momentum)
+        matrix.grad = torch.where(good, gradient_of(matrix), momentum)
     optimizer.step()
     for matrix, before in zip(matrices, originals, strict=True):
         matrix.copy_(torch.where(good, matrix, before))

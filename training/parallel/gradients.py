@@ -70,10 +70,10 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """Their global norm: float32 scalar on the device."""
-        whole = torch.nn.utils.get_total_norm([_grad(p) for p in self.whole])
+        whole = torch.nn.utils.get_total_norm([gradient_of(p) for p in self.whole])
         if not self.sharded:
             return whole
-        shards = torch.nn.utils.get_total_norm([local(_grad(p)) for p in self.sharded])
+        shards = torch.nn.utils.get_total_norm([local(gradient_of(p)) for p in self.sharded])
         square = shards.to(self.world.device).square()
         assert self.world.mesh is not None
         dist.all_reduce(square, group=self.world.mesh.get_group("shard"))
@@ -91,7 +91,7 @@ class Gradients:
     def _begin_sums(self, parameters: Iterable[Tensor]) -> None:
         small = list[Tensor]()
         for parameter in parameters:
-            if parameter.numel() < SMALL or not _grad(parameter).is_contiguous():
+            if parameter.numel() < SMALL or not gradient_of(parameter).is_contiguous():
                 small.append(parameter)
             else:
                 self._sums.append(_Sum([parameter], self.reduction))
@@ -104,7 +104,7 @@ class _Sum:
 
     def __init__(self, parameters: list[Tensor], dtype: torch.dtype) -> None:
         self.parameters = parameters
-        gradients = [_grad(parameter) for parameter in parameters]
+        gradients = [gradient_of(parameter) for parameter in parameters]
         is_one = len(gradients) == 1 and gradients[0].is_contiguous() and gradients[0].dtype == dtype
         self.flat = None if is_one else torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
         self.work = dist.all_reduce(gradients[0] if self.flat is None else self.flat, async_op=True)
@@ -113,11 +113,12 @@ class _Sum:
         assert self.work is not None
         self.work.wait()  # on a GPU its stream waits, not the host
         if self.flat is not None:
-            gradients = [_grad(parameter) for parameter in self.parameters]
+            gradients = [gradient_of(parameter) for parameter in self.parameters]
             parts = self.flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-def _grad(parameter: Tensor) -> Tensor:
+def gradient_of(parameter: Tensor) -> Tensor:
+    """One that is there."""
     assert parameter.grad is not None
     return parameter.grad
