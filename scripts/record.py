@@ -176,7 +176,7 @@ def png(svg: str) -> bytes:
     """An SVG as a PNG, at twice its size, on white.
 
     Raises:
-        ValueError: this machine has no font, so the picture would have no words.
+        ValueError: this machine has none of FONTS, so the picture would have no words.
     """
     import resvg_py
 
