@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(portable.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled"),
 ]
 implementations = pytest.mark.parametrize("implementation", ["triton", "hopper"])
+# 11 to 45 GiB each: with --dist loadgroup they run one after the other.
+large = pytest.mark.xdist_group("large")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Few heads, dtypes and flags: each combination is compiled anew, seconds each.
@@ -129,6 +131,7 @@ def test_scores_far_above_those_before_them(scores, case, implementation):
     torch.testing.assert_close(ours["lse"].double(), truth["lse"], rtol=1e-4, atol=1e-3)
 
 
+@large
 @implementations
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("D", [64, 96, 128, 256])
@@ -249,6 +252,7 @@ def test_long_rows_are_right_wherever_one_looks(case, implementation):
     assert_within_twice(run(ours, inputs), run(standard, inputs), run(standard, inputs.double()))
 
 
+@large
 @implementations
 @pytest.mark.parametrize(
     ("shape", "window", "part"),
