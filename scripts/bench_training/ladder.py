@@ -3,6 +3,7 @@
     python -m scripts.bench_training --long --out long-context --rungs llama-1b-16k llama-1b-64k-full
     python -m scripts.bench_training --long --out long-context --profile llama-1b-128k-full
     python -m scripts.bench_training --long --rungs llama-1b-64k-full --set memory.tile=4096    # a try: no --out
+    python -m scripts.bench_training --long --rungs gpt-1.3b-16k --nanogpt nanoGPT              # a checkout of it
 
 Each rung is a run of its own: the settings of a `train.py` command, the same model, data and loop, without evaluation,
 samples and checkpoints. The record is written after every rung, and keeps the rungs that it has: a ladder may be
@@ -42,6 +43,7 @@ TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
 TOLERANCES_IN_FP8 = {"losses": 0.01, "grad_norms": 0.1}
 IN_FP8_ONLY = ("precision=fp8", "precision.scaling=", "precision.weight_gradients=")
 """Settings that a run in bf16, with which one in fp8 is compared, goes without."""
+MODULE = "scripts.bench_training."
 POLICIES = ("none", "selective", "full", "offload")
 K = TypeVar("K")
 Small = tuple[tuple[str, ...], int]
@@ -53,6 +55,9 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
     parser.add_argument("--rungs", nargs="+", choices=rungs, metavar="NAME", help="which (default: all)")
     parser.add_argument("--profile", nargs="+", choices=rungs, metavar="NAME", help="where a step of these spends time")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings beside those of the rungs")
+    parser.add_argument(
+        "--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT: its model.py beside gpt rungs in bf16"
+    )
     parser.add_argument("--no-check", action="store_true", help="the policies were checked in another call")
     parser.add_argument("--list", action="store_true", help="print the commands and end")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg, into the record that is there")
@@ -70,7 +75,8 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
 
 def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Namespace) -> int:
     """Measure these rungs; exit code 1 where one is wrong or failed."""
-    record = Record(args.out, facts, ("rung",), list(RUNGS), markdown, chart)
+    names = [name for rung in RUNGS for name in (rung, beside(rung))]
+    record = Record(args.out, facts, ("rung",), names, markdown, chart)
     settings = {name: [*rung.words, *args.set] for name, rung in chosen.items()}
     complaints = {} if args.no_check else complaints_about(settings)
     code = 0
@@ -89,7 +95,18 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
             record.put({"rung": name, **before, **found, **stamp(facts)})
             print(cells({"rung": name, **found}), flush=True)
         code |= int(any(kind in found for kind in ("wrong", "failed", "refused")))
+        if args.nanogpt and rung.nanogpt and not args.profile:
+            words = [str(args.nanogpt), *settings[name]]
+            peer: Row = {"rung": beside(name), **run(words, module="nanogpt"), "checked": True}
+            record.put({**peer, "command": shlex.join(["python", "-m", MODULE + "nanogpt", *words]), **stamp(facts)})
+            print(cells(peer), flush=True)
+            code |= int("failed" in peer)
     return code
+
+
+def beside(rung: str) -> str:
+    """The name of nanoGPT's row."""
+    return f"{rung}, nanoGPT"
 
 
 def is_checked(words: Sequence[str]) -> bool:
@@ -106,11 +123,11 @@ def command(rung: Rung, more: Sequence[str] = ()) -> str:
     return shlex.join(["python", "train.py", *rung.words, *more])
 
 
-def run(words: Sequence[str], profile: bool = False, gpus: int = 1) -> Row:
-    """`measure.measured` in a process of its own, or in one for each GPU."""
+def run(words: Sequence[str], profile: bool = False, gpus: int = 1, module: str = "measure") -> Row:
+    """`measure.measured` in a process of its own, or in one for each GPU; or another module of this package."""
     flags = ["--profile"] if profile else []
     launcher = [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    command = [sys.executable, *launcher, "-m", "scripts.bench_training.measure", *flags, *words]
+    command = [sys.executable, *launcher, "-m", MODULE + module, *flags, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:  # a bug, or the system took it for its memory: −9
         print(done.stderr[-3000:], file=sys.stderr)
@@ -183,7 +200,7 @@ over windows of steps. The first step, which compiles and pins memory, is in no 
 TFLOP/s and MFU count 6N + 6·L·d·S per token, and no recomputation. Peaks are over the whole run; that of a first step
 alone lacks the moments, which its update makes. Before it was timed, each policy, fp8 and recorded steps were compared,
 over three steps of four layers, in losses and gradient norms with a run in bf16 that is not compiled, records nothing
-and keeps everything."""
+and keeps everything. nanoGPT is its own model.py, on random tokens: torch.compile, SDPA, all logits at once."""
 
 
 def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None) -> str:
@@ -213,12 +230,12 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any], plot: str | None = None
 def cells(row: Row) -> str:
     if why := reason(row):
         return f"| {row['rung']} | {why.replace('|', '/')} |{' |' * 8}"
-    only = " (the first)" if row["step_s"] == row["first_step_s"] else ""
-    mfu = "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+    only = " (the first)" if row["step_s"] == row.get("first_step_s") else ""
+    mfu = "–" if row.get("mfu") is None else f"{100 * row['mfu']:.1f} %"
     memory = ("peak_allocated_gib", "predicted_gib", "peak_reserved_gib", "pinned_gib")
     return (
         f"| {row['rung']} | {row['tokens_per_second']:,.0f} | {row['step_s']:.3f} | {row['steps']}{only} "
-        f"| {row['tflops']:.0f} | {mfu} | {' | '.join(f'{row[part]:.1f}' for part in memory)} |"
+        f"| {row['tflops']:.0f} | {mfu} | {' | '.join(f'{row[part]:.1f}' if part in row else '–' for part in memory)} |"
     )
 
 

@@ -25,18 +25,20 @@ class Rung:
     window: int = 1
     """Steps between two looks at the clock, for which the host waits for the GPU."""
     base: str = EVERY_RUNG
+    nanogpt: bool = False
+    """Whether nanoGPT's model.py computes the same, so that --nanogpt times it, too."""
 
     @property
     def words(self) -> list[str]:
         return shlex.split(f"{self.base} {self.settings}")
 
 
-def _short(settings: str, steps: int = 40) -> Rung:
-    return Rung(settings, steps=steps, window=max(10, steps // 10))
+def _short(settings: str, steps: int = 40, nanogpt: bool = False) -> Rung:
+    return Rung(settings, steps=steps, window=max(10, steps // 10), nanogpt=nanogpt)
 
 
 RUNGS: dict[str, Rung] = {
-    "gpt2-124m-16k": _short("model=gpt2-124m seq_len=16k"),
+    "gpt2-124m-16k": _short("model=gpt2-124m seq_len=16k", nanogpt=True),
     "gpt2-124m-16k-selective": _short("model=gpt2-124m seq_len=16k memory=selective"),
     "gpt2-124m-16k-light": _short(f"model=gpt2-124m seq_len=16k {LIGHT}"),
     "gpt2-124m-16k-selective-light": _short(f"model=gpt2-124m seq_len=16k memory=selective {LIGHT}"),
@@ -49,7 +51,7 @@ RUNGS: dict[str, Rung] = {
     "gpt-1.3b-4k": _short(f"{GPT_1B} seq_len=4k cuda_graphs=false"),
     "gpt-1.3b-4k-graphs": _short(f"{GPT_1B} seq_len=4k cuda_graphs=true"),
     "gpt-1.3b-64k-selective": Rung(f"{GPT_1B} seq_len=64k memory=selective", steps=6),
-    "gpt-1.3b-16k": _short(f"{GPT_1B} seq_len=16k"),
+    "gpt-1.3b-16k": _short(f"{GPT_1B} seq_len=16k", nanogpt=True),
     "gpt-1.3b-16k-light": _short(f"{GPT_1B} seq_len=16k {LIGHT}"),
     "gpt-1.3b-16k-fp8": _short(f"{GPT_1B} seq_len=16k {FP8}"),
     "gpt-1.3b-16k-fp8-light": _short(

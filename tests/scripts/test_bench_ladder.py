@@ -109,6 +109,28 @@ def test_a_profile_stands_beside_the_figures_and_outlives_new_ones(
     assert "| attention | 1.000 | 50.0 % |" in page
 
 
+def test_nanogpt_stands_below_the_rungs_that_it_can_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {key: FIGURES[key] for key in ("tokens_per_second", "step_s", "steps", "tflops", "peak_allocated_gib")}
+    asked: list[str] = []
+
+    def run(words: list[str], profile: bool = False, gpus: int = 1, module: str = "measure") -> Row:
+        asked.append(" ".join([module, *words]))
+        return dict(FIGURES if module == "measure" else theirs)
+
+    monkeypatch.setattr(ladder, "run", run)
+    rungs = {
+        "gpt2-124m-16k": Rung("memory=none", steps=5, base=TINY, nanogpt=True),
+        "gpt2-124m-64k": Rung("memory=none", steps=5, base=TINY),
+    }
+    assert main(["--out", str(tmp_path / "record"), "--nanogpt", "checkout"], rungs) == 0
+    assert list(record(tmp_path / "record")) == ["gpt2-124m-16k", "gpt2-124m-16k, nanoGPT", "gpt2-124m-64k"]
+    assert asked[1].startswith("nanogpt checkout model=tiny")
+    assert len(asked) == 3
+    page = (tmp_path / "record.md").read_text()
+    assert "| gpt2-124m-16k, nanoGPT | 32 | 2.000 | 4 | 1 | – | 3.0 | – | – | – |" in page
+    assert "`python -m scripts.bench_training.nanogpt checkout model=tiny" in page
+
+
 def test_the_plot_shows_each_policy_of_one_model() -> None:
     rows = [
         {**FIGURES, "rung": "a", "model": "llama-1b", "policy": "full", "seq_len": 65536},
