@@ -23,6 +23,7 @@ from typing import Any
 
 from scripts.parser import parser_of, positive, whole
 from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, line_chart, need_cuda, stop
+from scripts.settings import train_config
 from training.loggers.jsonl import read_metrics
 
 VARIANTS = (
@@ -49,12 +50,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.steps < FEWEST_STEPS:
         parser.refuse(f"--steps {args.steps}: each quarter needs a loss, every tenth step has one; use {FEWEST_STEPS}")
+    for variant in args.variants:
+        try:
+            train_config(shlex.split(f"{EVERY_RUN} {variant}"))
+        except ValueError as error:
+            parser.refuse(str(error))
     facts = collect_facts("bench_precision", argv, need_cuda("bench_precision"))
     facts["run"] = f"python train.py {EVERY_RUN} max_steps={args.steps}"
     record = Record(args.out, facts, ("variant", "seed"), args.variants, page, chart)
+    if others := {row["run"] for row in record.rows} - {facts["run"]}:
+        parser.refuse(f"{args.out}.json is of {others.pop()}; choose another --out")
     for seed in args.seeds:
         for variant in args.variants:
-            if record.row(variant, seed).get("run") == facts["run"]:
+            if record.row(variant, seed):
                 continue
             print(f"{variant} seed={seed}", flush=True)
             row = {"variant": variant, "seed": seed, "run": facts["run"], "commit": facts["commit"]}

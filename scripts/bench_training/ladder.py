@@ -33,6 +33,7 @@ from scripts.record import ROOT, Panel, Record, Row, collect_facts, heading, lin
 from training.numbers import whole_number
 from training.profiled import exposed
 
+from .peers import checkout
 from .rungs import RUNGS, Rung
 
 MOST_CHECKED = 16384
@@ -55,9 +56,7 @@ def main(argv: Sequence[str] | None = None, rungs: Mapping[str, Rung] = RUNGS) -
     parser.add_argument("--rungs", nargs="+", choices=rungs, metavar="NAME", help="which (default: all)")
     parser.add_argument("--profile", nargs="+", choices=rungs, metavar="NAME", help="where a step of these spends time")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings beside those of the rungs")
-    parser.add_argument(
-        "--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT: its model.py beside gpt rungs in bf16"
-    )
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: time its model.py, too")
     parser.add_argument("--no-check", action="store_true", help="the policies were checked in another call")
     parser.add_argument("--list", action="store_true", help="print the commands and end")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg, into the record that is there")

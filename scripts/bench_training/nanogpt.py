@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from .measure import settings
-from .peers import nanogpt, time_peer
+from .peers import checkout, nanogpt, time_peer
 
 WINDOWS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="with model.py in it")
+    parser.add_argument("checkout", type=checkout, help="with model.py in it")
     parser.add_argument("words", nargs="*", help="settings of train.py")
     args = parser.parse_args()
     config = settings(args.words)

@@ -13,6 +13,7 @@ runs with the same data must end at the same loss. With `--long` the command mea
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shlex
 import statistics
@@ -104,6 +105,13 @@ def nanogpt(directory: Path, config: ModelConfig) -> Callable[[Tensor, Tensor], 
     return model
 
 
+def checkout(text: str) -> Path:
+    """The type of an option: a folder with nanoGPT's model.py."""
+    if not (Path(text) / "model.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} has no model.py; name a checkout of karpathy/nanoGPT")
+    return Path(text)
+
+
 def time_peer(
     model: Any, seq_len: int, config: ModelConfig, *, loss_of: Callable[..., Tensor], windows: int
 ) -> dict[str, float]:
@@ -166,7 +174,7 @@ def main() -> None:
     parser = parser_of("bench_training", __doc__)
     parser.add_argument("--seq-len", type=row_length, default=16384, help="tokens in a row (default 16384)")
     parser.add_argument("--windows", type=positive, default=5, help="windows of ten steps (default 5)")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT, to time its model.py too")
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of karpathy/nanoGPT, to time its model.py too")
     parser.add_argument("--commands", nargs="*", default=COMMANDS, help="overrides of train.py, one row each")
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()

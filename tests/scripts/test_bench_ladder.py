@@ -118,17 +118,26 @@ def test_nanogpt_stands_below_the_rungs_that_it_can_compute(tmp_path: Path, monk
         return dict(FIGURES if module == "measure" else theirs)
 
     monkeypatch.setattr(ladder, "run", run)
+    (tmp_path / "model.py").touch()
     rungs = {
         "gpt2-124m-16k": Rung("memory=none", steps=5, base=TINY, nanogpt=True),
         "gpt2-124m-64k": Rung("memory=none", steps=5, base=TINY),
     }
-    assert main(["--out", str(tmp_path / "record"), "--nanogpt", "checkout"], rungs) == 0
+    assert main(["--out", str(tmp_path / "record"), "--nanogpt", str(tmp_path)], rungs) == 0
     assert list(record(tmp_path / "record")) == ["gpt2-124m-16k", "gpt2-124m-16k, nanoGPT", "gpt2-124m-64k"]
-    assert asked[1].startswith("nanogpt checkout model=tiny")
+    assert asked[1].startswith(f"nanogpt {tmp_path} model=tiny")
     assert len(asked) == 3
     page = (tmp_path / "record.md").read_text()
     assert "| gpt2-124m-16k, nanoGPT | 32 | 2.000 | 4 | 1 | – | 3.0 | – | – | – |" in page
-    assert "`python -m scripts.bench_training.nanogpt checkout model=tiny" in page
+    assert f"`python -m scripts.bench_training.nanogpt {tmp_path} model=tiny" in page
+
+
+def test_a_folder_without_nanogpt_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--nanogpt", str(tmp_path)])
+    assert "has no model.py; name a checkout of karpathy/nanoGPT" in capsys.readouterr().err
 
 
 def test_the_plot_shows_each_policy_of_one_model() -> None:

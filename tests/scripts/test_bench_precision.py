@@ -71,3 +71,33 @@ def test_too_few_steps_are_refused(trained: list[tuple[str, int]], capsys: pytes
         main(["--steps", "39"])
     assert capsys.readouterr().err.strip().endswith("use 40")
     assert not trained
+
+
+@pytest.mark.parametrize(
+    ("variant", "line"),
+    [
+        ("precision=fp9", "precision=fp9 is unknown; use auto, bf16"),
+        ("precision.scaling=rowwise precision=fp8 precison=bf16", "precison"),
+        ("precision=fp8 precision.scaling=none", "precision.scaling=none is not possible"),
+    ],
+)
+def test_a_mistyped_variant_is_refused_before_the_first_is_trained(
+    variant: str, line: str, trained: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["precision=bf16", variant])
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+    assert not trained
+
+
+def test_a_record_of_other_runs_is_not_added_to(
+    tmp_path: Path, trained: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["precision=bf16", "--seeds", "0", "--out", str(tmp_path / "loss"), "--steps"]
+    main([*words, "40"])
+    with pytest.raises(SystemExit):
+        main([*words, "80"])
+    assert "max_steps=40; choose another --out" in capsys.readouterr().err
+    assert len(trained) == 1
