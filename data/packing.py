@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -90,6 +89,8 @@ class PackedRows:
     def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool, packing: str = "end_to_end") -> None:
         self.stream, self.seq_len, self.document_mask = stream, seq_len, document_mask
         self.segments: Segments | None = best_fit(stream, seq_len) if packing == "best_fit" else None
+        self._last_order: tuple[tuple[int, int], np.ndarray] | None = None
+        """Of (seed, epoch). One is kept: sorting millions of rows takes a while."""
         if len(self) < 1:
             raise ValueError(
                 f"seq_len={seq_len} needs at least {seq_len + 1} tokens and a split of the corpus has only "
@@ -111,7 +112,11 @@ class PackedRows:
         return Row(tokens[:-1], tokens[1:], self._starts(begin, end) if self.document_mask else None)
 
     def at(self, seed: int, position: int) -> Row:
-        return self[row_index(seed, len(self), position)]
+        epoch, place = divmod(position, len(self))
+        kept = self._last_order
+        if kept is None or kept[0] != (seed, epoch):
+            self._last_order = kept = (seed, epoch), row_order(seed, epoch, len(self))
+        return self[int(kept[1][place])]
 
     def _of_segments(self, segments: np.ndarray) -> Row:
         stream = self.stream.tokens
@@ -305,19 +310,10 @@ class MixedRows:
         return max(rows.max_documents for rows in self.parts)
 
 
-@lru_cache(maxsize=16)
 def row_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """(n,) int64, read-only: the order of an epoch's n rows, a pure function of (seed, epoch, n).
+    """(n,) int64: the order of an epoch's n rows, a pure function of (seed, epoch, n).
 
     Sorts raw Philox output, which NumPy promises never to change, where it may change `permutation`.
     """
     keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    order = np.argsort(keys, kind="stable")
-    order.flags.writeable = False
-    return order
-
-
-def row_index(seed: int, n: int, position: int) -> int:
-    """The row at a global position: position = epoch · n + place in that epoch's order."""
-    epoch, place = divmod(position, n)
-    return int(row_order(seed, epoch, n)[place])
+    return np.argsort(keys, kind="stable")

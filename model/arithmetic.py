@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .config import ModelConfig
-from .precision_config import Float8Config, is_in_fp8, linear_sizes
+from .config import ModelConfig, linear_sizes
+from .precision_config import Float8Config, is_in_fp8
 
 
 class ParameterCount(NamedTuple):
@@ -27,15 +27,11 @@ class ParameterCount(NamedTuple):
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """How many parameters `GPT(config)` has, without building it."""
     assert config.head_dim is not None
-    assert config.n_kv_heads is not None
-    E, F, V, D = config.dim, config.ffn_dim, config.vocab_size, config.head_dim
-    qkv_width = (config.n_heads + 2 * config.n_kv_heads) * D
-    out_width = config.n_heads * D
-    up_width = (2 if config.mlp == "swiglu" else 1) * F
-
-    layer_matmul = E * qkv_width + out_width * E + E * up_width + F * E
+    E, V, D, sizes = config.dim, config.vocab_size, config.head_dim, linear_sizes(config)
+    layer_matmul = sum(inputs * outputs for inputs, outputs in sizes.values())
     norm = E * (2 if config.norm == "layernorm" and config.bias else 1)
-    layer_biases = (qkv_width + E + up_width + E) if config.bias else qkv_width if config.qkv_bias else 0
+    biased = sizes if config.bias else ["attention.qkv"] if config.qkv_bias else []
+    layer_biases = sum(sizes[name][1] for name in biased)
     layer = layer_matmul + layer_biases + 2 * norm + (2 * D if config.qk_norm else 0)
 
     embeddings = V * E + (config.n_positions * E if config.position == "learned" else 0)

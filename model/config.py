@@ -142,3 +142,17 @@ class ModelConfig:
                 f"seq_len={seq_len} is beyond the model's {self.n_positions} learned positions; "
                 f"set model.n_positions={seq_len} or use a model with rotary positions"
             )
+
+
+def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear layer of a block, by its name there, in the order of its products."""
+    assert model.head_dim is not None
+    assert model.n_kv_heads is not None
+    heads, D, E, F = model.n_heads + 2 * model.n_kv_heads, model.head_dim, model.dim, model.ffn_dim
+    first = ("mlp.gate_up", 2 * F) if model.mlp == "swiglu" else ("mlp.up", F)
+    return {
+        "attention.qkv": (E, heads * D),
+        "attention.out": (model.n_heads * D, E),
+        first[0]: (E, first[1]),
+        "mlp.down": (F, E),
+    }

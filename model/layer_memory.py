@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .activations_config import FullConfig, MemoryConfig, SelectiveConfig
 from .arithmetic import score_bytes
 from .compile_unit import compile_unit
-from .config import ModelConfig
+from .config import ModelConfig, linear_sizes
 
 FLOAT32 = 4
 
@@ -236,14 +236,7 @@ def policy_of(policy: MemoryConfig, layer: int, n_layers: int) -> MemoryConfig:
 
 def matrix_sizes(config: ModelConfig) -> list[int]:
     """Numbers in each matrix of a layer: qkv, the projection after attention, the MLP's first and last."""
-    assert config.head_dim is not None
-    assert config.n_kv_heads is not None
-    up_width = (2 if config.mlp == "swiglu" else 1) * config.ffn_dim
-    heads = config.n_heads + 2 * config.n_kv_heads
-    return [
-        config.dim * width
-        for width in (heads * config.head_dim, config.n_heads * config.head_dim, up_width, config.ffn_dim)
-    ]
+    return [inputs * outputs for inputs, outputs in linear_sizes(config).values()]
 
 
 @dataclass(frozen=True)

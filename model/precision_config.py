@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .config import ModelConfig
+from .config import ModelConfig, linear_sizes
 
 DTYPES = ("float32", "bfloat16")
 MULTIPLE = 16
@@ -93,20 +93,6 @@ class Float8Config(PrecisionConfig):
                 f"precision=fp8 needs layers whose sizes are multiples of {MULTIPLE}, and {model.name} has none "
                 f"({said}); use precision=bf16"
             )
-
-
-def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each linear layer of a block, by its name there."""
-    assert model.head_dim is not None
-    assert model.n_kv_heads is not None
-    heads, D, E, F = model.n_heads + 2 * model.n_kv_heads, model.head_dim, model.dim, model.ffn_dim
-    first = ("mlp.gate_up", 2 * F) if model.mlp == "swiglu" else ("mlp.up", F)
-    return {
-        "attention.qkv": (E, heads * D),
-        "attention.out": (model.n_heads * D, E),
-        first[0]: (E, first[1]),
-        "mlp.down": (F, E),
-    }
 
 
 def is_in_fp8(sizes: tuple[int, int]) -> bool:

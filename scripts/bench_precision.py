@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = Record(args.out, facts, ("variant", "seed"), args.variants, page, chart)
     if others := {row["run"] for row in record.rows} - {facts["run"]}:
         parser.refuse(f"{args.out}.json is of {others.pop()}; choose another --out")
+    # Below those of this command, whose first is compared with.
+    record.names += dict.fromkeys(row["variant"] for row in record.rows if row["variant"] not in args.variants)
     for seed in args.seeds:
         for variant in args.variants:
             if record.row(variant, seed):
@@ -147,8 +149,10 @@ def _cells(means: dict[str, dict[int, float]]) -> str:
 def chart(rows: Sequence[Row]) -> str | None:
     """Means over seeds; of the training loss, means since the point before."""
     variants = by_variant(rows)
-    steps = [step for step, _ in rows[0]["train/loss"]]
-    edges = [0, *(until for part in (60, 120, 250, 500, 1000) if (until := max(steps) * part // 1000) >= min(steps))]
+    steps, edges = [step for step, _ in rows[0]["train/loss"]], [0]
+    for part in (60, 120, 250, 500, 1000):
+        if any(edges[-1] < step <= max(steps) * part // 1000 for step in steps):
+            edges.append(max(steps) * part // 1000)
     training: dict[str, list[tuple[float, float]]] = {}
     validation: dict[str, list[tuple[float, float]]] = {}
     for variant, found in variants.items():

@@ -25,4 +25,4 @@ def train_config(words: Sequence[str]) -> TrainConfig:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             return load_config(compose("train", list(words)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain(error, words)) from error

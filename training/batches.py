@@ -40,6 +40,8 @@ class Batches(Part):
         mask, seq_len = config.data.document_mask, config.seq_len
         self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
         available = min(len(part.val.tokens) for part in corpus.parts) - 1
+        if available < 1:
+            raise ValueError("the held-out text has one token, and a row takes two: raise data.val_fraction")
         if available < seq_len:
             notify(f"validation rows have {available:,} tokens, not seq_len: that is all the held-out text")
         val_rows = pack(corpus, "val", min(available, seq_len), mask)

@@ -355,13 +355,13 @@ def changes(config: TrainConfig, work: Workload) -> Iterator[tuple[list[str], Wo
             [*typed, "precision.residual=bfloat16" if work.in_fp8 else "precision=bf16-residual"],
         )
         yield typed, work
-    if work.moment_bytes == 4 and max(config.optimizer.betas) <= SLOWEST_IN_BF16:
+    if work.moment_bytes == 4 and config.optimizer.slowest_decay <= SLOWEST_IN_BF16:
         yield [*typed, "precision.moments=bfloat16"], replace(work, moment_bytes=2)
 
 
 def smaller_batches(config: TrainConfig) -> list[int]:
     """Rows of smaller micro-batches that make up the same step, the largest first."""
-    total = config.plan.tokens_per_step // config.seq_len
+    total = config.plan.accumulation * config.batch_size  # of this rank
     return [size for size in range(config.batch_size // 2, 0, -1) if total % size == 0]
 
 

@@ -37,7 +37,7 @@ from .config.secrets import refuse_secrets
 from .errors import Interrupted, NonFiniteError, OutOfMemory, SaveFailed
 from .interrupt import keep_exit_code, leave, listen
 from .machine import find_gpu
-from .mistakes import CONFIGS, explain, refuse_lists, typed_settings
+from .mistakes import CONFIGS, explain, refuse_lists, settings_in, typed_words
 from .numbers import whole_number
 from .parallel.launch import speaks
 from .terminal import say, say_error, tell
@@ -78,8 +78,8 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     argparse.ArgumentParser.error = _refuse_flags  # type: ignore[method-assign]  # Hydra's prints a page of usage
     try:
         try:
-            refuse_lists()
-            for key, value in typed_settings():  # facts.json holds the command
+            refuse_lists(typed_words())
+            for key, value in settings_in(typed_words()):  # facts.json holds the command
                 refuse_secrets({key: value})
             main()
         finally:
@@ -87,7 +87,7 @@ def run(main: Callable[[], None], check: Callable[[TrainConfig], object] = jobs.
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises ValueError for group=null
         if WANTS_TRACEBACK:
             raise
-        tell(explain(error))
+        tell(explain(error, typed_words()))
         jobs.failures.append(2)
     except Interrupted as stopped:
         keep_exit_code()  # signals come again, to all processes of a group: the line is said once

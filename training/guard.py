@@ -79,7 +79,7 @@ class Guard(Part):
             good &= ~full | (loss <= limit)
         skipped, in_a_row, worst, *first = self.counters.unbind()
         if self.config.action == "stop":
-            good &= skipped == 0  # the parameters stay those that met the bad batch until the host sees it
+            good &= skipped == self._seen  # the parameters stay those that met the bad batch until the host sees it
         slot = (self.num_good % self.config.spike_window)[None]  # self.losses[a scalar] would wait for the device
         self.losses.scatter_(0, slot, torch.where(good, loss, self.losses.gather(0, slot)))
         self.num_good += good
@@ -108,7 +108,7 @@ class Guard(Part):
             self._look(int(skipped))
             self.counters[2] = self.counters[1]
             rows = rows_of(int(step))
-            facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows}
+            facts = {"step": int(step), "loss": str(loss), "grad_norm": str(grad_norm), "rows": rows, "bad_steps": new}
             try:
                 if self.world.is_first:
                     with open(self.record, "a", encoding="utf-8") as file:
@@ -134,5 +134,5 @@ class Guard(Part):
                     f"with a lower learning_rate"
                 )
             more = f", and {new - 1} more since the last line" if new > 1 else ""
-            self.notify(f"skipped    {what}{more}; {int(skipped)} so far, rows in {self.record}")
+            self.notify(f"skipped    {what}{more}; {int(skipped)} so far; rows of step {int(step)} in {self.record}")
         return {"train/skipped_steps": skipped} if skipped else {}

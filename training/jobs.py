@@ -25,7 +25,7 @@ from .config.load import resolved
 from .config.paths import expand_path
 from .config.saved import saved_settings, with_saved
 from .config.secrets import refuse_secrets
-from .mistakes import explain, set_by_experiment
+from .mistakes import explain, set_by_experiment, typed_words
 from .run_folder import make_new, run_nearby
 from .sweep import Sweep
 from .terminal import say_error
@@ -121,7 +121,7 @@ class BeforeTheFirstJob(Callback):
         try:
             for number, job in enumerate(jobs):
                 self._check_job(config, number, job)
-        except ValueError:
+        except (HydraException, OmegaConfBaseException, ValueError):
             with suppress(OSError):
                 os.rmdir(self.sweep.folder)  # made above: a command that cannot work leaves nothing behind
             raise
@@ -160,7 +160,7 @@ def _or_exit(refuse: Callable[[], None]) -> None:
     try:
         refuse()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        say_error(explain(error))
+        say_error(explain(error, typed_words()))
         sys.exit(2)
 
 

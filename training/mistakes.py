@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,25 @@ PLUGINS = {
 }
 
 
-def explain(error: Exception) -> str:
-    """The line for an exception of Hydra, OmegaConf or a check."""
+def typed_words() -> list[str]:
+    """The settings of this process's command, behind which `cli.settings_first` has put its flags and their values."""
+    return list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+
+
+def explain(error: Exception, words: Sequence[str]) -> str:
+    """The line for an exception of Hydra, OmegaConf or a check, which these settings met."""
     text = str(error)
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return one_line(error)
     # attention=null, attention=3, attention='${x}': Hydra does not say which.
     if "Config group override must be" in text or "Error resolving interpolation" in text:
-        for group, value in typed_settings():
+        for group, value in settings_in(words):
             if options(group) and value not in options(group):
                 return f"{group}={value} is not possible; use {', '.join(options(group))}"
-    for word in sys.argv[1:]:
+    for word in words:
         if re.match(r"[+~]*(=|$)", word):
             return f"cannot read the command: {word} names nothing; write key=value"
-        if "=" not in word and not word.startswith("-") and Path(word).exists():
+        if "=" not in word and Path(word).exists():
             return f"cannot read the command: {word} is no setting; run_dir={word} goes on with a run"
     several = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if several:
@@ -62,7 +68,7 @@ def explain(error: Exception) -> str:
         return f"~{absent[1].removeprefix('~')} takes away what is not there; leave it out"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
-        return _unknown_setting(key[1])
+        return _unknown_setting(key[1], words)
     option = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']*)'", text)
     if option:
         return _unknown_option(*option.groups())
@@ -77,14 +83,14 @@ def explain(error: Exception) -> str:
     return first
 
 
-def _unknown_setting(key: str) -> str:
+def _unknown_setting(key: str, words: Sequence[str]) -> str:
     group, _, field = key.partition(".")
     if not field and options(group):
         return f"{group} is a choice, not a setting; use {', '.join(options(group))}"
     owners = [name for name in options(group) if field in keys_of(CONFIGS / group / f"{name}.yaml")]
     if field and owners:
         return f"{key} belongs to {group}={' or '.join(owners)}; choose that too"
-    return unknown_key(key, _settings())
+    return unknown_key(key, _settings(words))
 
 
 def _unknown_option(group: str, name: str) -> str:
@@ -99,18 +105,18 @@ def _unknown_option(group: str, name: str) -> str:
     return f"{group}={name} is unknown; use {', '.join(options(group))}{hint}"
 
 
-def refuse_lists() -> None:
+def refuse_lists(words: Sequence[str]) -> None:
     """attention=[math,sdpa] would be one laid over the other, without a word."""
-    for group, value in typed_settings():
+    for group, value in settings_in(words):
         if value.startswith("[") and options(group):
             raise ValueError(f"{group}={value} is not possible; name one, or -m {group}=a,b to run each in turn")
 
 
-def typed_settings() -> Iterator[tuple[str, str]]:
+def settings_in(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(key or group, value) as they were typed, unread."""
-    for word in sys.argv[1:]:
+    for word in words:
         key, equals, value = word.partition("=")
-        if equals and not key.startswith("-"):
+        if equals:
             yield key.lstrip("+~"), value
 
 
@@ -142,9 +148,9 @@ def set_by_experiment(name: str) -> set[str]:
     return groups | leaves
 
 
-def _settings() -> list[str]:
+def _settings(words: Sequence[str]) -> list[str]:
     """Every setting of the configuration with the options that were chosen, and the names of the groups."""
-    chosen = [f"{group}={name}" for group, name in typed_settings() if name in options(group)]
+    chosen = [f"{group}={name}" for group, name in settings_in(words) if name in options(group)]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return [*dotted_keys(compose("train", chosen)), "experiment"]

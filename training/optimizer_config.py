@@ -41,6 +41,11 @@ class OptimizerConfig:
                     f"or precision.moments=float32"
                 )
 
+    @property
+    def slowest_decay(self) -> float:
+        """Of all moments."""
+        return max(decay for decay, _ in self._decays().values())
+
     def _decays(self) -> dict[str, tuple[float, str]]:
         """The largest decay in each setting, and what is usual there."""
         return {"betas": (max(self.betas), "[0.9,0.95]")}

@@ -164,7 +164,7 @@ def tolerances(words: Sequence[str]) -> Mapping[str, float]:
 def small_runs(words: Sequence[str]) -> tuple[Small, Small]:
     """Settings of three steps of a model with few layers: as these say, and those of a plain run, which keeps
     everything, is not compiled, records nothing, and computes in bf16 where these say fp8."""
-    (seq_len,) = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
+    *_, seq_len = (whole_number(word[len("seq_len=") :], "seq_len") for word in words if word.startswith("seq_len="))
     rest = [word for word in words if not word.startswith("seq_len=")]
     small = (*rest, *CHECKED, f"seq_len={min(int(seq_len), MOST_CHECKED)}")
     left_out = ("memory=", "memory.", "cuda_graphs=", *(IN_FP8_ONLY if is_in_fp8(words) else ()))

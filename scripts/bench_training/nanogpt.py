@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("checkout", type=checkout, help="with model.py in it")
     parser.add_argument("words", nargs="*", help="settings of train.py")
     args = parser.parse_args()
-    config = settings(args.words)
+    try:
+        config = settings(args.words)
+    except ValueError as error:
+        parser.error(str(error))
     model = replace(config.model, n_positions=config.seq_len)
     peer = nanogpt(args.checkout, model)
     found = time_peer(peer, config.seq_len, model, loss_of=lambda m, x, y: m(x, y)[1], windows=WINDOWS)

@@ -134,13 +134,10 @@ def check(swept: Mapping[str, Sequence[str]]) -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for settings in tried:
             words = [f"{key}={value}" for key, value in settings.items()]
-            before, sys.argv = sys.argv, ["train.py", *words]  # which the explanation reads
             try:
                 with_types(compose("train", words))
             except (HydraException, OmegaConfBaseException) as error:
-                raise ValueError(explain(error)) from error
-            finally:
-                sys.argv = before
+                raise ValueError(explain(error, words)) from error
 
 
 def check_out(out: Path) -> None:

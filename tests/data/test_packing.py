@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import packing
 from data.corpus import TokenStream
-from data.packing import MixedRows, PackedRows, best_fit, row_index, row_order
+from data.packing import MixedRows, PackedRows, best_fit, row_order
 
 
 def stream(*lengths):
@@ -205,10 +206,15 @@ def test_the_order_is_a_fixed_function_of_seed_and_epoch():
 
 
 def test_positions_run_on_from_epoch_to_epoch():
-    visited = [row_index(3, 10, position) for position in range(30)]
+    rows = PackedRows(stream(4 * 10 + 1), 4, True)
+    visited = [rows.at(3, position).tokens[0] // 4 for position in range(30)]
     assert visited == [*row_order(3, 0, 10), *row_order(3, 1, 10), *row_order(3, 2, 10)]
 
 
-def test_a_cached_order_cannot_be_overwritten():
-    with pytest.raises(ValueError, match="read-only"):
-        row_order(0, 0, 8)[0] = 1
+def test_an_epoch_is_sorted_once_however_many_parts_take_turns(monkeypatch):
+    sorted_for = []
+    monkeypatch.setattr(packing, "row_order", lambda *args: sorted_for.append(args) or row_order(*args))
+    rows = MixedRows([1] * 40, [PackedRows(stream(4 * 6 + 1), 4, True) for _ in range(40)])
+    for position in range(240):
+        rows.at(0, position)
+    assert len(sorted_for) == 40

@@ -101,3 +101,17 @@ def test_a_record_of_other_runs_is_not_added_to(
         main([*words, "80"])
     assert "max_steps=40; choose another --out" in capsys.readouterr().err
     assert len(trained) == 1
+
+
+def test_the_first_variant_that_is_asked_for_is_compared_with(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+    out = ["--steps", "40", "--out", str(tmp_path / "loss"), "--seeds"]
+    main(["precision=fp8", "precision=tf32", *out, "0"])
+    main(["precision=bf16", "precision=fp8", *out, "0", "1"])
+    assert "`precision=bf16`, seeds 0, 1 | `precision=fp8` | `precision=tf32` |" in (tmp_path / "loss.md").read_text()
+
+
+@pytest.mark.parametrize("last", range(40, 200, 10))
+def test_the_picture_of_a_short_run_has_points(last: int) -> None:
+    logged = [[step, 4.0] for step in (1, *range(10, last + 1, 10))]
+    row = {"variant": "a", "seed": 0, "run": "model=tiny", "train/loss": logged, "val/loss": [[last, 4.0]]}
+    assert "<circle" in str(bench_precision.chart([row]))

@@ -395,6 +395,28 @@ def test_shards_take_their_share_and_what_is_gathered(on_card: Callable[..., Any
     assert on_host.host == sum(state_bytes(eight))
 
 
+@pytest.mark.parametrize("batch_size", [6, 7, 10])
+def test_smaller_batches_of_several_ranks_make_up_the_same_step(
+    on_card: Callable[..., Any], monkeypatch: Any, batch_size: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["model=tiny", "seq_len=256", f"batch_size={batch_size}"]
+    config, _ = on_card(*words)
+    sizes = capacity.smaller_batches(config)
+    assert sizes[-1] == 1
+    for size in sizes:
+        smaller, _ = on_card(*words, f"batch_size={size}", f"tokens_per_step={config.plan.tokens_per_step}")
+        assert smaller.plan.accumulation == batch_size // size
+
+
+def test_moments_in_bf16_are_advised_where_they_are_possible(on_card: Callable[..., Any]) -> None:
+    words = ["model=llama-1b", "seq_len=16384", "batch_size=1", "optimizer=muon"]
+    for more, advised in ((["optimizer.momentum=0.95"], True), (["optimizer.momentum=0.99"], False)):
+        config, runtime = on_card(*words, *more)
+        typed = [word for change, _ in capacity.changes(config, workload(config, runtime)) for word in change]
+        assert ("precision.moments=bfloat16" in typed) == advised
+
+
 def test_a_model_that_fits_in_shards_alone_is_told_so(on_card: Callable[..., Any], monkeypatch: Any) -> None:
     words = ["model=llama-8b", "memory=full", "seq_len=16384", "batch_size=1", "optimizer=adamw"]
     with pytest.raises(ValueError, match=r"8.03e\+09 parameters, whose weights, gradients and optimizer alone take"):

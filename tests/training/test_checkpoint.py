@@ -789,6 +789,18 @@ def test_bad_steps_are_skipped_counted_and_their_batch_is_written_down(config: M
     assert (first["step"], second["step"]) == (4, 8)
     assert first["rows"] == trainer.run.rows_of(4)
     assert len(first["rows"]) == 8
+    assert (first["bad_steps"], second["bad_steps"]) == (2, 1)
+
+
+def test_a_run_that_left_bad_steps_out_goes_on_where_the_next_one_ends_it(config: MakeConfig) -> None:
+    trainer = Trainer(config("max_steps=6", "bad_step.action=skip"), silently)
+    spoil(trainer, {2})
+    trainer.fit()
+    assert fit(config("max_steps=12", "bad_step.action=stop")).run.progress.step == 12
+    trainer = Trainer(config("max_steps=18", "bad_step.action=stop"), silently)
+    spoil(trainer, {15})
+    with pytest.raises(NonFiniteError, match="at step 15"):
+        trainer.fit()
 
 
 def test_a_bad_step_that_cannot_be_written_down_is_told(config: MakeConfig) -> None:

@@ -72,10 +72,9 @@ def test_words_are_made_what_hydras_grammar_takes(monkeypatch: pytest.MonkeyPatc
 def test_what_hydra_says_in_pages_is_one_line(
     composes_for_cpu: None, monkeypatch: pytest.MonkeyPatch, word: str, said: str
 ) -> None:
-    monkeypatch.setattr(mistakes.sys, "argv", ["train.py", word])
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"), pytest.raises(Exception) as refused:  # noqa: PT011
         compose("train", [word])
-    line = mistakes.explain(refused.value)
+    line = mistakes.explain(refused.value, [word])
     assert said in line
     assert "\n" not in line
 
@@ -196,13 +195,12 @@ def test_an_odd_word_is_refused_in_one_line(
     composes_for_cpu: None, monkeypatch: pytest.MonkeyPatch, word: str, said: str
 ) -> None:
     def read() -> None:
-        mistakes.refuse_lists()
+        mistakes.refuse_lists([word])
         with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
             load_config(compose("train", [word]))
 
-    monkeypatch.setattr(mistakes.sys, "argv", ["train.py", word])
     with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as refused:
         read()
-    line = mistakes.explain(refused.value)
+    line = mistakes.explain(refused.value, [word])
     assert said in line
     assert "\n" not in line

@@ -242,6 +242,17 @@ def test_one_process_writes_the_weights_of_which_it_has_the_only_shard(text_fold
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_sharded_model_writes_samples_between_evaluations(text_folder: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "data=text", f"data.path={text_folder}", f"data.cache_dir={tmp_path}", "parallel=fsdp"]
+    words += ["max_steps=4", "sample_every=2", "eval_every=3", "sample_tokens=5", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sample after step") == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1, 2])
 def test_gpus_train_what_one_trains_alone(text_folder: Path, tmp_path: Path, size: int) -> None:

@@ -6,11 +6,14 @@ import gzip
 import json
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import LIMIT_S
 
 from training.config import TrainConfig
 from training.memory_profile import GROUPS, LARGEST, MOST_POINTS, timeline
@@ -18,6 +21,7 @@ from training.profiled import Event, events_of, operators_of, summary, summary_o
 from training.services import profiling
 from training.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., TrainConfig]
 ON = ["profile=true", "profile_steps=[2,3]"]
 
@@ -231,6 +235,22 @@ def test_a_long_timeline_is_thinned_and_keeps_its_peak() -> None:
     assert len(found["largest"]) == LARGEST
     assert found["largest"][0]["gib"] == pytest.approx(0.5)
     assert timeline(snapshot_of([], {5: 1}), 0, {5: "weights"})["peak"]["weights"] == 1
+
+
+def test_the_weights_of_a_sharded_run_are_found_in_memory(tmp_path: Path) -> None:
+    words = ["model=tiny", "device=cpu", "tokenizer=bytes", "data=synthetic", "data.length=512", "logger=none"]
+    words += ["parallel=fsdp", f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path}"]
+    program = f"""if True:
+        from scripts.settings import train_config
+        from training.services.profiling import addresses
+        from training.trainer import Trainer
+        run = Trainer(train_config({words})).run
+        shards = [parameter.to_local() for parameter in run.model.parameters() if hasattr(parameter, "to_local")]
+        assert shards
+        assert all(addresses(run)[shard.untyped_storage().data_ptr()] == "weights" for shard in shards)
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- on a GPU

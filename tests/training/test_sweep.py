@@ -230,9 +230,10 @@ def test_a_job_that_this_machine_cannot_do_is_refused_before_another_trains(home
     assert [(row["job"], row["code"]) for row in rows] == [(0, 0)]
 
 
-def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(home: Path) -> None:
+def test_a_sweep_with_a_secret_or_an_unknown_name_is_refused_before_anything_is_written(home: Path) -> None:
     key = "hf_" + "aB3" * 10
     before = {path.name for path in home.iterdir()}
+    assert sweep(home, "model=tiny,nosuch").returncode == 2
     for setting in (f"logger.wandb.notes=a,{key}", f"+hydra.job.env_set.X={key}", "+logger.wandb.api_key=a,b"):
         done = sweep(home, "seed=1,2", setting)
         assert done.returncode == 2

@@ -298,6 +298,13 @@ def test_rows_longer_than_the_text_are_refused(config: MakeConfig) -> None:
         Trainer(config("seq_len=100000", "batch_size=1"), silently)
 
 
+def test_a_held_out_text_of_one_token_is_refused(config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(bytes([65, 0]) * 4000)
+    options = ["data=tokens", f"data.path={tmp_path / 'x.bin'}", "data.val_fraction=0.0002", "tokenizer=bytes"]
+    with pytest.raises(ValueError, match="the held-out text has one token.* raise data.val_fraction"):
+        Trainer(config(*options), silently)
+
+
 def test_held_out_text_shorter_than_a_row_is_read_whole_with_a_notice(config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("".join(f"{number} bottles on the wall\n" for number in range(400)))
     lines: list[str] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,19 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
         for module in sharded_modules(model):
             module.reshard()
     return dict(model.named_parameters())
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """For what calls parts of a model, not the model: of one that is sharded, embedding and head are whole meanwhile,
+    which FSDP gathers where the model is called. All ranks enter."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, fsdp.FSDPModule):
+        yield
+        return
+    model.unshard()
+    yield
+    model.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.profiler import profile, record_function
 
 from data import disk
 from training.memory_profile import timeline
+from training.parallel.sharding import local
 from training.profiled import STEP, summary_of
 from training.run import Run
 from training.terminal import INDENT
@@ -119,7 +120,7 @@ class Profiling(Service):
 def addresses(run: Run) -> dict[int, str]:
     """The group of memory that a run holds between steps, by where it begins."""
     own = {"weights": [*run.model.parameters(), *run.model.buffers()], "optimizer": run.optimizer.tensors().values()}
-    return {tensor.untyped_storage().data_ptr(): group for group, tensors in own.items() for tensor in tensors}
+    return {local(tensor).untyped_storage().data_ptr(): group for group, tensors in own.items() for tensor in tensors}
 
 
 def table(found: dict[str, Any]) -> list[str]:

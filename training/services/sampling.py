@@ -7,6 +7,7 @@ from model.attention.math import MathAttention
 from model.generate import Generator
 from model.generate_config import SamplingConfig
 from model.text import encode, write
+from training.parallel.sharding import gathered
 from training.run import Run
 
 from .base import Service
@@ -37,7 +38,7 @@ class Sampling(Service):
         prompt = encode(tokenizer, config.sample_prompt)[-(config.seq_len - num_tokens) :]
         # Rows of any length are read by the definition of attention, which compiles nothing for them.
         attention = MathAttention(run.model.attention.spec, AttentionConfig(name="math"))
-        with run.throughput.paused():
+        with run.throughput.paused(), gathered(run.model):
             generator = Generator(run.model, 1, len(prompt) + num_tokens, SamplingConfig(), attention=attention)
             pieces = write(generator, tokenizer, [prompt], num_tokens, seed=config.seed)
             continuation = "".join(piece.text for piece in pieces)
