@@ -77,7 +77,7 @@ def test_too_few_steps_are_refused(trained: list[tuple[str, int]], capsys: pytes
     ("variant", "line"),
     [
         ("precision=fp9", "precision=fp9 is unknown; use auto, bf16"),
-        ("precision.scaling=rowwise precision=fp8 model.widht=3", "model.widht"),
+        ("precision.scaling=rowwise precision=fp8 model.colour=3", "model.colour"),
         ("precision=fp8 precision.scaling=none", "precision.scaling=none is not possible"),
     ],
 )
