@@ -70,6 +70,8 @@ def export(parser: Parser, run: Path, file: Path) -> int:
 
     if file.exists():
         parser.refuse(f"{file} exists; name a new file")
+    if not file.parent.is_dir():
+        parser.refuse(f"{file} cannot be written: there is no folder {file.parent}; make it, or name another file")
     try:
         path, manifest = find(str(run), "RUN", print)
         num_bytes = export_weights(path, manifest, file)

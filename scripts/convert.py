@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.refuse(str(error))
     except OSError as error:
-        parser.refuse(f"{options.target} cannot be written: {error.strerror}")
+        parser.refuse(f"{error.filename or options.target} cannot be written: {error.strerror}; name another folder")
     except KeyboardInterrupt:
         return 130
     return 0
@@ -123,7 +125,8 @@ def from_huggingface(source: Path, target: Path) -> None:
         os.replace(part, target)
     print(f"{described['model_type']}, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M parameters")
     print("train it with:")
-    print(f"python train.py init_from={target} {' '.join(overrides(config, tokenizer, target))}")
+    words = [setting("init_from", target), *overrides(config, tokenizer, target)]
+    print(shlex.join(["python", "train.py", *words]))
 
 
 def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]:
@@ -135,7 +138,7 @@ def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]
     usual: Any = OmegaConf.to_container(base)
     known = dict(flat(usual))
     different = [
-        f"model.{key}={'null' if value is None else value}"
+        setting(f"model.{key}", "null" if value is None else value)
         for key, value in flat(asdict(config))
         if key in known and known[key] != value
     ]
@@ -143,9 +146,17 @@ def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]
         f"model={option}",
         *different,
         "tokenizer=file",
-        f"tokenizer.path={run / 'tokenizer.json'}",
-        f"'tokenizer.separator=\"{tokenizer.separator}\"'",
+        setting("tokenizer.path", run / "tokenizer.json"),
+        f'tokenizer.separator="{tokenizer.separator}"',
     ]
+
+
+def setting(key: str, value: object) -> str:
+    """As train.py reads it: in quotes where Hydra would read more into it."""
+    if re.fullmatch(r"[\w./+:@%-]*", str(value)):
+        return f"{key}={value}"
+    quoted = str(value).replace("'", r"\'")
+    return f"{key}='{quoted}'"
 
 
 if __name__ == "__main__":

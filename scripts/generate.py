@@ -100,8 +100,13 @@ def prompts_of(options: argparse.Namespace) -> list[str] | None:
     if options.prompts is not None:
         try:
             lines = options.prompts.read_text("utf-8-sig").split("\n")
-        except (OSError, UnicodeError) as error:
-            raise ValueError(f"--prompts {options.prompts} cannot be read: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ValueError(
+                f"--prompts {options.prompts} cannot be read: {error.strerror}; name a text file"
+            ) from error
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start:,} is not UTF-8"
+            raise ValueError(f"--prompts {options.prompts} cannot be read: {where}; convert it to UTF-8") from error
         prompts += [line.removesuffix("\r") for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {options.prompts} holds no prompt; write one a line")

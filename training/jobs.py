@@ -26,7 +26,7 @@ from .config.paths import expand_path
 from .config.saved import saved_settings, with_saved
 from .config.secrets import refuse_secrets
 from .mistakes import explain, set_by_experiment, typed_words
-from .run_folder import make_new, run_nearby
+from .run_folder import LOCK, make_new, run_nearby
 from .sweep import Sweep
 from .terminal import say_error
 
@@ -109,6 +109,10 @@ class BeforeTheFirstJob(Callback):
             folder = expand_path(str(config.run_dir), "run_dir")
         else:
             folder = str(make_new(Path(str(config.hydra.sweep.dir))))
+        if (Path(folder) / LOCK).exists():
+            raise ValueError(f"run_dir={folder} holds a run, and -m makes a folder of runs; choose another")
+        if named == {"run_dir"} and not swept and (there := Path(folder) / "multirun.yaml").exists():
+            raise ValueError(f"run_dir={folder} holds a sweep; to go on, type what it sweeps, too: {there} has it")
         config.hydra.sweep.dir = folder  # of multirun.yaml and the table
         quoted = folder.replace("'", r"\'")
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose

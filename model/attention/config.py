@@ -123,7 +123,8 @@ class SdpaConfig(AttentionConfig):
         return spec.n_kv_heads != spec.n_heads and self.likely(spec) in ("cudnn", "efficient")
 
     def reads_mask(self, spec: AttentionSpec) -> bool:
-        return spec.capability is not None and not spec.is_plain and self.likely(spec) in ("efficient", "math")
+        on_cpu = spec.capability is None  # whose flash kernel takes a mask, too
+        return not spec.is_plain and (on_cpu or self.likely(spec) in ("efficient", "math"))
 
     def likely(self, spec: AttentionSpec) -> str:
         """What `sdpa.choose_kernel` will find, where PyTorch cannot be asked."""

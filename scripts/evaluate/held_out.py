@@ -51,9 +51,10 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     is_recall = config.data.is_recall
     metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, batches.world, is_recall=is_recall)
     assert metrics is not None
-    say_metrics(metrics)
+    tokens, seq_len = sum(batch.num_targets for batch in batches.val_batches), batches.val_batches[0].tokens_BS.shape[1]
+    say_metrics(metrics, f"{tokens:,} tokens in rows of {seq_len:,}")
     results: dict[str, object] = {
-        "model": found.what, "seq_len": config.seq_len, "eval_tokens": config.eval_tokens,
+        "model": found.what, "seq_len": seq_len, "eval_tokens": tokens,
         "dtype": model.attention.spec.dtype, "metrics": metrics,
     }  # fmt: skip
     if is_recall:
@@ -89,8 +90,9 @@ def forward_of(model: GPT) -> Forward:
     )
 
 
-def say_metrics(found: dict[str, float]) -> None:
-    say(f"loss {found['val/loss']:.4f} per token, perplexity {math.exp(min(found['val/loss'], 700)):.2f}")
+def say_metrics(found: dict[str, float], over: str) -> None:
+    loss, perplexity = found["val/loss"], math.exp(min(found["val/loss"], 700))
+    say(f"loss {loss:.4f} per token, perplexity {perplexity:.2f}, over {over}")
     say(f"     {found['val/bits_per_byte']:.4f} bits per byte")
     if by_tokens := [(end, found[loss_at(end)]) for end in TOKENS_READ if loss_at(end) in found]:
         say("\ntokens read before      loss   perplexity")

@@ -51,6 +51,12 @@ def test_list_and_verify_name_what_is_good_and_what_is_not(run: Path, capsys: py
     assert "step-00000004   DAMAGED: optimizer.safetensors has changed" in out
 
 
+def test_export_to_a_folder_that_is_not_there_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(run), str(run / "nowhere" / "weights.safetensors")])
+    assert f"there is no folder {run / 'nowhere'}; make it, or name another file" in capsys.readouterr().err
+
+
 def test_prune_leaves_the_newest_and_the_best_and_refuses_while_the_newest_is_damaged(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

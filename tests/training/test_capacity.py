@@ -357,7 +357,7 @@ def test_on_a_cpu_the_line_is_drawn_at_the_bytes_of_the_state_and_of_what_checkp
 def test_on_a_cpu_rows_are_refused_whose_layers_keep_more_than_there_is(
     config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = config("seq_len=65536", "batch_size=2", "attention=sdpa")
+    long = config("seq_len=65536", "batch_size=2", "attention=sdpa", "data.document_mask=false")
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**28)
     line = refused(long, CPU)
     assert "2 rows of 65,536 tokens" in line
@@ -365,9 +365,17 @@ def test_on_a_cpu_rows_are_refused_whose_layers_keep_more_than_there_is(
     assert "this machine has 0.2 GiB" in line
     words = line.partition("; use ")[2].partition(" (")[0].split()
     assert not any("offload" in word for word in words), "there is no GPU"
-    check_capacity(config("seq_len=65536", "attention=sdpa", *words), CPU)
+    check_capacity(config("seq_len=65536", "attention=sdpa", "data.document_mask=false", *words), CPU)
     monkeypatch.setattr(capacity, "host_memory", lambda: 2**40)
     check_capacity(long, CPU)
+
+
+def test_on_a_cpu_the_mask_of_documents_counts(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number for each query and key, 64 GiB of a row of 256k, which no policy makes smaller."""
+    monkeypatch.setattr(capacity, "host_memory", lambda: 60 * GIB)
+    words = ["seq_len=262144", "batch_size=1", "attention=sdpa"]
+    assert NEEDS.search(refused(config(*words), CPU))
+    check_capacity(config(*words, "data.document_mask=false"), CPU)
 
 
 def test_a_gpu_whose_driver_does_not_say_is_asked_nothing(config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

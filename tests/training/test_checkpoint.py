@@ -594,6 +594,22 @@ def test_a_run_keeps_what_its_config_says(config: MakeConfig) -> None:
 # ---- a new run from old weights
 
 
+def test_weights_to_begin_with_are_refused_where_a_run_has_begun_with_others(
+    config: MakeConfig, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = run("max_steps=1")
+    words = ["max_steps=2", f"run_dir={tmp_path / 'new'}"]
+    fit(config(*words, f"init_from={other}"))
+    fit(config(*words, f"init_from={other}", "max_steps=3"))  # what the command was
+    weights = other / "model.safetensors"
+    with pytest.raises(
+        ValueError, match=f"init_from={weights} begins .* of one that began with init_from={other}"
+    ):
+        check_run_folder(config(*words, f"init_from={weights}"))
+    with pytest.raises(ValueError, match="is of one that began with random weights; choose another run_dir"):
+        check_run_folder(config("max_steps=9", f"init_from={tmp_path / 'new'}"))
+
+
 def test_a_new_run_begins_with_the_weights_of_another(
     config: MakeConfig, run: Callable[..., Path], tmp_path: Path
 ) -> None:

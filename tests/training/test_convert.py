@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from scripts import convert
 from scripts.convert import main
+from scripts.settings import train_config
 from training.config import TrainConfig
 from training.loggers import read_metrics
 from training.trainer import Trainer
@@ -94,6 +95,12 @@ def test_a_run_goes_to_transformers_and_comes_back(
     trained, found = load_file(run / "model.safetensors"), load_file(back / "model.safetensors")
     assert found.keys() == trained.keys()
     assert all(torch.equal(found[name], trained[name]) for name in found)
+
+    odd = tmp_path / "it's a=b, c"
+    assert main(["from-hf", str(tmp_path / "saved"), str(odd)]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]
+    read = train_config(words)
+    assert (read.init_from, read.model.name) == (str(odd), odd.name)
 
     for number, source in enumerate((back, tmp_path / "saved")):
         typed = [word for word in told[3:] if not word.startswith("model=")]

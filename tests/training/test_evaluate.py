@@ -165,7 +165,7 @@ def test_a_text_beyond_the_rows_of_training_is_scored_whole_and_that_is_said(run
         (["RUN", "--limit", "5"], "are about tasks; name some with --tasks"),
         (["RUN", "--tasks", ""], '--tasks "" names none'),
         (["RUN", "--out", "/dev/null/there"], "/dev/null/there cannot be written"),
-        (["RUN", "--attention", "flsh"], "attention=flsh is unknown"),
+        (["RUN", "--attention", "flsh"], "--attention flsh is unknown"),
         (["OUT"], "OUT is of no run, so no text was held out; name tasks with --tasks"),
     ],
 )

@@ -215,6 +215,9 @@ def test_a_sweep_started_again_in_another_order_swaps_no_results(home: Path) -> 
     inside = {path.name for path in (home / "sw").iterdir()}
     assert inside == {"0", "1", "multirun.yaml", "sweep.jsonl", "comparison.txt"}
     assert not (home / "runs").exists(), "all of the sweep is in the folder that was named"
+    within = sweep(home, "run_dir=sw/0", "learning_rate=1e-3,3e-3")
+    assert (within.returncode, within.stdout.count("\n")) == (2, 1)
+    assert "run_dir=sw/0 holds a run, and -m makes a folder of runs; choose another" in within.stdout
 
 
 @pytest.mark.slow

@@ -216,13 +216,16 @@ def test_nothing_that_a_terminal_would_obey_is_printed(trained: Trainer, capsys:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--temperature=-1"], "temperature=-1.0: use 0"),
-        (["--top-p=0"], "top_p=0.0"),
+        (["--temperature=-1"], "--temperature -1.0: use 0"),
+        (["--top-p=0"], "--top-p 0.0"),
         (["--stop="], '--stop "" would end every text at its beginning'),
         (["x\udce9"], r"a prompt is not UTF-8, near 'x\udce9'"),
-        (["--prompts=nowhere.txt"], "--prompts nowhere.txt cannot be read"),
+        (
+            ["--prompts=nowhere.txt"],
+            "nowhere.txt cannot be read: No such file or directory; name a text file",
+        ),
         (["--device=cuda", "--attention=math"], "sees no CUDA GPU"),
-        (["--attention=flsh"], "attention=flsh is unknown"),
+        (["--attention=flsh"], "--attention flsh is unknown"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(trained: Trainer, capsys: Any, arguments: list[str], said: str) -> None:

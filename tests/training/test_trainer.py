@@ -301,7 +301,7 @@ def test_rows_longer_than_the_text_are_refused(config: MakeConfig) -> None:
 def test_a_held_out_text_of_one_token_is_refused(config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(bytes([65, 0]) * 4000)
     options = ["data=tokens", f"data.path={tmp_path / 'x.bin'}", "data.val_fraction=0.0002", "tokenizer=bytes"]
-    with pytest.raises(ValueError, match="the held-out text has one token.* raise data.val_fraction"):
+    with pytest.raises(ValueError, match=r"the held-out text has one token.* raise data.val_fraction"):
         Trainer(config(*options), silently)
 
 

@@ -75,6 +75,12 @@ def check_resume(path: Path, manifest: Manifest, config: TrainConfig) -> list[st
             new_run = f"init_from={path} for a new run that begins with its weights"
             remedy = "begin a new run in another run_dir" if _among(key, ARCHITECTURE) else new_run
             raise ValueError(f"{_does_not_fit(path, key, old, new)}, or {remedy}")
+        if key == "init_from" and new is not None:
+            began = f"init_from={old}" if old else "random weights"
+            raise ValueError(
+                f"init_from={new} begins a new run, and {path} is of one that began with {began}; choose another "
+                f"run_dir, or leave init_from out to go on"
+            )
     _check_named_tokenizer(path, manifest, config)
     max_steps = config.plan.max_steps
     if manifest.step > max_steps:
