@@ -602,9 +602,7 @@ def test_weights_to_begin_with_are_refused_where_a_run_has_begun_with_others(
     fit(config(*words, f"init_from={other}"))
     fit(config(*words, f"init_from={other}", "max_steps=3"))  # what the command was
     weights = other / "model.safetensors"
-    with pytest.raises(
-        ValueError, match=f"init_from={weights} begins .* of one that began with init_from={other}"
-    ):
+    with pytest.raises(ValueError, match=f"init_from={weights} begins .* of one that began with init_from={other}"):
         check_run_folder(config(*words, f"init_from={weights}"))
     with pytest.raises(ValueError, match="is of one that began with random weights; choose another run_dir"):
         check_run_folder(config("max_steps=9", f"init_from={tmp_path / 'new'}"))
