@@ -93,7 +93,7 @@ class PackedRows:
         """Of (seed, epoch). One is kept: sorting millions of rows takes a while."""
         if len(self) < 1:
             raise ValueError(
-                f"seq_len={seq_len} needs at least {seq_len + 1} tokens and a split of the corpus has only "
+                f"seq_len={seq_len} needs at least {seq_len + 1} tokens and the text to train on has only "
                 f"{len(stream.tokens)}: lower seq_len, add text, or change data.val_fraction"
             )
 

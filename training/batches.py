@@ -10,13 +10,33 @@ from torch import Tensor
 from data.answers import AnswersOnly
 from data.corpus import Corpus
 from data.loader import Batch, Loader, eval_batches
-from data.packing import pack, training_rows
+from data.packing import Rows, pack, training_rows
 from data.recall import MARKER
 
 from .config import TrainConfig
 from .parallel.context import SharedRows
 from .parallel.world import World
 from .parts import Part, check_count, check_tensors
+
+
+def held_out_rows(corpus: Corpus, config: TrainConfig, notify: Callable[[str], None]) -> Rows:
+    """The rows of every evaluation: of seq_len tokens, or of all held-out ones where these are fewer.
+
+    Raises:
+        ValueError: one token is held out.
+    """
+    available = min(len(part.val.tokens) for part in corpus.parts) - 1
+    if available < 1:
+        raise ValueError("the held-out text has one token, and a row takes two: raise data.val_fraction")
+    if available < config.seq_len:
+        notify(f"validation rows have {available:,} tokens, not seq_len: that is all the held-out text")
+    rows = pack(corpus, "val", min(available, config.seq_len), config.data.document_mask)
+    return answers_only(rows, corpus) if config.data.is_recall else rows
+
+
+def answers_only(rows: Rows, corpus: Corpus) -> AnswersOnly:
+    (marker_id,) = corpus.tokenizer.encode(MARKER)
+    return AnswersOnly(rows, marker_id)
 
 
 class Batches(Part):
@@ -39,16 +59,9 @@ class Batches(Part):
         self.corpus, self.config, self.world, self.shared = corpus, config, world, shared
         mask, seq_len = config.data.document_mask, config.seq_len
         self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
-        available = min(len(part.val.tokens) for part in corpus.parts) - 1
-        if available < 1:
-            raise ValueError("the held-out text has one token, and a row takes two: raise data.val_fraction")
-        if available < seq_len:
-            notify(f"validation rows have {available:,} tokens, not seq_len: that is all the held-out text")
-        val_rows = pack(corpus, "val", min(available, seq_len), mask)
         if config.data.is_recall:
-            (marker_id,) = corpus.tokenizer.encode(MARKER)
-            train_rows = pack(corpus, "train", seq_len, mask, config.data.packing)
-            self.train_rows, val_rows = (AnswersOnly(rows, marker_id) for rows in (train_rows, val_rows))
+            self.train_rows = answers_only(pack(corpus, "train", seq_len, mask, config.data.packing), corpus)
+        val_rows = held_out_rows(corpus, config, notify)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None
         """Most documents in a row; None where rows are read as one."""

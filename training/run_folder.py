@@ -271,5 +271,7 @@ def find(
     else:
         found = checkpoints.newest(path, notify, ranks)
     if found is None:
-        raise ValueError(f"{setting}={value} holds no good checkpoint; name {NAMED[setting]}")
+        weights = path / "model.safetensors"
+        there = f", such as {weights}" if setting == "init_from" and weights.is_file() else ""
+        raise ValueError(f"{setting}={value} holds no good checkpoint; name {NAMED[setting]}{there}")
     return found

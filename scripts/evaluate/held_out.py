@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from data.corpus import load_corpus
+from data.loader import eval_batches
 from model.gpt import GPT
-from training.batches import Batches
+from training.batches import held_out_rows
 from training.config import TrainConfig, load_config
 from training.metrics import DISTANCES, TOKENS_READ, loss_at, recall_at
 from training.parallel.world import World
@@ -44,17 +45,19 @@ def evaluate_held_out(options: argparse.Namespace, notify: Callable[[str], None]
     corpus = load_corpus(config.data, config.tokenizer, notify, config.model.vocab_size)
     if corpus.tokenizer.sha256 != tokenizer.sha256:
         raise ValueError(f"the text of {options.run} is not there any more: what is found gives another tokenizer")
-    batches = Batches(corpus, config, World(torch.device(model.attention.spec.device)), notify)
-    model.attention.bound_documents(batches.max_documents)
+    rows = held_out_rows(corpus, config, notify)
+    batches = list(eval_batches(rows, config.batch_size, config.eval_tokens))
+    model.attention.bound_documents(rows.max_documents if masked else None)
     notify(f"attention  {model.attention.describe()}")
     forward = forward_of(model)
     is_recall = config.data.is_recall
-    metrics = measure(forward, batches.val_batches, corpus.tokenizer.count_bytes, batches.world, is_recall=is_recall)
+    world = World(torch.device(model.attention.spec.device))
+    metrics = measure(forward, batches, corpus.tokenizer.count_bytes, world, is_recall=is_recall)
     assert metrics is not None
-    tokens, seq_len = sum(batch.num_targets for batch in batches.val_batches), batches.val_batches[0].tokens_BS.shape[1]
-    say_metrics(metrics, f"{tokens:,} tokens in rows of {seq_len:,}")
+    tokens = sum(batch.num_targets for batch in batches)
+    say_metrics(metrics, f"{tokens:,} tokens in rows of {rows.seq_len:,}")
     results: dict[str, object] = {
-        "model": found.what, "seq_len": seq_len, "eval_tokens": tokens,
+        "model": found.what, "seq_len": rows.seq_len, "eval_tokens": tokens,
         "dtype": model.attention.spec.dtype, "metrics": metrics,
     }  # fmt: skip
     if is_recall:

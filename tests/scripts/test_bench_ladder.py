@@ -247,7 +247,8 @@ def test_a_rung_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     words = [*SMALL["none"].words, "max_steps=2", "log_every=1"]
     assert ladder.run(words)["steps"] == 1
-    assert "exit code 1" in ladder.run([*words, "no_setting=1"])["failed"]
+    assert ladder.run([*words, "no_setting=1"])["refused"].startswith("no_setting is not a setting")
+    assert "exit code 2" in ladder.run([*words, "--no-option"])["failed"]
 
 
 @pytest.mark.parametrize("name", RUNGS)

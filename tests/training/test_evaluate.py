@@ -73,6 +73,16 @@ def test_held_out_text_gives_the_metrics_of_the_runs_last_evaluation(
     printed = capsys.readouterr().out
     loss = expected["val/loss_at_512"]
     assert f"257 to 512    {loss:.4f}   {math.exp(loss):10.2f}" in printed
+    assert "over 1,024 tokens in rows of 512" in printed
+
+
+def test_rows_may_be_longer_than_the_text_that_was_trained_on(config: MakeConfig, capsys: Any) -> None:
+    folder = fit(config(*ROWS, "data.document_mask=false", "data.val_fraction=0.6"))
+    assert evaluate(folder, "--seq-len", "1M", "--eval-tokens", "1M") == 0
+    found, printed = results_of(folder / "evaluation"), capsys.readouterr()
+    assert found["seq_len"] == found["eval_tokens"] > 1024
+    assert f"over {found['seq_len']:,} tokens in rows of {found['seq_len']:,}" in printed.out
+    assert f"validation rows have {found['seq_len']:,} tokens, not seq_len" in printed.err
 
 
 def test_documents_are_read_one_at_a_time_where_the_run_did(config: MakeConfig) -> None:
