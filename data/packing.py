@@ -90,7 +90,7 @@ class PackedRows:
         self.stream, self.seq_len, self.document_mask = stream, seq_len, document_mask
         self.segments: Segments | None = best_fit(stream, seq_len) if packing == "best_fit" else None
         self._last_order: tuple[tuple[int, int], np.ndarray] | None = None
-        """Of (seed, epoch). One is kept: sorting millions of rows takes a while."""
+        """(seed, epoch), and that epoch's order of rows: sorting millions of rows takes a while."""
         if len(self) < 1:
             raise ValueError(
                 f"seq_len={seq_len} needs at least {seq_len + 1} tokens and the text to train on has only "

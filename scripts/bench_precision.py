@@ -43,7 +43,9 @@ FEWEST_STEPS = 40
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = parser_of("bench_precision", __doc__)
-    parser.add_argument("variants", nargs="*", default=VARIANTS, help="settings of train.py, the first compared with")
+    parser.add_argument(
+        "variants", nargs="*", default=VARIANTS, help="settings of train.py; the first is the reference"
+    )
     parser.add_argument("--seeds", nargs="+", type=whole, default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--steps", type=positive, default=1000, help="optimizer steps of a run (default 1000)")
     parser.add_argument("--out", type=Path, help="write OUT.md, OUT.json and OUT.svg")
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = Record(args.out, facts, ("variant", "seed"), args.variants, page, chart)
     if others := {row["run"] for row in record.rows} - {facts["run"]}:
         parser.refuse(f"{args.out}.json is of {others.pop()}; choose another --out")
-    # Below those of this command, whose first is compared with.
+    # Variants of earlier calls stand below those of this one, whose first is the reference.
     record.names += dict.fromkeys(row["variant"] for row in record.rows if row["variant"] not in args.variants)
     for seed in args.seeds:
         for variant in args.variants:

@@ -24,6 +24,7 @@ from model.huggingface.folder import is_huggingface, read_separator, read_settin
 from model.huggingface.settings import describe, understand
 from scripts.parser import parser_of
 from training.checkpoint.fits import flat
+from training.config.paths import in_quotes
 from training.terminal import secure
 from training.trained import find, read_state
 
@@ -152,11 +153,9 @@ def overrides(config: ModelConfig, tokenizer: Tokenizer, run: Path) -> list[str]
 
 
 def setting(key: str, value: object) -> str:
-    """As train.py reads it: in quotes where Hydra would read more into it."""
-    if re.fullmatch(r"[\w./+:@%-]*", str(value)):
-        return f"{key}={value}"
-    quoted = str(value).replace("'", r"\'")
-    return f"{key}='{quoted}'"
+    """As train.py reads it, in quotes only where it must be."""
+    plain = re.fullmatch(r"[\w./+:@%-]*", str(value))
+    return f"{key}={value if plain else in_quotes(str(value))}"
 
 
 if __name__ == "__main__":

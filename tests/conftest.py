@@ -83,11 +83,11 @@ def left_out(everything: list[pytest.Item], selected: list[pytest.Item]) -> str:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # so that a collection that is asked for does not walk them either
+    gc.freeze()  # a collection that a test asks for need not walk what was imported
 
 
 @pytest.fixture(autouse=ON_GPU)
-def gives_memory_of_the_gpu_back() -> Iterator[None]:
+def frees_gpu_memory() -> Iterator[None]:
     """Tests share a GPU, and some measure what a run takes of it."""
     yield
     gc.collect()

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.answers import AnswersOnly
 from data.corpus import Corpus
 from data.loader import Batch, Loader, eval_batches
-from data.packing import Rows, pack, training_rows
+from data.packing import Rows, TrainRows, pack, training_rows
 from data.recall import MARKER
 
 from .config import TrainConfig
@@ -58,9 +58,10 @@ class Batches(Part):
         """shared: how rows are split over the ranks that share them; None where rows are whole."""
         self.corpus, self.config, self.world, self.shared = corpus, config, world, shared
         mask, seq_len = config.data.document_mask, config.seq_len
-        self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
         if config.data.is_recall:
-            self.train_rows = answers_only(pack(corpus, "train", seq_len, mask, config.data.packing), corpus)
+            self.train_rows: TrainRows = answers_only(pack(corpus, "train", seq_len, mask, config.data.packing), corpus)
+        else:
+            self.train_rows = training_rows(corpus, seq_len, mask, config.data.packing)
         val_rows = held_out_rows(corpus, config, notify)
         self.val_batches = list(eval_batches(val_rows, config.batch_size, config.eval_tokens))
         self.max_documents = max(self.train_rows.max_documents, val_rows.max_documents) if mask else None

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .config import TrainConfig, load_config
 from .config.load import resolved
-from .config.paths import expand_path
+from .config.paths import expand_path, in_quotes
 from .config.saved import saved_settings, with_saved
 from .config.secrets import refuse_secrets
 from .mistakes import explain, set_by_experiment, typed_words
@@ -105,17 +105,16 @@ class BeforeTheFirstJob(Callback):
         named = {key for word in words for key in _keys_of_override(word)} - set(swept)
         if _is_typed_for_hydra("hydra.sweep.dir", config):
             folder = expand_path(str(config.hydra.sweep.dir), "hydra.sweep.dir")
+            _refuse_run(folder, "hydra.sweep.dir")
         elif "run_dir" in named:
             folder = expand_path(str(config.run_dir), "run_dir")
+            _refuse_run(folder, "run_dir")
+            if named == {"run_dir"} and not swept and (there := Path(folder) / "multirun.yaml").exists():
+                raise ValueError(f"run_dir={folder} holds a sweep; to go on, type what it sweeps, too: {there} has it")
         else:
             folder = str(make_new(Path(str(config.hydra.sweep.dir))))
-        if (Path(folder) / LOCK).exists():
-            raise ValueError(f"run_dir={folder} holds a run, and -m makes a folder of runs; choose another")
-        if named == {"run_dir"} and not swept and (there := Path(folder) / "multirun.yaml").exists():
-            raise ValueError(f"run_dir={folder} holds a sweep; to go on, type what it sweeps, too: {there} has it")
         config.hydra.sweep.dir = folder  # of multirun.yaml and the table
-        quoted = folder.replace("'", r"\'")
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # for what the jobs compose
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={in_quotes(folder)}")  # for what the jobs compose
         self.sweep = sweep = Sweep(f"{time_ns()} {os.getpid()}", folder, swept)
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             _make(folder)  # another sweeper chooses as it goes, and may keep there what it knows
@@ -150,6 +149,11 @@ class BeforeTheFirstJob(Callback):
             failures.append(2)
         finally:
             hydra_config.cfg = before
+
+
+def _refuse_run(folder: str, key: str) -> None:
+    if (Path(folder) / LOCK).exists():
+        raise ValueError(f"{key}={folder} holds a run, and -m makes a folder of runs; choose another")
 
 
 def _make(folder: str) -> None:

@@ -43,7 +43,7 @@ class OptimizerConfig:
 
     @property
     def slowest_decay(self) -> float:
-        """Of all moments."""
+        """The largest decay of any moment."""
         return max(decay for decay, _ in self._decays().values())
 
     def _decays(self) -> dict[str, tuple[float, str]]:

@@ -44,7 +44,6 @@ TOLERANCES = {"losses": 0.005, "grad_norms": 0.02}
 TOLERANCES_IN_FP8 = {"losses": 0.01, "grad_norms": 0.1}
 IN_FP8_ONLY = ("precision=fp8", "precision.scaling=", "precision.weight_gradients=")
 """Settings that a run in bf16, with which one in fp8 is compared, goes without."""
-MODULE = "scripts.bench_training."
 POLICIES = ("none", "selective", "full", "offload")
 K = TypeVar("K")
 Small = tuple[tuple[str, ...], int]
@@ -97,7 +96,9 @@ def climb(chosen: Mapping[str, Rung], facts: dict[str, Any], args: argparse.Name
         if args.nanogpt and rung.nanogpt and not args.profile:
             words = [str(args.nanogpt), *settings[name]]
             peer: Row = {"rung": beside(name), **run(words, module="nanogpt"), "checked": True}
-            record.put({**peer, "command": shlex.join(["python", "-m", MODULE + "nanogpt", *words]), **stamp(facts)})
+            record.put(
+                {**peer, "command": shlex.join(["python", "-m", f"{__package__}.nanogpt", *words]), **stamp(facts)}
+            )
             print(cells(peer), flush=True)
             code |= int("failed" in peer)
     return code
@@ -126,7 +127,7 @@ def run(words: Sequence[str], profile: bool = False, gpus: int = 1, module: str 
     """`measure.measured` in a process of its own, or in one for each GPU; or another module of this package."""
     flags = ["--profile"] if profile else []
     launcher = [] if gpus == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    command = [sys.executable, *launcher, "-m", MODULE + module, *flags, *words]
+    command = [sys.executable, *launcher, "-m", f"{__package__}.{module}", *flags, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:  # a bug, or the system took it for its memory: −9
         print(done.stderr[-3000:], file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.record import ROOT, write
+from training.config.paths import in_quotes
 from training.history import FACTS
 from training.loggers.jsonl import read_metrics
 
@@ -62,8 +63,7 @@ def run_job(settings: Settings, folder: Path, steps: int, limit_s: float) -> Row
     folder.mkdir(parents=True)
     run = folder / "run"
     began = time.monotonic()
-    path = str(run.absolute()).replace("'", r"\'")
-    code, peak_bytes = _train([*command, f"run_dir='{path}'"], folder, limit_s)
+    code, peak_bytes = _train([*command, f"run_dir={in_quotes(str(run.absolute()))}"], folder, limit_s)
     row = {"settings": settings, "command": command, "seconds": time.monotonic() - began, **_outcome(code, folder)}
     if row["outcome"] == "done":
         row |= _figures(run, peak_bytes)

@@ -22,3 +22,9 @@ def expand_path(path: str, setting: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"{setting}={path} begins with a home folder that is not known; write the path out")
     return expanded
+
+
+def in_quotes(text: str) -> str:
+    """As the value of a setting, whatever it has in it: Hydra reads commas, spaces, = and brackets otherwise."""
+    escaped = text.replace("'", r"\'")
+    return f"'{escaped}'"

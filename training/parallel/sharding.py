@@ -33,8 +33,8 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """For what calls parts of a model, not the model: of one that is sharded, embedding and head are whole meanwhile,
-    which FSDP gathers where the model is called. All ranks enter."""
+    """Embedding and head of a sharded model are whole meanwhile, for code that calls parts of the model: FSDP gathers
+    them only where the model itself is called. All ranks enter."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(model, fsdp.FSDPModule):
         yield
