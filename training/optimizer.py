@@ -168,12 +168,12 @@ class Optimizer(Part):
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW on a GPU: a kernel for each parameter, which scales the gradient and reads and writes bf16 moments."""
+    """AdamW on a GPU: a kernel for parameters of one size, which scales gradients and reads and writes bf16 moments."""
 
     @torch.no_grad()
     def step(self, good: Tensor, scale: Tensor | None) -> None:  # type: ignore[override]
         """`Optimizer.step` of its parameters."""
-        from kernels.adamw_kernel import adamw
+        from kernels.adamw_kernel import PER_LAUNCH, adamw
 
         for parameter in _parameters(self):
             if not self.state[parameter]:
@@ -184,10 +184,13 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             rate = group["lr"]
             learning_rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
-            for parameter in group["params"]:
-                step, mean, square = (self.state[parameter][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+            for some in _of_one_size(group["params"], PER_LAUNCH):
+                means, squares, counts = (
+                    [self.state[parameter][key] for parameter in some] for key in ("exp_avg", "exp_avg_sq", "step")
+                )
                 adamw(
-                    parameter, gradient_of(parameter), mean, square, step, learning_rate, scale, good,
+                    some, [gradient_of(parameter) for parameter in some], means, squares, counts,
+                    learning_rate, scale, good,
                     decays=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
                 )  # fmt: skip
 
@@ -257,6 +260,14 @@ def _by_device(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     for parameter in parameters:
         lists.setdefault(parameter.device, []).append(parameter)
     return list(lists.values())
+
+
+def _of_one_size(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    """The parameters in lists of at most so many, each of as many numbers."""
+    by_size: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_size.setdefault(parameter.numel(), []).append(parameter)
+    return [alike[at : at + most] for alike in by_size.values() for at in range(0, len(alike), most)]
 
 
 def _is_moment(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""AdamW in one kernel: torch's own, in float64."""
+"""AdamW's kernel: torch's own, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from compile_process import compiled
 
-from kernels.adamw_kernel import BLOCK, adamw
+from kernels.adamw_kernel import BLOCK, PER_LAUNCH, adamw
 from kernels.flash_attention.portable import INTERPRETED
 from training.optimizer import FusedAdamW
 
@@ -46,7 +46,7 @@ class One:
         factor = None if scale is None else torch.full((), scale, device=DEVICE)
         self.count += good
         adamw(
-            self.param, grad, self.mean, self.square, self.count, learning_rate, factor,
+            [self.param], [grad], [self.mean], [self.square], [self.count], learning_rate, factor,
             torch.tensor(good, device=DEVICE), decays=decays, eps=1e-6, weight_decay=0.1,
         )  # fmt: skip
 
@@ -114,14 +114,37 @@ def test_what_lies_past_the_end_stays() -> None:
     assert not torch.equal(whole[:50], before[:50])
 
 
+@pytest.mark.parametrize("many", [2, PER_LAUNCH])
+def test_several_of_one_size_are_updated_as_each_alone(many: int) -> None:
+    """Each with its own moments and count."""
+    torch.manual_seed(many)
+    together, alone = [One(BLOCK + 5) for _ in range(many)], [One(BLOCK + 5) for _ in range(many)]
+    grads = [torch.randn(BLOCK + 5, device=DEVICE) for _ in range(many)]
+    for number, (one, other) in enumerate(zip(together, alone, strict=True)):
+        other.param.copy_(one.param)
+        one.count += number + 1
+        other.count += number  # which its update adds 1 to
+        other.update(grads[number], 1e-2, 0.5, True)
+    adamw(
+        [one.param for one in together], grads, [one.mean for one in together], [one.square for one in together],
+        [one.count for one in together], torch.full((), 1e-2, device=DEVICE), torch.full((), 0.5, device=DEVICE),
+        torch.tensor(True, device=DEVICE), decays=DECAYS, eps=1e-6, weight_decay=0.1,
+    )  # fmt: skip
+    for one, other in zip(together, alone, strict=True):
+        assert all(map(torch.equal, one.state, other.state))
+
+
 def test_the_optimizer_is_torchs_own() -> None:
     """Groups with decays of their own, counts that stay in a bad step, and moments by torch's names."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((3, 5), (7,))]
+    ours = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((3, 5), (7,), (5, 3), (7,))]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
 
     def groups(parameters: list[torch.nn.Parameter]) -> list[dict[str, object]]:
-        return [{"params": [p], "weight_decay": decay} for p, decay in zip(parameters, (0.1, 0.0), strict=True)]
+        return [
+            {"params": parameters[::2], "weight_decay": 0.1},
+            {"params": parameters[1::2], "weight_decay": 0.0},
+        ]
 
     options = {"lr": 1e-2, "betas": DECAYS, "eps": 1e-6}
     optimizer, plain = FusedAdamW(groups(ours), options), torch.optim.AdamW(groups(theirs), **options)  # type: ignore[arg-type]
