@@ -21,7 +21,7 @@ def forward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Rule:
     if any(dim is not None for dim in in_dims[5:7]):
         return _one_by_one(operator, info.batch_size, in_dims, inputs)
     n = info.batch_size
-    return _unfold(operator(*_fold(inputs[:5], in_dims[:5], n), *inputs[5:]), n)
+    return _unfold(operator(*_fold(inputs[:5], in_dims[:5], n), *inputs[5:]), n, _batch(inputs[0], in_dims[0]))
 
 
 def backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Rule:
@@ -31,7 +31,12 @@ def backward(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Rule:
     if any(dim is not None for dim in in_dims[9:11]) or wanted[3] or wanted[4]:
         return _one_by_one(operator, info.batch_size, in_dims, inputs)
     n = info.batch_size
-    return _unfold(operator(*_fold(inputs[:9], in_dims[:9], n), *inputs[9:]), n)
+    return _unfold(operator(*_fold(inputs[:9], in_dims[:9], n), *inputs[9:]), n, _batch(inputs[0], in_dims[0]))
+
+
+def _batch(x: Tensor, dim: int | None) -> int:
+    """Rows of one call: x is (B, …), mapped over along `dim` or not."""
+    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
 
 
 def _fold(tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], n: int) -> list[Tensor | None]:
@@ -47,9 +52,9 @@ def _fold(tensors: tuple[Tensor | None, ...], dims: tuple[int | None, ...], n: i
     return [fold(x, dim) for x, dim in zip(tensors, dims, strict=True)]
 
 
-def _unfold(results: tuple[Tensor, ...], n: int) -> Rule:
-    """A result without elements, of a gradient that is not wanted, is one without elements for each."""
-    mapped = tuple(x.unflatten(0, (n, -1)) if x.dim() > 1 else x.expand(n, *x.shape) for x in results)
+def _unfold(results: tuple[Tensor, ...], n: int, batch: int) -> Rule:
+    """Results (n · batch, …). One without elements, of a gradient that is not wanted, is so for each."""
+    mapped = tuple(x.unflatten(0, (n, batch)) if x.dim() > 1 else x.expand(n, *x.shape) for x in results)
     return mapped, (0,) * len(mapped)
 
 

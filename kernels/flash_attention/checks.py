@@ -12,6 +12,8 @@ from torch import Tensor
 
 PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PLAIN = f"use {PACKAGE}.attention (plain PyTorch, S × S scores in memory)"
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 MOST = 576
 """The largest head_dim: that of latent attention's keys."""
 
@@ -24,6 +26,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; pass a tensor")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -57,8 +64,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _head_dim_refused(head_dim: int) -> str:
     if head_dim > MOST:
-        remedy = f"use {PACKAGE}.attention (plain PyTorch, S × S scores in memory)"
-        return f"flash_attention takes a head_dim of at most {MOST}, not {head_dim}; {remedy}"
+        return f"flash_attention takes a head_dim of at most {MOST}, not {head_dim}; {PLAIN}"
     remedy = "pad q, k and v with zeros to the next one, pass scale=1/√(unpadded head_dim) and cut the output"
     return f"flash_attention takes a head_dim that is a multiple of 8 from 16 to {MOST}, not {head_dim}; {remedy}"
 
@@ -72,7 +78,7 @@ def check_window(window: Any) -> None:
     if window is None:
         return
     if isinstance(window, bool) or not isinstance(window, int | torch.SymInt):
-        raise ValueError(f"window={window!r}: use a whole number (of keys, the query's own included), or None for all")
+        raise ValueError(f"window={window!r}: use an int (of keys, the query's own included), or None for all")
     if window < 1:
         raise ValueError(f"window={window}: a query sees at least itself; use 1 or more, or None for all keys")
 
@@ -83,19 +89,20 @@ def check_scaling(softcap: float, scale: float | None, head_dim: int) -> float:
         name = "scale" if isinstance(scale, Tensor) else "softcap"
         remedy = "one that is learned multiplies q: q * scale, scale=1.0" if name == "scale" else "it is not learned"
         raise ValueError(f"{name} is a tensor: pass a number, which has no gradient; {remedy}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: use a cap above 0, or 0 for none")
+    if not (isinstance(softcap, NUMBERS) and 0 <= softcap < math.inf):
+        raise ValueError(f"softcap={softcap!r}: use a cap above 0, or 0 for none")
     if scale is None:
         return 1 / math.sqrt(head_dim)
-    if not 0 < scale < math.inf:
+    if not (isinstance(scale, NUMBERS) and 0 < scale < math.inf):
         raise ValueError(
-            f"scale={scale}: use a number above 0 (pass -q to flip the scores' sign, 0 * q for equal ones)"
+            f"scale={scale!r}: use a number above 0 (pass -q to flip the scores' sign, 0 * q for equal ones)"
         )
     return float(scale)
 
 
 def check_bounds(name: str, bounds: Tensor, q: Tensor) -> None:
     """`starts` or `ends`."""
+    check_tensor(name, bounds)
     B, S = q.shape[:2]
     if not are_same(bounds.shape, (B, S)):
         raise ValueError(
@@ -110,6 +117,7 @@ def check_bounds(name: str, bounds: Tensor, q: Tensor) -> None:
 
 def check_by_head(name: str, x: Tensor, q: Tensor) -> None:
     """`sinks` or `alibi_slopes`."""
+    check_tensor(name, x)
     if x.shape != (q.shape[2],):
         what = "logit" if name == "sinks" else "slope"
         raise ValueError(f"{name} {tuple(x.shape)} must be ({q.shape[2]},): one {what} per query head")
@@ -151,14 +159,23 @@ NO = {
     "is_causal": "another name for it: pass causal",
     "softmax_scale": "another name for it: pass scale",
     "window_size": "another name for it: pass window, the most recent keys that a query sees, itself included",
+    "sliding_window": "another name for it: pass window",
     "enable_gqa": "no switch for it: k and v may always have fewer heads than q",
 }
 """What callers bring from other functions."""
 
 
-def refuse(others: dict[str, Any]) -> None:
+NO_VARLEN = {
+    "starts": "no starts: cu_seqlens says where sequences begin",
+    "ends": "no ends: cu_seqlens says where sequences end",
+    "attn_mask": "no mask as a matrix; describe it by causal, window, cu_seqlens and cu_seqlens_k",
+}
+
+
+def refuse(others: dict[str, Any], function: str = "flash_attention") -> None:
     """Arguments that there are not."""
+    said = NO if function == "flash_attention" else NO | NO_VARLEN
     for name in others:
-        if name in NO:
-            raise TypeError(f"{name}: flash_attention has {NO[name]}")
-    raise TypeError(f"flash_attention has no argument {next(iter(others))!r}")
+        if name in said:
+            raise TypeError(f"{name}: {function} has {said[name]}")
+    raise TypeError(f"{function} has no argument {next(iter(others))!r}")

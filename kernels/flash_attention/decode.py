@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..operators import define
 from . import op
-from .checks import autocast, check_by_head, check_qkv, check_scaling, check_window, shapes
+from .checks import autocast, check_by_head, check_qkv, check_scaling, check_tensor, check_window, shapes
 
 
 def flash_decode(
@@ -62,6 +62,7 @@ def flash_decode(
     if q.shape[1] > k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} queries but {k_cache.shape[1]} slots: the cache holds their keys, too")
     B, _S, _H, D = q.shape
+    check_tensor("lengths", lengths)
     if lengths.shape != (B,) or lengths.dtype != torch.int32 or lengths.device != q.device:
         found = f"{tuple(lengths.shape)}, {lengths.dtype} on {lengths.device}"
         raise ValueError(f"lengths is {found}; pass ({B},), int32 on {q.device}: the tokens that each row has")

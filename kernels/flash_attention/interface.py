@@ -15,6 +15,7 @@ from .checks import (
     check_causal,
     check_qkv,
     check_scaling,
+    check_tensor,
     check_window,
     holds,
     refuse,
@@ -48,8 +49,8 @@ def flash_attention(
     alibi_slopes; a gradient that nothing asks for is not computed. torch.func's grad and vmap work, jvp does not.
 
     Args:
-        q: (B, S, H, D) in float16, bfloat16 or float32, on a CUDA GPU; D a multiple of 8 from 16 to 576. Any strides
-            with a contiguous last dimension: a view of a fused QKV projection is read where it is.
+        q: (B, S, H, D) in float16, bfloat16 or float32, on a CUDA GPU; D a multiple of 8 from 16 to 576, in float32 to
+            256. Any strides with a contiguous last dimension: a view of a fused QKV projection is read where it is.
         k: (B, S_k, H_kv, D), dtype and device of q; H divisible by H_kv. The queries are the last S of the S_k
             positions: S_k ≥ S, unless `causal` is False.
         v: (B, S_k, H_kv, D_v), D_v like D, but not always D (192 and 128, 576 and 512 in latent attention). Under
@@ -89,9 +90,10 @@ def flash_attention(
     NaN and infinity in a key or value also reach queries that do not see it, if their tile has queries that do, or an
     edge of the mask: a masked key has the weight 0, and 0 · NaN is NaN. PyTorch's kernels do the same.
 
-    The backward pass computes a weight from its score and lse, a float32. With scores of 10⁶ and more, gradients are
-    exact for rows in which one key has all the weight; others are off by the rounding of lse. out is exact; only the
-    Hopper kernels overflow with scores of 10⁹ and more: for these pass implementation="triton".
+    The backward pass computes a weight from its score and lse, a float32. With scores above 2¹⁴, gradients are exact
+    for rows in which one key has all the weight; others are off by the rounding of lse, 1 % at 2¹⁴ and more with larger
+    scores. out is exact; only the Hopper kernels overflow with scores of 10⁹ and more: for these pass
+    implementation="triton".
     """
     if others:
         refuse(others)
@@ -129,13 +131,18 @@ def flash_attention_backward(
 
     Args:
         dout: (B, S, H, D_v), the gradient of out.
-        out, lse: what `flash_attention(..., return_lse=True)` returned; lse contiguous.
-        q, k, v and the rest: as they were given there. They are not checked again.
+        out, lse: what `flash_attention(..., return_lse=True)` returned.
+        q, k, v and the rest: as they were given there, under the same autocast. Shapes are not checked again.
     Returns:
         dq (B, S, H, D), dk (B, S_k, H_kv, D) and dv (B, S_k, H_kv, D_v), contiguous.
     Raises:
-        ValueError: dout has not the shape and dtype of out.
+        ValueError: dout has not the shape and dtype of out, or another dtype than q, k and v.
     """
+    q, k, v = autocast(q, k, v)
+    check_causal(causal)
+    check_window(window)
+    if q.dtype != out.dtype:
+        raise ValueError(f"q is {q.dtype}, out {out.dtype}; pass q, k and v as flash_attention had them")
     if not are_same(dout.shape, out.shape) or dout.dtype != out.dtype:
         raise ValueError(
             f"dout {tuple(dout.shape)} in {dout.dtype} is the gradient of out, {tuple(out.shape)} in {out.dtype}; pass "
@@ -145,8 +152,8 @@ def flash_attention_backward(
     scale = check_scaling(softcap, scale, q.shape[3])
     wanted = [True, True, True, False, False]  # of q, k, v, sinks, alibi_slopes
     dq, dk, dv, _, _ = op.differentiate(
-        dout, None, q, k, v, out, lse, starts, None, None, None, causal, window, softcap, scale, deterministic,
-        implementation, wanted,
+        dout, None, q, k, v, out, lse.contiguous(), starts, None, None, None, causal, window, softcap, scale,
+        deterministic, implementation, wanted,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -180,8 +187,8 @@ def flash_attention_varlen(
         q: (T, H, D). k: (T_k, H_kv, D). v: (T_k, H_kv, D_v). Without `cu_seqlens_k` T_k is T.
         cu_seqlens: int32 (N + 1,), nondecreasing: sequence i holds the tokens [cu_seqlens[i], cu_seqlens[i+1]). Empty
             sequences are allowed, so a tensor of fixed size can repeat the end. The values are not checked.
-        max_seqlen: accepted for flash-attn's argument order, and not read: the loops end where each sequence does,
-            so no caller needs to fetch a length from the GPU.
+        max_seqlen: accepted for the argument order of flash-attn's packed functions, and not read: the loops end where
+            each sequence does, so no caller needs to fetch a length from the GPU.
         cu_seqlens_k: int32 (N + 1,), where the keys of each sequence lie, if they are packed apart (cross-attention, a
             cached prefix): queries of sequence i see keys of sequence i. None for cu_seqlens.
         causal: the queries of a sequence are the last of its keys' positions, and see no later key. In a sequence with
@@ -194,7 +201,9 @@ def flash_attention_varlen(
         ValueError, TypeError: as `flash_attention`.
     """
     if others:
-        refuse(others)
+        refuse(others, "flash_attention_varlen")
+    if isinstance(max_seqlen, Tensor) and max_seqlen.dim() > 0:
+        raise TypeError("max_seqlen is a tensor of lengths; pass the keys' as cu_seqlens_k=...")
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
             f"{shapes(q, k, v)}: flash_attention_varlen takes packed "
@@ -209,7 +218,10 @@ def flash_attention_varlen(
             "alibi_slopes with cu_seqlens_k: the distances are not those of the row; call flash_attention per sequence"
         )
     for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if x is not None and x.device != q.device:
+        if x is None:
+            continue
+        check_tensor(name, x)
+        if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}; move it with .to(q.device)")
     check_causal(causal)
     check_window(window)

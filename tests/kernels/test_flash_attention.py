@@ -258,6 +258,27 @@ def test_backward_by_itself_is_autograds_bit_for_bit(options):
         assert torch.equal(ours, theirs)
 
 
+@interpreted
+def test_backward_by_itself_takes_views_of_heads():
+    """Of every tensor, lse, too."""
+    q, k, v, dout = (torch.randn(2, 20, 4, 16) for _ in range(4))
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    whole = flash_attention_backward(dout, q, k, v, out, lse)
+    views = flash_attention_backward(*(x[:, :, 1:3] for x in (dout, q, k, v, out)), lse[:, 1:3])
+    for ours, theirs in zip(views, whole, strict=True):
+        assert torch.equal(ours, theirs[:, :, 1:3])
+
+
+def test_backward_by_itself_checks_what_would_be_taken_for_something_else():
+    q = torch.zeros(1, 4, 1, 16)
+    lse = torch.zeros(1, 1, 4)
+    for options, message in (({"causal": None}, "causal=None"), ({"window": 4.0}, r"window=4\.0: use an int")):
+        with pytest.raises(ValueError, match=message):
+            flash_attention_backward(q, q, q, q, q, lse, **options)
+    with pytest.raises(ValueError, match=r"q is torch\.float32, out torch\.float16; pass q, k and v as"):
+        flash_attention_backward(q.half(), q, q, q, q.half(), lse)
+
+
 def test_a_gradient_that_is_not_of_out_is_refused():
     q, k, v = (torch.zeros(1, 4, 1, 16) for _ in range(3))
     lse = torch.zeros(1, 1, 4)
@@ -342,8 +363,8 @@ REFUSED: dict[str, tuple[list[Tensor], dict[str, Any], str]] = {
     "head_dim 584": ([rows(1, 8, 1, 584)] * 3, {}, r"at most 576, not 584; use kernels\.attention"),
     "strides": ([Q, Q, rows(2, 8, 16, 4).transpose(2, 3)], {}, r"v's last dimension .*; pass v\.contiguous\(\)"),
     "window": ([Q] * 3, {"window": 0}, "window=0: .*use 1 or more, or None"),
-    "window of flash-attn": ([Q] * 3, {"window": (128, 0)}, r"window=\(128, 0\): use a whole number"),
-    "window that is a switch": ([Q] * 3, {"window": True}, "window=True: use a whole number"),
+    "window of flash-attn": ([Q] * 3, {"window": (128, 0)}, r"window=\(128, 0\): use an int"),
+    "window that is a switch": ([Q] * 3, {"window": True}, "window=True: use an int"),
     "causal": ([Q] * 3, {"causal": "yes"}, "causal='yes': use True or False"),
     "softcap": ([Q] * 3, {"softcap": -1.0}, "softcap=-1.0: use a cap above 0, or 0 for none"),
     "infinite softcap": ([Q] * 3, {"softcap": math.inf}, "softcap=inf"),

@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[list[Tensor], Tensor, dict[str, Any], str]] = {
     ),
     "keys": ([PACKED, PACKED, PACKED[:7]], CU_SEQLENS, {"cu_seqlens_k": CU_SEQLENS}, "do not fit"),
     "causal": ([PACKED] * 3, CU_SEQLENS, {"causal": None}, "causal=None: use True or False"),
-    "window": ([PACKED] * 3, CU_SEQLENS, {"window": 4.0}, r"window=4\.0: use a whole number"),
+    "window": ([PACKED] * 3, CU_SEQLENS, {"window": 4.0}, r"window=4\.0: use an int"),
     "int64": ([PACKED] * 3, CU_SEQLENS.long(), {}, r"cu_seqlens torch\.int64 \(2,\): pass int32 \(N \+ 1,\)"),
     "matrix": ([PACKED] * 3, CU_SEQLENS[None], {}, r"cu_seqlens torch\.int32 \(1, 2\)"),
     "matrix of keys": (
@@ -231,6 +231,21 @@ REFUSED: dict[str, tuple[list[Tensor], Tensor, dict[str, Any], str]] = {
         r"cu_seqlens is on meta, q on cpu; move it with \.to\(q\.device\)",
     ),
 }
+
+
+NO_ARGUMENTS = {
+    "starts": ({"starts": CU_SEQLENS}, "starts: flash_attention_varlen has no starts: cu_seqlens says where"),
+    "mask": ({"attn_mask": None}, "attn_mask: .*describe it by causal, window, cu_seqlens and cu_seqlens_k"),
+    "unknown": ({"colour": "red"}, "flash_attention_varlen has no argument 'colour'"),
+    "keys' lengths by place": ({"max_seqlen": CU_SEQLENS}, r"pass the keys' as cu_seqlens_k"),
+    "list": ({"cu_seqlens_k": [0, 8]}, "cu_seqlens_k is of type list; pass a tensor"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), NO_ARGUMENTS.values(), ids=NO_ARGUMENTS)
+def test_arguments_of_other_functions_are_refused_with_what_to_do(options, message):
+    with pytest.raises(TypeError, match=message):
+        flash_attention_varlen(PACKED, PACKED, PACKED, CU_SEQLENS, **options)
 
 
 @pytest.mark.parametrize(("qkv", "cu_seqlens", "options", "message"), REFUSED.values(), ids=REFUSED)

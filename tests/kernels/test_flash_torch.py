@@ -85,6 +85,13 @@ def test_vmap_equals_that_of_the_definition(mapped):
             close(x, y)
 
 
+def test_a_vmap_over_nothing_is_empty():
+    q, k, v = (torch.zeros(0, *x.shape, device=DEVICE) for x in qkv())
+    assert torch.func.vmap(flash_attention)(q, k, v).shape == q.shape
+    grads = torch.func.vmap(torch.func.grad(lambda *x: flash_attention(*x).sum(), argnums=(0, 1)))(q, k, v)
+    assert [x.shape for x in grads] == [q.shape, k.shape]
+
+
 def test_a_gradient_of_a_vmap_equals_that_of_the_definition():
     q, k, v = (torch.randn(3, *x.shape, device=DEVICE) for x in qkv())
     ours, theirs = (
@@ -322,7 +329,7 @@ def test_one_side_alone_is_left_to_the_portable_kernels(monkeypatch):
 
 Q = torch.zeros(2, 8, 4, 16)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "window": ({"window": 4.0}, ValueError, r"window=4\.0: use a whole number"),
+    "window": ({"window": 4.0}, ValueError, r"window=4\.0: use an int"),
     "causal": ({"causal": None}, ValueError, "causal=None: use True or False"),
     "scale": (
         {"scale": torch.ones(1, requires_grad=True)},
@@ -330,6 +337,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"scale is a tensor: .* q \* scale, scale=1",
     ),
     "softcap": ({"softcap": torch.ones(1)}, ValueError, "softcap is a tensor: pass a number"),
+    "no soft cap": ({"softcap": None}, ValueError, "softcap=None: use a cap above 0, or 0 for none"),
+    "scale in words": ({"scale": "a"}, ValueError, "scale='a': use a number above 0"),
+    "starts as a list": ({"starts": [0] * 8}, TypeError, "starts is of type list; pass a tensor"),
     "scale 0": ({"scale": 0.0}, ValueError, r"scale=0\.0: .*pass -q to flip the scores' sign, 0 \* q for equal ones"),
     "ends": ({"ends": torch.zeros(2, 8).int()}, ValueError, "ends with causal=True: pass causal=False"),
     "ends' shape": ({"ends": torch.zeros(8).int(), "causal": False}, ValueError, r"ends \(8,\) must be \(2, 8\)"),
@@ -342,6 +352,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask": ({"attn_mask": None}, TypeError, "attn_mask: .*describe it by causal, window, starts and ends, or use"),
     "bias": ({"attn_bias": None}, TypeError, "attn_bias: .*use alibi_slopes, or PyTorch's flex_attention"),
     "is_causal": ({"is_causal": True}, TypeError, "is_causal: .* pass causal"),
+    "sliding_window": ({"sliding_window": 4}, TypeError, "sliding_window: .* pass window"),
     "unknown": ({"colour": "red"}, TypeError, "flash_attention has no argument 'colour'"),
 }
 

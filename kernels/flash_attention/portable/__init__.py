@@ -30,6 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...device import capability_of
+from ..checks import PLAIN
 from ..config import Tiles, choose_tiles, why_not_so_wide
 from ..problem import Problem, aligned, cdiv, dsinks_of, padded
 from .kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
@@ -197,7 +198,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, problem: Problem) -> Tiles:
     flags, head_dim, capability = problem.flags, max(q.shape[3], v.shape[3]), capability_of(q.device)
     is_float32 = q.dtype == torch.float32
     if reason := why_not_so_wide(head_dim, capability, float32=is_float32):
-        raise ValueError(reason)
+        raise ValueError(f"{reason}; {PLAIN}")
     return choose_tiles(
         kernel, head_dim, capability, float32=is_float32,
         causal=flags["CAUSAL"], local=flags["WINDOW"] or flags["STARTS"] or flags["ENDS"],

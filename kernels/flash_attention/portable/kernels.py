@@ -196,7 +196,7 @@ def forward_kernel(
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)  # saw nothing: out 0, LSE −inf + log 1
     _store(out_rows, b, h, m0, (acc / row_sum[:, None]).to(q.dtype), M, DV, HEAD_DIM_V, TMA)
     lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN2
-    # So large that it is off by 1 and more: not above what it should be, for `_at_most_1`.
+    # Large, and off by the rounding of its scores: not above what it should be, for `_at_most_1` (L19).
     lse = tl.where(tl.abs(lse) > 16384.0, lse - tl.abs(lse) * (1 / 2097152.0), lse)
     tl.store(lse_ptr + head.to(tl.int64) * S + m, lse, mask=m < S)
 
