@@ -67,6 +67,11 @@ class ResidualConfig(PrecisionConfig):
     name: str = "bf16-residual"
     residual: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.residual != "bfloat16":
+            raise ValueError(f"precision.residual={self.residual} with precision=bf16-residual; use precision=bf16")
+
 
 @dataclass
 class Float8Config(PrecisionConfig):

@@ -151,7 +151,7 @@ def described(config: TrainConfig, runtime: Runtime, is_auto: bool) -> Iterator[
         for sent in sent_in_step(work, steps.accumulation, cluster.node):
             way = ("in a node" if sent.is_in_node else "between nodes") + (", hidden" if sent.is_hidden else "")
             yield f"        {sent.bytes / 1e9:9,.2f}  GB, {sent.collective} of {sent.what} {way}"
-    yield f"time    {time_line(taken, flops / work.ranks)}{' a GPU' if work.ranks > 1 and taken else ''}"
+    yield f"time    {time_line(taken, flops / work.ranks, runtime)}{' a GPU' if work.ranks > 1 and taken else ''}"
     if work.ranks > 1 and taken:
         yield f"        {steps.tokens_per_step / taken.total:,.0f} tokens/s"
 
@@ -167,9 +167,7 @@ def compared(composed: DictConfig) -> Iterator[str]:
         work, tokens = workload(config, runtime), config.plan.tokens_per_step
         taken = time_of(config, runtime, work)
         if taken is None:
-            raise ValueError(
-                "the time on this card is not predicted, its peak is not known; plan for one number of GPUs"
-            )
+            raise ValueError(f"{unpredicted(runtime)}; plan for one number of GPUs")
         traffic = sent_in_step(work, config.plan.accumulation, cluster.node)
         inside, between = (sum(sent.bytes for sent in traffic if sent.is_in_node is place) for place in (True, False))
         flops = train_flops_per_token(config.model, config.seq_len / 2) * tokens / gpus
@@ -190,20 +188,24 @@ def arrangement(config: TrainConfig, work: Workload) -> str:
 def time_of(config: TrainConfig, runtime: Runtime, work: Workload) -> StepTime | None:
     """The time of a step, with what GPUs send each other."""
     micro_batches = config.plan.accumulation
-    taken = step_time(work, micro_batches, runtime.gpu, runtime.dtype_name)
+    taken = step_time(work, micro_batches, runtime.gpu, runtime.factors)
     if taken is None or cluster.gpus == 1:
         return taken
     traffic = sent_in_step(work, micro_batches, cluster.node)
     return replace(taken, sending=exposed_seconds(traffic, taken.total, cluster.link, cluster.network))
 
 
-def time_line(taken: StepTime | None, flops: float) -> str:
+def unpredicted(runtime: Runtime) -> str:
+    return f"the time is not predicted: this card's peak is not known for {runtime.factors} products"
+
+
+def time_line(taken: StepTime | None, flops: float, runtime: Runtime) -> str:
     if taken is None:
-        return "not predicted: this card's peak is not known"
+        return unpredicted(runtime).removeprefix("the time is ")
     parts = {"attention": taken.attention, "computed again": taken.again, "waiting for the host": taken.waiting}
     parts["for other GPUs"] = taken.sending
     said = ", ".join(f"{name} {seconds:,.2f}" for name, seconds in parts.items() if seconds >= 0.005)
-    return f"{taken.total:,.2f} s a step ({said}): {flops / taken.total / 1e12:,.0f} TFLOP/s"
+    return f"{taken.total:,.2f} s a step{f' ({said})' if said else ''}: {flops / taken.total / 1e12:,.0f} TFLOP/s"
 
 
 def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
@@ -225,11 +227,15 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
         longest = work.context * longest_row(mine, limit)
         yield f"{mark} {name:38} {peak.total / GIB:9,.1f} {host:>8} {seconds:>8} {longest:11,}"
     yield ""
+    timed = time_of(config, runtime, work) is not None
     if chosen:
-        yield f"→ the fastest that fills at most {AUTO_FILLS:.0%} of the card, as the longest rows do"
+        which = "fastest" if timed else "first"
+        yield f"→ the {which} that fills at most {AUTO_FILLS:.0%} of the card, as the longest rows do"
     else:
         yield f"None fits; use {remedy(config, runtime, limit)}."
-    if any(name in runtime.gpu.name for name in MEASURED_ON):
+    if not timed:
+        yield f"{unpredicted(runtime).capitalize()}."
+    elif any(name in runtime.gpu.name for name in MEASURED_ON):
         yield f"Times: products at {PRODUCTS:.0%} of this card's peak, {work.attention} as measured; whole rows."
     else:
         yield "Times: not measured on this card; for as much of its peak as an H200 reaches."

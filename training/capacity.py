@@ -143,7 +143,7 @@ def choose_policy(work: Workload, runtime: Runtime, limit: float) -> MemoryConfi
     assert work.model.n_kv_heads is not None
 
     def seconds(policy: MemoryConfig) -> float | None:
-        taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.dtype_name)
+        taken = step_time(replace(work, memory=policy), 1, runtime.gpu, runtime.factors)
         return None if taken is None else taken.total
 
     policies = on_device(work) if runtime.gpu is None else candidates(work.model.n_kv_heads)

@@ -71,20 +71,20 @@ LINKS = {
 """Bytes a second, each way, between two GPUs of a node by the makers' data sheets: NVLink, or PCIe 4 x16."""
 
 
-def peak_tflops(name: str, dtype: str, capability: tuple[int, int] | None = None) -> float | None:
+def peak_tflops(name: str, factors: str, capability: tuple[int, int] | None = None) -> float | None:
     """Dense matrix-multiply peak of a card in TFLOP/s; None where we are not sure: no MFU is better than a wrong one.
 
-    name as torch.cuda.get_device_name gives it. dtype bfloat16, float16, float32, meaning TF32, or float8_e4m3fn:
-    from Hopper on twice bfloat16 on all of NVIDIA's cards here. A capability that is not the named card's gives None:
-    a virtual or emulated card may borrow a name.
+    name as torch.cuda.get_device_name gives it. factors: what is multiplied: bfloat16, float16, tf32, or float8_e4m3fn:
+    from Hopper on twice bfloat16 on all of NVIDIA's cards here. float32 gives None: such products do not use the tensor
+    cores. A capability that is not the named card's gives None: a virtual or emulated card may borrow a name.
     """
     name = re.sub(r"^(NVIDIA|AMD) ", "", name.strip())
-    if dtype == "float8_e4m3fn":
+    if factors == "float8_e4m3fn":
         peak = None if name.startswith("Instinct") else peak_tflops(name, "bfloat16", capability)
         is_hopper = any(re.fullmatch(pattern, name) and known >= (9, 0) for pattern, known, _ in PEAKS)
         return 2 * peak if peak and is_hopper else None
-    order = ("bfloat16", "float16", "float32")
+    order = ("bfloat16", "float16", "tf32")
     for pattern, known_capability, peaks in PEAKS:
-        if re.fullmatch(pattern, name) and capability in (None, known_capability) and dtype in order:
-            return peaks[order.index(dtype)]
+        if re.fullmatch(pattern, name) and capability in (None, known_capability) and factors in order:
+            return peaks[order.index(factors)]
     return None

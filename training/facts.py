@@ -63,13 +63,13 @@ def matmul_peak(config: TrainConfig, runtime: Runtime, num_gpus: int = 1) -> Pea
     Returns:
         FLOP/s, by the keys that a token sees on average, on which the share of the linear layers depends.
     """
-    if runtime.device.type != "cuda" or runtime.precision.name == "fp32":  # fp32 products do not use the tensor cores
+    if runtime.device.type != "cuda":
         return None
     name, capability = torch.cuda.get_device_name(runtime.device), torch.cuda.get_device_capability(runtime.device)
-    peak = hardware.peak_flops(name, runtime.dtype, capability)
+    peak = hardware.peak_flops(name, runtime.factors, capability)
     if peak is None or not isinstance(runtime.precision, Float8Config):
         return None if peak is None else lambda keys: num_gpus * peak
-    peak_in_fp8 = hardware.peak_flops(name, torch.float8_e4m3fn, capability)
+    peak_in_fp8 = hardware.peak_flops(name, "float8_e4m3fn", capability)
     if peak_in_fp8 is None:
         return None
     in_fp8 = float8_flops_per_token(config.model, runtime.precision)

@@ -76,7 +76,6 @@ class GraphedStep(TrainStep):
 
     def __init__(self, *args: Any, recorder: Recorder | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.optimizer.make_capturable()
         self.recorder: Recorder = recorder or CudaGraphs(self.device)
         self.steps = 0
         self.replays: dict[str, Function] = {}

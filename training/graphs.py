@@ -33,7 +33,7 @@ def uses_graphs(config: TrainConfig, runtime: Runtime) -> bool:
         return False
     if config.cuda_graphs is True:
         return True
-    taken = step_time(workload(config, runtime), 1, runtime.gpu, runtime.dtype_name)
+    taken = step_time(workload(config, runtime), 1, runtime.gpu, runtime.factors)
     is_short = taken is not None and taken.total < HOST_SECONDS * config.model.n_layers
     return is_short and config.plan.max_steps >= FEWEST_STEPS and config.attention.name in ("auto", "flash", "sdpa")
 

@@ -125,7 +125,8 @@ class Guard(Part):
             if self.config.action == "stop":
                 raise NonFiniteError(
                     f"{what}; no parameter took that step, and {self.record} holds its rows. Try a lower "
-                    f"learning_rate, a longer schedule.warmup_steps, precision=fp32, or bad_step.action=skip"
+                    f"learning_rate, a longer schedule.warmup_steps, precision=fp32 if it is another, or "
+                    f"bad_step.action=skip"
                 )
             if worst >= self.config.most_in_a_row:
                 raise NonFiniteError(

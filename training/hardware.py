@@ -14,9 +14,9 @@ import torch
 from .cards import peak_tflops
 
 
-def peak_flops(device_name: str, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> float | None:
+def peak_flops(device_name: str, factors: str, capability: tuple[int, int] | None = None) -> float | None:
     """`cards.peak_tflops` in FLOP/s."""
-    peak = peak_tflops(device_name, str(dtype).removeprefix("torch."), capability)
+    peak = peak_tflops(device_name, factors, capability)
     return None if peak is None else peak * 1e12
 
 

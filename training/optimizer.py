@@ -79,14 +79,6 @@ class Optimizer(Part):
     def all(self) -> list[torch.optim.Optimizer]:
         return [*self.adamws, *self.muons]
 
-    def make_capturable(self) -> None:
-        """Let CUDA graphs record `step`, whose learning rate is then a float32 scalar on the device."""
-        for optimizer in self.all:
-            for group in optimizer.param_groups:
-                group["capturable"] = True
-            # PyTorch would warn that it also runs outside of a graph, which the first steps do.
-            optimizer._warned_capturable_if_run_uncaptured = True
-
     def step(self, learning_rate: float | Tensor, good: Tensor, scale: Tensor | None = None) -> None:
         """Update the parameters and clear the gradients.
 

@@ -56,6 +56,11 @@ class Runtime:
         return "bfloat16" if self.precision.product_bytes == 2 else "float32"
 
     @property
+    def factors(self) -> str:
+        """What matrix products multiply, in fp8 but for the linear layers, as `cards.peak_tflops` names it."""
+        return "tf32" if self.precision.name == "tf32" else self.dtype_name
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of matrix products and attention."""
         import torch

@@ -51,15 +51,15 @@ class StepTime:
         return self.products + self.attention + self.again + self.waiting + self.sending
 
 
-def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, dtype: str) -> StepTime | None:
+def step_time(work: Workload, micro_batches: int, gpu: Gpu | None, factors: str) -> StepTime | None:
     """The time of a step of one rank alone, where attention sees whole rows; None without a card whose peak is known.
 
     Documents and windows take less: what they mask is not computed.
 
     Args:
-        dtype: of matrix products, as `cards.peak_tflops` takes it.
+        factors: of matrix products, as `cards.peak_tflops` takes them.
     """
-    peak = peak_tflops(gpu.name, dtype, gpu.capability) if gpu else None
+    peak = peak_tflops(gpu.name, factors, gpu.capability) if gpu else None
     if peak is None:
         return None
     model, policy, tokens = work.model, work.memory, micro_batches * work.tokens

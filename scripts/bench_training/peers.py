@@ -187,7 +187,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     facts = collect_facts("bench_training", sys.argv[1:], device)
-    facts["peak_flops"] = peak_flops(torch.cuda.get_device_name(), torch.bfloat16, torch.cuda.get_device_capability())
+    facts["peak_flops"] = peak_flops(torch.cuda.get_device_name(), "bfloat16", torch.cuda.get_device_capability())
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)

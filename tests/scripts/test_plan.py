@@ -67,6 +67,14 @@ def test_a_million_tokens_are_planned_on_one_screen_without_torch() -> None:
     assert int(longest.replace(",", "")) < 131072
 
 
+def test_the_time_of_products_in_float32_is_not_predicted() -> None:
+    """They do not use the tensor cores, whose peak is known."""
+    fp32, tf32 = plans([f"gpu=h200 model=llama-1b seq_len=16k precision={name}" for name in ("fp32", "tf32")])
+    assert "time    not predicted: this card's peak is not known for float32 products" in fp32
+    assert "→ the first that fills" in fp32
+    assert re.search(r"^time    [\d.]+ s a step", tf32, re.MULTILINE)
+
+
 def test_a_policy_that_is_named_is_planned_as_it_is() -> None:
     text = plan("gpu=rtx-4090", "model=llama-1b", "seq_len=16384", "memory=selective").stdout
     assert "policy  memory=selective\n" in text

@@ -306,7 +306,7 @@ ON_GPU_CASES = {
 def test_on_a_gpu_20_steps_have_the_losses_of_a_run_without_graphs(
     config: MakeConfig, tmp_path: Path, case: str
 ) -> None:
-    """To the rounding of the learning rate to float32 and of a division by the number of targets, which grow."""
+    """To the rounding of a division by the number of targets, on the host or on the device, which grows."""
     if case == "fp8" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("fp8 needs Hopper")
     found = {}

@@ -203,6 +203,13 @@ def test_a_residual_stream_in_bf16_is_refused_where_auto_finds_no_bf16(config: M
         Trainer(config("precision.residual=bfloat16"), lambda line: None)
 
 
+def test_a_residual_stream_in_float32_is_not_called_bf16_residual(config: MakeConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"precision.residual=float32 with precision=bf16-residual; use precision=bf16"
+    ):
+        config("precision=bf16-residual", "precision.residual=float32")
+
+
 def test_what_an_older_version_saved_goes_on_without_a_change(config: MakeConfig, tmp_path: Path) -> None:
     """precision was one word, and the moments' dtype a setting of the optimizer."""
     whole, folder = tmp_path / "whole", tmp_path / "older"
