@@ -81,7 +81,7 @@ def configuration(row: dict[str, Any], kernel: Any, constants: dict[str, Any], t
 
 def type_of(template: host.Template) -> str:
     """The type of a descriptor as the host makes it, in Triton's words."""
-    descriptor = template.of(template.fields["base"])
+    descriptor = template.of(template.checked.base)
     layout = f",{descriptor.layout!r}" if hasattr(descriptor, "layout") else ""
     return f"tensordesc<{NAMES[descriptor.base.dtype]}{descriptor.block_shape}{layout}>"
 

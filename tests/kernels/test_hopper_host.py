@@ -49,12 +49,13 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args: self.kernel.launched.append((grid, args))
+        return lambda *args, stream: self.kernel.launched.append((grid, args))
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(host, "_compiled", {})
+    monkeypatch.setattr(host, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 0)))
     return Kernel()
 
 
@@ -86,7 +87,7 @@ def test_launches_alike_take_what_was_compiled_and_their_own_arguments(kernel: K
     assert [grid for grid, _ in kernel.launched] == [(7, 1, 1), (7, 1, 1), (8, 1, 1)]
     for (_, (descriptor, pointer, absent, *others)), x in zip(kernel.launched, (second, second, longer), strict=True):
         assert descriptor.base is pointer is x
-        assert descriptor.shape == [1, 2, x.shape[1], 64]
+        assert descriptor.shape == (1, 2, x.shape[1], 64)
         assert absent is None
         assert others == ([192, 0.5] if x is second else [256, 0.25]) + [("a", 1), 64]
 
@@ -137,9 +138,9 @@ def test_a_descriptor_is_of_its_own_tensor() -> None:
     q, k, _ = fused.unbind(2)
     descriptors = [rows_of(x).of(x) for x in (q, k, q.contiguous(), q)]
     assert [x.base is y for x, y in zip(descriptors, (q, k, q, q), strict=True)] == [True, True, False, True]
-    assert descriptors[0].shape == [1, 2, 192, 64]
-    assert descriptors[0].strides == descriptors[1].strides == [192 * 384, 64, 384, 1]
-    assert descriptors[2].strides == [192 * 128, 64, 128, 1]
+    assert descriptors[0].shape == (1, 2, 192, 64)
+    assert descriptors[0].strides == descriptors[1].strides == (192 * 384, 64, 384, 1)
+    assert descriptors[2].strides == (192 * 128, 64, 128, 1)
     for descriptor in (
         *descriptors,
         host.floats(512, 8, 32).of(torch.zeros(512)),

@@ -34,23 +34,25 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-class Template(NamedTuple):
+class Template:
     """A tensor descriptor without its tensor.
 
     Triton's own check of a descriptor takes 10 µs; here it is done once for each tile. So shape and strides must be
     those of a tensor that `problem.aligned` lets through or PyTorch made.
     """
 
-    cls: type
-    fields: dict[str, Any]
+    __slots__ = ("checked", "shape", "strides")
+
+    def __init__(self, checked: Any, shape: Sizes, strides: Sizes) -> None:
+        """`checked`: a descriptor of the same tile."""
+        self.checked, self.shape, self.strides = checked, shape, strides
 
     def of(self, base: Pointer) -> Any:
-        descriptor: Any = object.__new__(self.cls)
-        descriptor.__dict__ = self.fields | {"base": base}
+        fields = vars(self.checked).copy()
+        fields["base"], fields["shape"], fields["strides"] = base, self.shape, self.strides
+        descriptor: Any = object.__new__(type(self.checked))
+        descriptor.__dict__ = fields
         return descriptor
-
-    def shaped(self, shape: Sequence[int], strides: Sequence[int]) -> Template:
-        return Template(self.cls, self.fields | {"shape": shape, "strides": strides})
 
 
 class Launch:
@@ -72,39 +74,42 @@ class Launch:
         """
         self.kernel, self.device, self.programs, self.descriptors = kernel, device, programs, descriptors
         self.numbers, self.constants = numbers, constants
+        self.rest = *numbers, *constants.values()
         self.run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Pointer) -> None:
-        described, pointers = map(Template.of, self.descriptors, tensors), tensors[len(self.descriptors) :]
-        args = (*described, *pointers, *self.numbers, *self.constants.values())
+        args = (*map(Template.of, self.descriptors, tensors), *tensors[len(self.descriptors) :], *self.rest)
         if self.run is None:
             dtypes = [None if x is None else x.dtype for x in tensors]
             key = (self.kernel.fn, self.device, *dtypes, *self.constants.values())
-            if key not in _compiled:
+            compiled = _compiled.get(key)
+            if compiled is None:
                 _compiled[key] = self.kernel[(self.programs,)](*args)
                 return
-            self.run = _compiled[key][self.programs, 1, 1]
-        self.run(*args)
+            self.run = compiled[self.programs, 1, 1]
+        # Without a stream, Triton asks for the device first.
+        self.run(*args, stream=driver.active.get_current_stream(self.device.index))
 
 
 def rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int, n_columns: int | None = None) -> Template:
     """A tensor (B, S, H, D) as TMA reads and writes it: tiles [1, 1, n_rows, n_columns] of (B, H, S, D); all columns,
     padded to `padded(D)` by zeros, unless said otherwise."""
     (B, S, H, D), (b, s, h, d) = shape, strides
-    return _rows(dtype, n_rows, n_columns, D).shaped([B, H, S, D], [b, h, s, d])
+    return Template(_rows(dtype, n_rows, n_columns, D), (B, H, S, D), (b, h, s, d))
 
 
 def plain_rows(shape: Sizes, strides: Sizes, dtype: torch.dtype, n_rows: int) -> Template:
     """The same for kernels in plain Triton."""
     (B, S, H, D), (b, s, h, d) = shape, strides
-    return _plain_rows(dtype, n_rows, D).shaped([B, H, S, D], [b, h, s, d])
+    return Template(_plain_rows(dtype, n_rows, D), (B, H, S, D), (b, h, s, d))
 
 
 def floats(count: int, *tile: int) -> Template:
     """So many float32 numbers as TMA reads and writes them: tiles of them, in rows as wide as a tile's, which take 16
     bytes or more."""
     width = tile[-1]
-    return _floats(tile).shaped(*(([count // width, width], [width, 1]) if len(tile) > 1 else ([count], [1])))
+    shape, strides = ((count // width, width), (width, 1)) if len(tile) > 1 else ((count,), (1,))
+    return Template(_floats(tile), shape, strides)
 
 
 class Part:
@@ -173,24 +178,22 @@ def contiguous_strides(shape: Sizes) -> Sizes:
 
 
 @cache
-def _rows(dtype: torch.dtype, n_rows: int, n_columns: int | None, head_dim: int) -> Template:
+def _rows(dtype: torch.dtype, n_rows: int, n_columns: int | None, head_dim: int) -> Any:
     width = n_columns or padded(head_dim)
     block, strides = [1, 1, n_rows, width], [width, width, width, 1]
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
-    descriptor = TensorDescriptor(torch.empty(0, dtype=dtype), block, strides, block, layout)
-    return Template(TensorDescriptor, vars(descriptor))
+    return TensorDescriptor(torch.empty(0, dtype=dtype), block, strides, block, layout)
 
 
 @cache
-def _plain_rows(dtype: torch.dtype, n_rows: int, head_dim: int) -> Template:
+def _plain_rows(dtype: torch.dtype, n_rows: int, head_dim: int) -> Any:
     width = padded(head_dim)
     block, strides = [1, 1, n_rows, width], [width, width, width, 1]
-    return Template(PlainDescriptor, vars(PlainDescriptor(torch.empty(0, dtype=dtype), block, strides, block)))
+    return PlainDescriptor(torch.empty(0, dtype=dtype), block, strides, block)
 
 
 @cache
-def _floats(tile: tuple[int, ...]) -> Template:
+def _floats(tile: tuple[int, ...]) -> Any:
     strides, swizzle = ([tile[-1], 1], 128) if len(tile) > 1 else ([1], 0)
     layout = gl.NVMMASharedLayout(swizzle, element_bitwidth=32, rank=len(tile))
-    descriptor = TensorDescriptor(torch.empty(0, dtype=torch.float32), list(tile), strides, list(tile), layout)
-    return Template(TensorDescriptor, vars(descriptor))
+    return TensorDescriptor(torch.empty(0, dtype=torch.float32), list(tile), strides, list(tile), layout)
