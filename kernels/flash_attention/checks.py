@@ -13,6 +13,10 @@ from torch import Tensor
 PACKAGE = __name__.partition(".")[0]  # kernels, or flash_gpt where it is installed
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PLAIN = f"use {PACKAGE}.attention (plain PyTorch, S × S scores in memory)"
+ROWS, PACKED = "(batch, sequence, heads, head_dim)", "(tokens, heads, head_dim)"
+TRANSPOSED = "from PyTorch's (B, H, S, D) use .transpose(1, 2)"
+ROWS_FIT = f"(B, S, H, D) for q, (B, S_k, H_kv, D) for k and (B, S_k, H_kv, D_v) for v ({TRANSPOSED})"
+PACKED_FIT = "(T, H, D) for q, (T_k, H_kv, D) for k and (T_k, H_kv, D_v) for v"
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 MOST = 576
 """The largest head_dim: that of latent attention's keys."""
@@ -33,21 +37,16 @@ def check_tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} is of type {type(x).__name__}; pass a tensor")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"{shapes(q, k, v)} must be (batch, sequence, heads, head_dim) each")
-    (B, _, H, D), (*keys, D_k), (*values, D_v) = q.shape, k.shape, v.shape
-    if not (are_same(keys, values) and holds(keys[0] == B) and D_k == D):
-        raise ValueError(
-            f"{shapes(q, k, v)} do not fit: (B, S, H, D) for q, (B, S_k, H_kv, D) for k and (B, S_k, H_kv, D_v) for v "
-            "(from PyTorch's (B, H, S, D) use .transpose(1, 2))"
-        )
-    G = keys[2]
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
+    """Of rows (B, S, H, D), or `packed` (T, H, D)."""
+    if not q.dim() == k.dim() == v.dim() == (3 if packed else 4):
+        raise ValueError(f"{shapes(q, k, v)} must be {PACKED if packed else ROWS} each")
+    (*rows, H, D), (*keys, G, D_k), (*values, G_v, D_v) = q.shape, k.shape, v.shape
+    if not (are_same((*keys, G), (*values, G_v)) and (packed or holds(keys[0] == rows[0])) and D_k == D):
+        raise ValueError(f"{shapes(q, k, v)} do not fit: {PACKED_FIT if packed else ROWS_FIT}")
     if G == 0 or H % G:
-        raise ValueError(
-            f"{H} query heads are not a multiple of {G} key/value heads; "
-            "dimension 2 holds the heads (from PyTorch's (B, H, S, D) use .transpose(1, 2))"
-        )
+        where = "dimension 1 holds the heads" if packed else f"dimension 2 holds the heads ({TRANSPOSED})"
+        raise ValueError(f"{H} query heads are not a multiple of {G} key/value heads; {where}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype")
     if not q.device == k.device == v.device:
@@ -57,8 +56,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for head_dim in (D, D_v):
         if head_dim % 8 or not 16 <= head_dim <= MOST:
             raise ValueError(_head_dim_refused(head_dim))
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.stride(3) != 1)
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.stride(-1) != 1)
         raise ValueError(f"{name}'s last dimension is not contiguous (strides {x.stride()}); pass {name}.contiguous()")
 
 

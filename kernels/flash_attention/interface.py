@@ -8,6 +8,8 @@ from torch import Tensor
 
 from . import op
 from .checks import (
+    PACKED,
+    ROWS,
     are_same,
     autocast,
     check_bounds,
@@ -98,6 +100,7 @@ def flash_attention(
     if others:
         refuse(others)
     q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
     check_causal(causal)
     if starts is not None:
         check_bounds("starts", starts, q)
@@ -206,9 +209,10 @@ def flash_attention_varlen(
         raise TypeError("max_seqlen is a tensor of lengths; pass the keys' as cu_seqlens_k=...")
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
-            f"{shapes(q, k, v)}: flash_attention_varlen takes packed "
-            "(tokens, heads, head_dim); for (batch, sequence, heads, head_dim) use flash_attention"
+            f"{shapes(q, k, v)}: flash_attention_varlen takes packed {PACKED}; for {ROWS} use flash_attention"
         )
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v, packed=True)
     if cu_seqlens_k is None and not holds(q.shape[0] == k.shape[0]):
         raise ValueError(
             f"{shapes(q, k, v)}: pass as many tokens each, or in cu_seqlens_k where the keys' sequences lie"
@@ -228,9 +232,9 @@ def flash_attention_varlen(
     starts, ends = intervals_from_cu_seqlens(cu_seqlens, q.shape[0], cu_seqlens_k, causal=causal, window=window)
     if cu_seqlens_k is not None:
         causal, window = False, None  # the intervals have it all
-    q, k, v = autocast(q[None], k[None], v[None])
+    rows = q[None], k[None], v[None]
     out, lse = _attend(
-        q, k, v, starts, ends, sinks, alibi_slopes, causal, window, softcap, scale, deterministic, implementation
+        *rows, starts, ends, sinks, alibi_slopes, causal, window, softcap, scale, deterministic, implementation
     )
     return (out[0], lse[0]) if return_lse else out[0]
 
@@ -240,8 +244,7 @@ def _attend(
     alibi_slopes: Tensor | None, causal: bool, window: int | None, softcap: float, scale: float | None,
     deterministic: bool, implementation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The operator, called with what it may be called with."""
-    check_qkv(q, k, v)
+    """The operator on rows (B, S, H, D), called with what it may be called with."""
     if causal and not holds(q.shape[1] <= k.shape[1]):
         raise ValueError(
             f"{q.shape[1]} queries but {k.shape[1]} keys: with a causal mask the queries are the last of the keys' "

@@ -212,6 +212,18 @@ REFUSED: dict[str, tuple[list[Tensor], Tensor, dict[str, Any], str]] = {
         {"cu_seqlens_k": CU_SEQLENS[None]},
         r"cu_seqlens_k torch\.int32 \(1, 2\)",
     ),
+    "heads": (
+        [PACKED, PACKED[:, :3], PACKED[:, :3]],
+        CU_SEQLENS,
+        {},
+        "4 query heads are not a multiple of 3 key/value heads; dimension 1 holds the heads$",
+    ),
+    "values": (
+        [PACKED, PACKED, PACKED[:, :2]],
+        CU_SEQLENS,
+        {},
+        r"q \(8, 4, 16\), .* v \(8, 2, 16\) do not fit: \(T, H, D\) for q, .* \(T_k, H_kv, D_v\) for v$",
+    ),
     "sequences": (
         [PACKED] * 3,
         CU_SEQLENS,
