@@ -89,7 +89,7 @@ def adamw(
     """Update parameters and their moments in place.
 
     Args:
-        params, grads: at most PER_LAUNCH of each, of one size: float32, contiguous.
+        params, grads: of one size: float32, contiguous.
         means, squares: the moments, float32 or bf16, of that size.
         counts: float32 scalars on the device: for each parameter the number of this step, from 1 on.
         learning_rate: float32 scalar on the device.
@@ -102,13 +102,15 @@ def adamw(
         return
     tensors = params, grads, means, squares
     assert all(x.is_contiguous() and x.numel() == n for xs in tensors for x in xs)
-    # One kernel for any number of parameters: programs of those that fill up are not started.
-    pointers = [(*xs, *[xs[0]] * (PER_LAUNCH - len(xs))) for xs in (*tensors, counts)]
     # 2^-1000 to the power of any count is 0 in float32, as 0 would be.
     log2_decays = [math.log2(decay) if decay else -1000.0 for decay in decays]
     with torch.cuda.device_of(params[0]):
-        adamw_kernel[(triton.cdiv(n, BLOCK), len(params))](
-            *pointers, learning_rate, scale, good, n, eps, weight_decay,
-            DECAY1=decays[0], DECAY2=decays[1], LOG2_DECAY1=log2_decays[0], LOG2_DECAY2=log2_decays[1],
-            BLOCK=BLOCK, PER_LAUNCH=PER_LAUNCH, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        for at in range(0, len(params), PER_LAUNCH):
+            some = [xs[at : at + PER_LAUNCH] for xs in (*tensors, counts)]
+            # One kernel for any number of parameters: programs of those that fill up are not started.
+            pointers = [(*xs, *[xs[0]] * (PER_LAUNCH - len(xs))) for xs in some]
+            adamw_kernel[(triton.cdiv(n, BLOCK), len(some[0]))](
+                *pointers, learning_rate, scale, good, n, eps, weight_decay,
+                DECAY1=decays[0], DECAY2=decays[1], LOG2_DECAY1=log2_decays[0], LOG2_DECAY2=log2_decays[1],
+                BLOCK=BLOCK, PER_LAUNCH=PER_LAUNCH, num_warps=NUM_WARPS,
+            )  # fmt: skip

@@ -167,7 +167,7 @@ def compared(composed: DictConfig) -> Iterator[str]:
         work, tokens = workload(config, runtime), config.plan.tokens_per_step
         taken = time_of(config, runtime, work)
         if taken is None:
-            raise ValueError(f"{unpredicted(runtime)}; plan for one number of GPUs")
+            raise ValueError(f"the time is {unpredicted(runtime)}; plan for one number of GPUs")
         traffic = sent_in_step(work, config.plan.accumulation, cluster.node)
         inside, between = (sum(sent.bytes for sent in traffic if sent.is_in_node is place) for place in (True, False))
         flops = train_flops_per_token(config.model, config.seq_len / 2) * tokens / gpus
@@ -196,12 +196,12 @@ def time_of(config: TrainConfig, runtime: Runtime, work: Workload) -> StepTime |
 
 
 def unpredicted(runtime: Runtime) -> str:
-    return f"the time is not predicted: this card's peak is not known for {runtime.factors} products"
+    return f"not predicted: this card's peak is not known for {runtime.factors} products"
 
 
 def time_line(taken: StepTime | None, flops: float, runtime: Runtime) -> str:
     if taken is None:
-        return unpredicted(runtime).removeprefix("the time is ")
+        return unpredicted(runtime)
     parts = {"attention": taken.attention, "computed again": taken.again, "waiting for the host": taken.waiting}
     parts["for other GPUs"] = taken.sending
     said = ", ".join(f"{name} {seconds:,.2f}" for name, seconds in parts.items() if seconds >= 0.005)
@@ -234,7 +234,7 @@ def table(config: TrainConfig, runtime: Runtime) -> Iterator[str]:
     else:
         yield f"None fits; use {remedy(config, runtime, limit)}."
     if not timed:
-        yield f"{unpredicted(runtime).capitalize()}."
+        yield f"Times: {unpredicted(runtime)}."
     elif any(name in runtime.gpu.name for name in MEASURED_ON):
         yield f"Times: products at {PRODUCTS:.0%} of this card's peak, {work.attention} as measured; whole rows."
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class Optimizer(Part):
         self.moments: torch.dtype = getattr(torch, moments)
         beta1, beta2 = config.betas
         self.adamws: list[torch.optim.Optimizer] = []
-        for others in _by_device(p for name, p in self.parts.items() if name not in by_muon):
+        for others in _alike((p for name, p in self.parts.items() if name not in by_muon), lambda p: p.device):
             on_gpu = others[0].is_cuda
             rounds_in_copies = self.moments != torch.float32 and not on_gpu
             for some in _in_runs(others, ROUNDED_AT_ONCE) if rounds_in_copies else [others]:
@@ -165,7 +165,7 @@ class FusedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, good: Tensor, scale: Tensor | None) -> None:  # type: ignore[override]
         """`Optimizer.step` of its parameters."""
-        from kernels.adamw_kernel import PER_LAUNCH, adamw
+        from kernels.adamw_kernel import adamw
 
         for parameter in _parameters(self):
             if not self.state[parameter]:
@@ -176,7 +176,7 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             rate = group["lr"]
             learning_rate = rate if isinstance(rate, Tensor) else torch.full((), rate, device=device)
-            for some in _of_one_size(group["params"], PER_LAUNCH):
+            for some in _alike(group["params"], torch.Tensor.numel):
                 means, squares, counts = (
                     [self.state[parameter][key] for parameter in some] for key in ("exp_avg", "exp_avg_sq", "step")
                 )
@@ -246,20 +246,12 @@ def _device(optimizer: torch.optim.Optimizer) -> torch.device:
     return _parameters(optimizer)[0].device
 
 
-def _by_device(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in their order, a list for each device that they lie on."""
-    lists: dict[torch.device, list[nn.Parameter]] = {}
+def _alike(parameters: Iterable[nn.Parameter], key: Callable[[nn.Parameter], Any]) -> list[list[nn.Parameter]]:
+    """The parameters in their order, a list for each value of `key`."""
+    lists: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        lists.setdefault(parameter.device, []).append(parameter)
+        lists.setdefault(key(parameter), []).append(parameter)
     return list(lists.values())
-
-
-def _of_one_size(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
-    """The parameters in lists of at most so many, each of as many numbers."""
-    by_size: dict[int, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        by_size.setdefault(parameter.numel(), []).append(parameter)
-    return [alike[at : at + most] for alike in by_size.values() for at in range(0, len(alike), most)]
 
 
 def _is_moment(name: str) -> bool:

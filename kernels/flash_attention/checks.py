@@ -40,7 +40,8 @@ def check_tensor(name: str, x: Any) -> None:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> None:
     """Of rows (B, S, H, D), or `packed` (T, H, D)."""
     if not q.dim() == k.dim() == v.dim() == (3 if packed else 4):
-        raise ValueError(f"{shapes(q, k, v)} must be {PACKED if packed else ROWS} each")
+        takes = f": flash_attention_varlen takes packed {PACKED}; for {ROWS} use flash_attention"
+        raise ValueError(f"{shapes(q, k, v)}{takes if packed else f' must be {ROWS} each'}")
     (*rows, H, D), (*keys, G, D_k), (*values, G_v, D_v) = q.shape, k.shape, v.shape
     if not (are_same((*keys, G), (*values, G_v)) and (packed or holds(keys[0] == rows[0])) and D_k == D):
         raise ValueError(f"{shapes(q, k, v)} do not fit: {PACKED_FIT if packed else ROWS_FIT}")
@@ -161,20 +162,17 @@ NO = {
     "sliding_window": "another name for it: pass window",
     "enable_gqa": "no switch for it: k and v may always have fewer heads than q",
 }
-"""What callers bring from other functions."""
-
-
-NO_VARLEN = {
+"""What callers of flash_attention bring from other functions."""
+NO_VARLEN = NO | {
     "starts": "no starts: cu_seqlens says where sequences begin",
     "ends": "no ends: cu_seqlens says where sequences end",
     "attn_mask": "no mask as a matrix; describe it by causal, window, cu_seqlens and cu_seqlens_k",
 }
 
 
-def refuse(others: dict[str, Any], function: str = "flash_attention") -> None:
-    """Arguments that there are not."""
-    said = NO if function == "flash_attention" else NO | NO_VARLEN
+def refuse(function: str, others: dict[str, Any], remedies: dict[str, str]) -> None:
+    """Arguments that a function has not."""
     for name in others:
-        if name in said:
-            raise TypeError(f"{name}: {function} has {said[name]}")
+        if name in remedies:
+            raise TypeError(f"{name}: {function} has {remedies[name]}")
     raise TypeError(f"{function} has no argument {next(iter(others))!r}")

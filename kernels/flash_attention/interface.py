@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import op
 from .checks import (
-    PACKED,
-    ROWS,
+    NO,
+    NO_VARLEN,
     are_same,
     autocast,
     check_bounds,
@@ -98,7 +98,7 @@ def flash_attention(
     implementation="triton".
     """
     if others:
-        refuse(others)
+        refuse("flash_attention", others, NO)
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     check_causal(causal)
@@ -204,13 +204,9 @@ def flash_attention_varlen(
         ValueError, TypeError: as `flash_attention`.
     """
     if others:
-        refuse(others, "flash_attention_varlen")
+        refuse("flash_attention_varlen", others, NO_VARLEN)
     if isinstance(max_seqlen, Tensor) and max_seqlen.dim() > 0:
         raise TypeError("max_seqlen is a tensor of lengths; pass the keys' as cu_seqlens_k=...")
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
-        raise ValueError(
-            f"{shapes(q, k, v)}: flash_attention_varlen takes packed {PACKED}; for {ROWS} use flash_attention"
-        )
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, packed=True)
     if cu_seqlens_k is None and not holds(q.shape[0] == k.shape[0]):

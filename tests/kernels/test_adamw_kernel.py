@@ -114,7 +114,7 @@ def test_what_lies_past_the_end_stays() -> None:
     assert not torch.equal(whole[:50], before[:50])
 
 
-@pytest.mark.parametrize("many", [2, PER_LAUNCH])
+@pytest.mark.parametrize("many", [2, PER_LAUNCH, PER_LAUNCH + 1])
 def test_several_of_one_size_are_updated_as_each_alone(many: int) -> None:
     """Each with its own moments and count."""
     torch.manual_seed(many)
